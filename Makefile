@@ -1,0 +1,64 @@
+# Everything runs from .venv and keeps its state under .preheat/; neither root nor a home folder is needed.
+
+PYTHON ?= python3
+BIN := .venv/bin
+STAMP := .venv/.preheat-installed
+
+CONFIG ?= model-config/tiny-sdxl.yaml
+MODEL ?=
+NAME ?=
+OUT ?= .preheat/archives
+FORMAT ?= zip-store
+EXTERNAL ?=
+WAIT ?= 1800
+
+INFERENCE_PORT ?= 8080
+MANAGEMENT_PORT ?= 8081
+METRICS_PORT ?= 8082
+GRPC_PORT ?= 7070
+GRPC_MANAGEMENT_PORT ?= 7071
+
+MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
+NAME_OPTION = $(if $(NAME),--name '$(NAME)')
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.PHONY: help demo test lint serve ready stop archive clean
+
+help: ## show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# An existing .venv is kept; pip runs again whenever what is asked for has changed.
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: $(STAMP) ## build, archive, warm and ask a tiny SDXL; pictures land in out/
+	$(BIN)/preheat demo
+
+test: lint ## lint, types and every test
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## ruff and mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy --strict handler tests
+
+serve: $(STAMP) ## start TorchServe: CONFIG=model-config/x.yaml [MODEL=folder-or-hub-id] [NAME=] [INFERENCE_PORT=] ...
+	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
+		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
+		--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+
+ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
+	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)
+
+stop: $(STAMP) ## stop the server that make serve started: [NAME=]
+	$(BIN)/preheat stop $(NAME_OPTION)
+
+archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1]
+	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external)
+
+clean: ## remove everything made here but .venv
+	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }
+	rm -rf .preheat out .hypothesis .mypy_cache .pytest_cache .ruff_cache handler/*.egg-info

@@ -1,0 +1,365 @@
+"""Compiles targets in place and routes every call: warmed shapes run compiled, everything else runs eagerly, at once.
+
+A `Router` stands in for the `forward` of one target. It knows a call by its *signature*: shapes, dtypes, memory formats and
+plain values of all arguments, which is what Dynamo guards on. Only signatures that warm-up has seen reach compiled code, so no
+request can wait for the compiler. Guards that a signature cannot foresee (global state) raise under `watch.forbid_compiling`
+and are served eagerly too.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from preheat.config import Pt2Config
+from preheat.device import import_ipex, ipex_requested, missing_compiler
+from preheat.errors import ConfigError
+from preheat.watch import eagerly, num_graphs, refused_guards
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["aot", "compiled", "ipex", "eager"]
+Signature = tuple[Any, ...]
+Shapes = dict[str, tuple[int, ...]]
+
+
+class Phase(Enum):
+    """What a router does with a call.
+
+    OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
+    OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
+    """
+
+    OBSERVE = auto()
+    WARM = auto()
+    SERVE = auto()
+    OPEN = auto()
+
+
+@dataclass(frozen=True, slots=True)
+class Route:
+    """The engine that runs a signature, and why it is not the one that was asked for."""
+
+    engine: EngineName
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class DynamicDims:
+    """Dimensions of a target's inputs that one graph covers: argument path -> dimension -> (least, greatest) size."""
+
+    ranges: Mapping[str, Mapping[int, tuple[int, int]]] = field(default_factory=dict)
+
+    @classmethod
+    def varying(cls, observed: Sequence[Shapes]) -> DynamicDims:
+        """The dimensions whose size differs between the observed calls, with the range seen."""
+        ranges: dict[str, dict[int, tuple[int, int]]] = {}
+        for path in set.intersection(*(set(shapes) for shapes in observed)):
+            sizes = list(zip(*(shapes[path] for shapes in observed), strict=True))
+            spans = {dim: (min(seen), max(seen)) for dim, seen in enumerate(sizes) if min(seen) != max(seen)}
+            if spans:
+                ranges[path] = spans
+        return cls(ranges)
+
+    def canonical(self, path: str, shape: tuple[int, ...]) -> tuple[int | str, ...]:
+        """`shape` with sizes that share a graph made equal. Sizes 0 and 1 always specialise, so they stay."""
+        spans = self.ranges.get(path)
+        if not spans:
+            return shape
+        shared = {dim for dim, (_, most) in spans.items() if 2 <= shape[dim] <= most}
+        return tuple("n" if dim in shared else size for dim, size in enumerate(shape))
+
+    def mark(self, path: str, tensor: torch.Tensor) -> None:
+        """Tell Dynamo, before it compiles, that these dimensions vary."""
+        for dim, (_, most) in self.ranges.get(path, {}).items():
+            if 2 <= tensor.shape[dim] <= most:
+                torch._dynamo.mark_dynamic(tensor, dim, min=2, max=most)
+
+
+def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Every argument that is not a container, with its path, such as `0` or `added_cond_kwargs.time_ids`."""
+
+    def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+        if isinstance(value, Mapping):
+            for key, item in value.items():
+                yield from walk(f"{path}.{key}", item)
+        elif isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                yield from walk(f"{path}.{index}", item)
+        else:
+            yield path, value
+
+    for index, value in enumerate(args):
+        yield from walk(str(index), value)
+    for name, value in kwargs.items():
+        yield from walk(name, value)
+
+
+def _memory_format(tensor: torch.Tensor) -> Any:
+    if tensor.is_contiguous():
+        return "contiguous"
+    if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):
+        return "channels_last"
+    return tensor.stride()
+
+
+def signature(args: Sequence[Any], kwargs: Mapping[str, Any], dims: DynamicDims) -> Signature:
+    """What decides which graph a call needs; hashable."""
+    parts: list[Any] = []
+    for path, leaf in leaves(args, kwargs):
+        if isinstance(leaf, torch.Tensor):
+            shape = dims.canonical(path, tuple(leaf.shape))
+            parts.append((path, shape, leaf.dtype, leaf.device.type, _memory_format(leaf)))
+        elif leaf is None or isinstance(leaf, (bool, int, float, str)):
+            parts.append((path, leaf))
+        else:
+            parts.append((path, type(leaf).__qualname__))
+    return tuple(parts)
+
+
+def tensor_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:
+    return {path: tuple(leaf.shape) for path, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)}
+
+
+def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+    """`value` with every tensor in it changed; dicts, lists and tuples are rebuilt, other objects pass."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        items = [map_tensors(item, change) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    return value
+
+
+def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
+    """Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to serve both."""
+    return tensor.contiguous()
+
+
+def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
+
+
+@dataclass(slots=True)
+class Run:
+    """What one run of the pipeline met at this target."""
+
+    planned_eager: bool = False  # outside every bucket on purpose (`oversize: eager`)
+    engines: set[EngineName] = field(default_factory=set)
+    incidents: int = 0  # calls with an unforeseen shape or guard, served eagerly
+    fallen: int = 0  # calls in a variant whose compile had failed in warm-up
+
+
+class Router:
+    """Stands in for `module.forward` of one target.
+
+    Args:
+        name: the target, such as `unet` or `vae.decoder`.
+        forward: the target's own forward, eager.
+        fast: the optimised callable, or None where there is none (then everything is eager).
+        engine: what `fast` is called in state and headers.
+        shape_bound: whether `fast` must only see warmed signatures (compiled code); IPEX takes any shape.
+        cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so they are cloned.
+        channels_last: 4-D inputs are converted to channels_last, not to contiguous, before either callable runs.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        fast: Callable[..., Any] | None,
+        engine: EngineName,
+        *,
+        shape_bound: bool = True,
+        cuda_graphs: bool = False,
+        channels_last: bool = False,
+        reason: str | None = None,
+    ) -> None:
+        self.name = name
+        self.engine: EngineName = engine if fast is not None else "eager"
+        self.reason = reason  # why there is no `fast`, where one was asked for
+        self.phase = Phase.WARM
+        self.dims = DynamicDims()
+        self.routes: dict[Signature, Route] = {}
+        self.visited: dict[Signature, Route] = {}  # since the last `start_variant`
+        self.run = Run()  # since the last `start_run`
+        self.observed: list[Shapes] = []
+        self._forward, self._fast = forward, fast
+        self._shape_bound, self._cuda_graphs = shape_bound, cuda_graphs
+        self._lay_out = _channels_last if channels_last else _contiguous
+
+    @property
+    def idle(self) -> bool:
+        """Whether there is nothing faster than eager to route to."""
+        return self._fast is None
+
+    def start_variant(self) -> None:
+        self.visited = {}
+
+    def start_run(self, *, planned_eager: bool = False) -> None:
+        self.run = Run(planned_eager)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self._fast is None:
+            return self._eager(args, kwargs)
+        if self.phase is Phase.OPEN:
+            return self._run_fast(args, kwargs)
+        args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
+        if self.phase is Phase.OBSERVE:
+            self.observed.append(tensor_shapes(args, kwargs))
+            return self._eager(args, kwargs)
+        key = signature(args, kwargs, self.dims)
+        route = self.routes.get(key)
+        if self.phase is Phase.WARM:
+            return self._warm(key, route, args, kwargs)
+        return self._serve(key, route, args, kwargs)
+
+    def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.run.engines.add("eager")
+        with eagerly():
+            return self._forward(*args, **kwargs)
+
+    def _run_fast(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        assert self._fast is not None
+        if not self._cuda_graphs:
+            result = self._fast(*args, **kwargs)
+        else:
+            torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
+            result = map_tensors(self._fast(*args, **kwargs), torch.clone)
+        self.run.engines.add(self.engine)
+        return result
+
+    def _warm(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if route is None:
+            for path, leaf in leaves(args, kwargs):
+                if isinstance(leaf, torch.Tensor):
+                    self.dims.mark(path, leaf)
+        if route is None or route.engine != "eager":
+            graphs = num_graphs()
+            try:
+                result = self._run_fast(args, kwargs)
+            except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+                reason = f"{type(error).__name__}: {error}".strip()
+                logger.exception("%s: %s failed, this shape stays eager", self.name, self.engine)
+            else:
+                if graphs == num_graphs() and self._compiled_nothing_yet():
+                    reason = "torch.compile produced no graph for this module"
+                    logger.error("%s: %s; this shape stays eager", self.name, reason)
+                else:
+                    self.routes[key] = self.visited[key] = Route(self.engine)
+                    return result
+            route = Route("eager", reason)
+        self.routes[key] = self.visited[key] = route
+        return self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
+
+    def _compiled_nothing_yet(self) -> bool:
+        return self._shape_bound and not any(route.engine == self.engine for route in self.routes.values())
+
+    def _serve(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if self.run.planned_eager:
+            return self._eager(args, kwargs)
+        if route is not None:
+            self.visited[key] = route
+        if route is None and self._shape_bound:
+            self._incident(key, "no warmed variant has this signature", args, kwargs)
+        elif route is not None and route.engine == "eager":
+            self.run.fallen += 1
+        else:
+            try:
+                return self._run_fast(args, kwargs)
+            except RuntimeError as error:
+                guards = refused_guards(error)
+                if guards is None:
+                    raise
+                self._incident(key, guards, args, kwargs)
+        return self._eager(args, kwargs)
+
+    def _incident(self, key: Signature, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self.run.incidents:  # once a run, not once a step
+            logger.error("incident: %s runs eagerly: %s; input shapes %s", self.name, why, tensor_shapes(args, kwargs))
+        self.run.incidents += 1
+        self.visited[key] = Route("eager", why)
+
+
+def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.dtype, device: torch.device) -> Router:
+    """Optimise one target as the YAML says and put its router in place.
+
+    torch.compile where `pt2.compile` is enabled, else IPEX where TorchServe enables it, else eager. What cannot be had falls to
+    eager with an error in the log and the reason in the router.
+
+    Raises:
+        ConfigError: `pt2.scope: regional` on a module without repeated blocks.
+    """
+    engine: EngineName = "eager"
+    forward, fast, reason = module.forward, None, None
+    kwargs = dict(config.compile.kwargs)
+    if config.shapes.strategy != "exact":
+        kwargs.setdefault("dynamic", False)  # torch's default turns the second bucket into a dynamic graph
+    if config.compile.enable:
+        engine, reason = "compiled", missing_compiler(device, kwargs.get("backend", "inductor"))
+        if reason is None:
+            fast, reason = _try_compile(name, module, kwargs, regional=config.scope == "regional")
+    elif ipex_requested() and device.type == "cpu":
+        engine, fast = "ipex", _optimize_with_ipex(module, dtype)
+        reason = None if fast is not None else "intel-extension-for-pytorch is not installed"
+    if reason is not None:
+        logger.error("%s: %s; serving it eagerly", name, reason)
+    router = Router(
+        name,
+        forward,
+        fast,
+        engine,
+        shape_bound=engine == "compiled",
+        cuda_graphs=uses_cuda_graphs(kwargs, device),
+        channels_last=engine == "ipex" and fast is not None,
+        reason=reason,
+    )
+    module.forward = router
+    return router
+
+
+def _try_compile(
+    name: str, module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool
+) -> tuple[Callable[..., Any] | None, str | None]:
+    """The compiled callable, or None and the reason. Nothing is compiled yet, so only bad arguments fail here."""
+    if regional and not getattr(module, "_repeated_blocks", None):
+        raise ConfigError(f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope")
+    try:
+        return compile_target(module, kwargs, regional=regional), None
+    except (TypeError, ValueError, RuntimeError) as error:
+        return None, f"torch.compile refused its arguments: {error}"
+
+
+def _optimize_with_ipex(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any] | None:
+    ipex = import_ipex()
+    if ipex is None:
+        return None
+    optimized = ipex.optimize(module.to(memory_format=torch.channels_last), dtype=dtype, inplace=True)  # type: ignore[call-overload]
+    forward: Callable[..., Any] = optimized.forward
+    return forward
+
+
+def uses_cuda_graphs(kwargs: Mapping[str, Any], device: torch.device) -> bool:
+    """Whether these torch.compile arguments record CUDA graphs (torch/_inductor/__init__.py, list_mode_options)."""
+    options = kwargs.get("options") or {}
+    recorded = kwargs.get("mode") in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs", False)
+    return device.type == "cuda" and bool(recorded)
+
+
+def compile_target(module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool) -> Callable[..., Any]:
+    """The compiled callable for a target, or for diffusers' repeated blocks in it. torch.compile is lazy: nothing runs yet."""
+    if not regional:
+        compiled: Callable[..., Any] = torch.compile(module.forward, **kwargs)
+        return compiled
+    compile_blocks: Callable[..., None] = module.compile_repeated_blocks  # type: ignore[assignment]
+    compile_blocks(**kwargs)
+    forward: Callable[..., Any] = module.forward
+    return forward

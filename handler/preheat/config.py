@@ -1,0 +1,307 @@
+"""The model YAML as frozen objects.
+
+TorchServe's keys keep their meaning, `pt2.compile` in every form it knows (pt2_forms); ours stand beside them. An
+unknown key or a wrong value is a ConfigError that names the YAML path, the value and what would be right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from preheat.errors import ConfigError
+from preheat.pt2_forms import CompileConfig, normalized
+from preheat.schema import BatchSizes, BucketPair, Count, FrozenMapping, Listed, Positive, Section, Text
+from preheat.yaml_errors import explained, refuse_twice, shown
+
+__all__ = [
+    "Attention",
+    "CacheConfig",
+    "CompileConfig",
+    "DebugConfig",
+    "DefaultsConfig",
+    "Dtype",
+    "ExportConfig",
+    "Fit",
+    "Guidance",
+    "LimitsConfig",
+    "ModelConfig",
+    "OnFailure",
+    "OutputFormat",
+    "Oversize",
+    "PipelineConfig",
+    "Pt2Config",
+    "Scope",
+    "ShapesConfig",
+    "Strategy",
+    "Target",
+    "Task",
+]
+
+Fit = Literal["pad", "resize"]
+Oversize = Literal["reject", "downscale", "eager"]
+Strategy = Literal["buckets", "dynamic", "fixed", "exact"]
+Scope = Literal["full", "regional"]
+OnFailure = Literal["eager", "fail"]
+Target = Literal["unet", "transformer", "vae.decoder", "vae.encoder"]
+Attention = Literal["default", "math", "flash", "efficient", "cudnn"]
+Dtype = Literal["float32", "float16", "bfloat16"]
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
+Guidance = Literal["both", "on", "off"]
+OutputFormat = Literal["png", "jpeg", "webp"]
+
+
+class ShapesConfig(Section):
+    """Which sizes are warmed and how a request meets them."""
+
+    strategy: Strategy = "buckets"
+    buckets: Listed[BucketPair] = ()
+    """Pixels; empty means the one default size of the pipeline, resolved when it is loaded."""
+    batch_sizes: BatchSizes = (1,)
+    """Ascending; "dynamic" is one graph per bucket for all of them."""
+    fit: Fit = "pad"
+    oversize: Oversize = "reject"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fixed_means_resize(cls, data: Any) -> Any:
+        if isinstance(data, Mapping) and data.get("strategy") == "fixed":
+            return {"fit": "resize", **data}
+        return data
+
+    @field_validator("batch_sizes")
+    @classmethod
+    def _ascending(cls, sizes: tuple[int, ...] | Literal["dynamic"]) -> tuple[int, ...] | Literal["dynamic"]:
+        if sizes == "dynamic":
+            return sizes
+        refuse_twice(sizes, "pt2.shapes.batch_sizes")
+        return tuple(sorted(sizes))
+
+    @model_validator(mode="after")
+    def _agree(self) -> ShapesConfig:
+        refuse_twice(self.buckets, "pt2.shapes.buckets")
+        if self.strategy == "fixed" and len(self.buckets) > 1:
+            raise ConfigError(
+                f"strategy fixed paints one size, but {len(self.buckets)} buckets are listed; "
+                "keep one, or use strategy: buckets",
+                "pt2.shapes.buckets",
+            )
+        if self.strategy == "fixed" and self.fit == "pad":
+            raise ConfigError(
+                "strategy fixed resizes every picture; use fit: resize, or leave it out", "pt2.shapes.fit"
+            )
+        return self
+
+
+class CacheConfig(Section):
+    """Where compiled artifacts are kept between runs and machines."""
+
+    key: Text | None = None
+    shared: Text | None = None
+    """A folder. Whoever can write to it can run code in the workers."""
+
+
+class ExportConfig(Section):
+    """TorchServe's `pt2.export`."""
+
+    aot_compile: bool = False
+
+
+class DebugConfig(Section):
+    """What torch logs about compiling (the artifacts of TORCH_LOGS)."""
+
+    recompiles: bool = False
+    guards: bool = False
+    graph_breaks: bool = False
+
+
+class Pt2Config(Section):
+    """The `pt2` section: TorchServe's `compile` and `export`, and our keys beside them."""
+
+    compile: CompileConfig = CompileConfig()
+    targets: Listed[Target] = ()
+    """Modules to compile; empty means the denoiser."""
+    scope: Scope = "full"
+    on_failure: OnFailure = "eager"
+    attention: Attention = "default"
+    shapes: ShapesConfig = ShapesConfig()
+    cache: CacheConfig = CacheConfig()
+    export: ExportConfig = ExportConfig()
+    debug: DebugConfig = DebugConfig()
+
+    @field_validator("targets")
+    @classmethod
+    def _unique(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+        refuse_twice(targets, "pt2.targets")
+        return targets
+
+
+class LimitsConfig(Section):
+    """What a request may ask for; everything past it is a 400."""
+
+    max_steps: Positive = 100
+    max_prompt_chars: Positive = 2_000
+    max_image_bytes: Positive = 10_000_000
+    """Of an input image as sent, after base64 is undone."""
+    max_image_pixels: Positive = 16_777_216
+    min_side: Positive = 16
+    max_side: Positive = 4_096
+    """Pixels, of the picture asked for."""
+    max_images: Positive = 4
+    max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0
+
+    @model_validator(mode="after")
+    def _agree(self) -> LimitsConfig:
+        if self.min_side > self.max_side:
+            raise ConfigError(f"{self.min_side} is over max_side ({self.max_side})", "pipeline.limits.min_side")
+        return self
+
+
+class DefaultsConfig(Section):
+    """What a request gets that does not say."""
+
+    num_inference_steps: Positive = 30
+    guidance_scale: Annotated[float, Field(ge=0)] = 5.0
+    """Above 1 the denoiser runs twice per step, with and without the prompt."""
+    strength: Annotated[float, Field(gt=0, le=1)] = 0.6
+    output_format: OutputFormat = "png"
+
+
+class PipelineConfig(Section):
+    """Which pipeline is served and what its clients may ask."""
+
+    path: Text = "."
+    """"." is the archive's own model folder; else a mounted folder or a hub id."""
+    dtype: Dtype = "float32"
+    scheduler: Text | None = None
+    """Name of a diffusers scheduler class that replaces the folder's own."""
+    guidance: Guidance = "both"
+    """Which variants are warmed; a request for the other one is a 400."""
+    tasks: Annotated[Listed[Task], Field(min_length=1)] = ("text-to-image", "image-to-image", "inpainting")
+    fused_lora: Text | None = None
+    """Folder of a safetensors LoRA that is fused before compiling."""
+    limits: LimitsConfig = LimitsConfig()
+    defaults: DefaultsConfig = DefaultsConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _guidance_words(cls, data: Any) -> Any:
+        if not isinstance(data, Mapping):
+            return data
+        data = dict(data)
+        if isinstance(data.get("guidance"), bool):  # YAML 1.1 reads a bare on or off as a boolean
+            data["guidance"] = "on" if data["guidance"] else "off"
+        defaults = data.get("defaults", {})
+        if data.get("guidance") == "off" and isinstance(defaults, Mapping):
+            data["defaults"] = {"guidance_scale": 0.0, **defaults}
+        return data
+
+    @model_validator(mode="after")
+    def _agree(self) -> PipelineConfig:
+        refuse_twice(self.tasks, "pipeline.tasks")
+        steps, scale = self.defaults.num_inference_steps, self.defaults.guidance_scale
+        if steps > self.limits.max_steps:
+            raise ConfigError(
+                f"{steps} is over pipeline.limits.max_steps ({self.limits.max_steps})",
+                "pipeline.defaults.num_inference_steps",
+            )
+        if scale > self.limits.max_guidance_scale:
+            raise ConfigError(
+                f"{scale} is over pipeline.limits.max_guidance_scale ({self.limits.max_guidance_scale})",
+                "pipeline.defaults.guidance_scale",
+            )
+        if self.guidance != "both" and (scale > 1) != (self.guidance == "on"):
+            right = "a scale above 1" if self.guidance == "on" else "0.0"
+            raise ConfigError(
+                f"{scale} contradicts pipeline.guidance: {self.guidance}; use {right}",
+                "pipeline.defaults.guidance_scale",
+            )
+        return self
+
+
+class ModelConfig(Section):
+    """A whole model YAML.
+
+    The camelCase keys are TorchServe's: the 23 that its frontend reads
+    (frontend/archive/src/main/java/org/pytorch/serve/archive/model/ModelConfig.java of 0.12.0), of which it ignores
+    wrong values with a log line, and `handler`, where BaseHandler looks for `profile` (ts/handler_utils/timer.py).
+    """
+
+    minWorkers: Count | None = None
+    maxWorkers: Count | None = None
+    batchSize: Positive = 1
+    maxBatchDelay: Count | None = None
+    """Milliseconds."""
+    responseTimeout: Positive | None = None
+    """Seconds a batch may take; TorchServe's default is 120."""
+    startupTimeout: Positive | None = None
+    """Seconds import and initialize() may take, compiling included; TorchServe's default is 120."""
+    maxRetryTimeoutInSec: Positive | None = None
+    """TorchServe's default is 300."""
+    deviceType: Literal["cpu", "gpu"] | None = None
+    deviceIds: Listed[Count] | None = None
+    parallelType: Literal["pp", "tp", "pptp", "custom"] | None = None
+    parallelLevel: Positive | None = None
+    torchrun: FrozenMapping | None = None
+    clientTimeoutInMills: Count | None = None
+    jobQueueSize: Positive | None = None
+    useJobTicket: bool | None = None
+    continuousBatching: bool | None = None
+    sequenceBatching: bool | None = None
+    sequenceMaxIdleMSec: Positive | None = None
+    sequenceTimeoutMSec: Positive | None = None
+    maxNumSequence: Positive | None = None
+    maxSequenceJobQueueSize: Positive | None = None
+    asyncCommunication: bool | None = None
+    useVenv: bool | None = None
+    handler: FrozenMapping | None = None
+
+    pt2: Pt2Config = Pt2Config()
+    pipeline: PipelineConfig = PipelineConfig()
+
+    @model_validator(mode="after")
+    def _agree(self) -> ModelConfig:
+        if self.minWorkers is not None and self.maxWorkers is not None and self.minWorkers > self.maxWorkers:
+            raise ConfigError(f"{self.minWorkers} is over maxWorkers ({self.maxWorkers})", "minWorkers")
+        if self.startupTimeout and self.maxRetryTimeoutInSec and self.maxRetryTimeoutInSec <= self.startupTimeout:
+            raise ConfigError(
+                f"{self.maxRetryTimeoutInSec} must exceed startupTimeout ({self.startupTimeout}), "
+                "or TorchServe gives up on a slow start after too few tries",
+                "maxRetryTimeoutInSec",
+            )
+        return self
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> ModelConfig:
+        """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes from it).
+
+        Raises:
+            ConfigError: an unknown key or a wrong value, with its YAML path.
+        """
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"a model YAML is a mapping of keys to values, got {shown(data)}")
+        if "pt2" in data:
+            data = {**data, "pt2": normalized(data["pt2"], list(Pt2Config.model_fields))}
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            raise explained(error, data, cls) from None
+
+    @classmethod
+    def load(cls, path: Path) -> ModelConfig:
+        """The config in the YAML file at `path`.
+
+        Raises:
+            ConfigError: the file cannot be read, is no YAML, or holds an unknown key or a wrong value.
+        """
+        try:
+            data = yaml.safe_load(path.read_bytes())
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{path} is not valid YAML: {error}") from error
+        return cls.parse(data)

@@ -1,0 +1,88 @@
+"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler and for IPEX."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import shutil
+from contextlib import AbstractContextManager, nullcontext
+from types import ModuleType
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_ATTENTION = {
+    "math": SDPBackend.MATH,
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+}
+
+
+def attention_backend(name: str) -> AbstractContextManager[None]:
+    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch."""
+    if name == "default":
+        return nullcontext()
+    context: AbstractContextManager[None] = sdpa_kernel(_ATTENTION[name])
+    return context
+
+
+def pick_device(gpu_id: int | str | None) -> torch.device:
+    """The device of this worker, made current.
+
+    `gpu_id` is what TorchServe assigns in `context.system_properties`. TorchServe 0.12 does not narrow CUDA_VISIBLE_DEVICES per
+    worker, so without `set_device` every worker would also hold a context on GPU 0.
+    """
+    if gpu_id is None or not torch.cuda.is_available():
+        return torch.device("cpu")
+    device = torch.device("cuda", int(gpu_id))
+    torch.cuda.set_device(device)
+    return device
+
+
+def share_cpu(num_workers: int) -> None:
+    """Give this worker its share of the cores, once and before anything is compiled.
+
+    Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores are many times slower than
+    one. Dynamo guards on the number of threads, so it must not change later. OMP_NUM_THREADS has the last word.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, num_workers)))
+
+
+def missing_compiler(device: torch.device, backend: str) -> str | None:
+    """Why Inductor cannot compile here, or None. Only the C++ road needs a look: Triton brings its own compiler."""
+    if backend != "inductor" or device.type != "cpu":
+        return None
+    compiler = os.environ.get("CXX", "g++")  # what Inductor itself looks for on Linux
+    if shutil.which(compiler) is None:
+        return f"no C++ compiler: {compiler!r} is not on PATH"
+    return None
+
+
+def ipex_requested() -> bool:
+    """TorchServe sets TS_IPEX_ENABLE for its workers when config.properties says `ipex_enable=true`."""
+    return os.environ.get("TS_IPEX_ENABLE", "false") == "true"
+
+
+def import_ipex() -> ModuleType | None:
+    """Intel's extension, or None with a warning where it is not installed."""
+    try:
+        return importlib.import_module("intel_extension_for_pytorch")
+    except ImportError:
+        logger.warning("ipex_enable is set, but intel-extension-for-pytorch is not installed: serving without it")
+        return None
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Most memory this process has held: on the GPU (allocator peak) or in RAM (VmHWM, Linux)."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

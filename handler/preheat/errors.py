@@ -1,0 +1,61 @@
+"""Every error Preheat raises on purpose, in one tree.
+
+    PreheatError
+    ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
+    ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
+    ├── ArchiveError     a model folder cannot be packaged
+    ├── WarmupError      a variant could not be warmed where the config insists on it
+    └── PipelineError    a pipeline folder cannot be served
+
+Anything else that is raised is a bug, or the machine's doing.
+"""
+
+from __future__ import annotations
+
+
+class PreheatError(Exception):
+    """Root of the tree."""
+
+
+class ConfigError(PreheatError):
+    """A wrong value in the model YAML.
+
+    `path` is where it stands, such as `pt2.shapes.buckets[1][0]`; empty for the document itself.
+    """
+
+    def __init__(self, message: str, path: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.path = path
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}" if self.path else self.message
+
+
+class RequestError(PreheatError):
+    """A request that is refused; `field` is the request's field at fault, None where no single one is."""
+
+    def __init__(self, message: str, field: str | None = None, code: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.code = code
+
+    def __str__(self) -> str:
+        return f"{self.field}: {self.message}" if self.field else self.message
+
+    def body(self) -> dict[str, int | str | None]:
+        """The JSON object the client receives, the same over REST and gRPC."""
+        return {"code": self.code, "type": "InvalidRequest", "message": self.message, "field": self.field}
+
+
+class ArchiveError(PreheatError):
+    """A model folder that cannot be packaged."""
+
+
+class WarmupError(PreheatError):
+    """A variant that could not be warmed although `on_failure: fail` asks for every one."""
+
+
+class PipelineError(PreheatError):
+    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""

@@ -1,0 +1,240 @@
+"""Diffusers pipelines behind one call: what a family needs is a row in a table, diffusers does the denoising.
+
+One loaded pipeline serves text-to-image, image-to-image and inpainting: diffusers' Auto pipelines share the components, so the
+compiled targets are shared too.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+from numpy.typing import NDArray
+from PIL.Image import Image
+from torch import nn
+
+from preheat.buckets import Bucket
+from preheat.config import PipelineConfig
+from preheat.device import DTYPES
+from preheat.errors import PipelineError
+
+logger = logging.getLogger(__name__)
+
+Task = Literal["text-to-image", "image-to-image", "inpainting"]
+
+
+@dataclass(frozen=True, slots=True)
+class Family:
+    """What differs between pipeline families.
+
+    Args:
+        name: for logs and fingerprints.
+        denoiser: attribute of the module that runs once a step.
+        guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to the model as a number.
+        patch: latent cells a side that the denoiser packs into one token; a bucket must be a multiple of VAE scale x patch.
+        size_conditioning: the denoiser is told sizes (SDXL micro-conditioning, arXiv 2307.01952, section 2.2).
+    """
+
+    name: str
+    denoiser: Literal["unet", "transformer"]
+    guidance: Literal["cfg", "embedded"]
+    patch: int
+    size_conditioning: bool = False
+
+
+FAMILIES: Mapping[str, Family] = {
+    "StableDiffusionXLPipeline": Family("sdxl", "unet", "cfg", patch=1, size_conditioning=True),
+    "StableDiffusionPipeline": Family("sd", "unet", "cfg", patch=1),
+    "StableDiffusion3Pipeline": Family("sd3", "transformer", "cfg", patch=2),
+    "FluxPipeline": Family("flux", "transformer", "embedded", patch=2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture of a batch. `image` and `mask` are as large as the batch's bucket."""
+
+    prompt: str
+    negative_prompt: str | None
+    seed: int
+    image: Image | None = None
+    mask: Image | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows that agree in everything a single pipeline call shares."""
+
+    rows: Sequence[Row]
+    task: Task
+    bucket: Bucket
+    num_inference_steps: int
+    guidance_scale: float
+    strength: float
+
+
+class DiffusionPipeline:
+    """A loaded pipeline folder on its device, ready to paint batches at bucket size."""
+
+    def __init__(self, pipe: Any, family: Family, config: PipelineConfig) -> None:
+        self.family = family
+        self.guidance_variants = _guidance_variants(family, config)
+        self._pipe = pipe
+        self._tasks: dict[Task, Any] = {"text-to-image": pipe}
+        if "image-to-image" in config.tasks:
+            self._tasks["image-to-image"] = AutoPipelineForImage2Image.from_pipe(pipe)
+        if "inpainting" in config.tasks:
+            self._tasks["inpainting"] = AutoPipelineForInpainting.from_pipe(pipe)
+        for task_pipe in self._tasks.values():
+            task_pipe.set_progress_bar_config(disable=True)
+        self._accepted = {
+            task: frozenset(inspect.signature(type(task_pipe).__call__).parameters)
+            for task, task_pipe in self._tasks.items()
+        }
+
+    @classmethod
+    def load(cls, folder: str | Path, config: PipelineConfig, device: torch.device) -> DiffusionPipeline:
+        """Load a pipeline folder (or hub id) from safetensors.
+
+        Raises:
+            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not safetensors.
+        """
+        # diffusers warns with the text of a prompt that CLIP truncates; prompts are never logged.
+        diffusers.utils.logging.set_verbosity_error()
+        try:
+            pipe = AutoPipelineForText2Image.from_pretrained(
+                folder,
+                torch_dtype=DTYPES[config.dtype],
+                use_safetensors=True,
+                variant=_weight_variant(Path(folder)),
+                local_files_only=Path(folder).is_dir(),
+            )
+        except (OSError, ValueError) as error:
+            raise PipelineError(f"cannot load a diffusers pipeline from {str(folder)!r}: {error}") from error
+        family = FAMILIES.get(type(pipe).__name__)
+        if family is None:
+            raise PipelineError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
+        _replace_scheduler(pipe, config.scheduler)
+        if config.fused_lora is not None:
+            _fuse_lora(pipe, config.fused_lora)
+        pipe.to(device)
+        return cls(pipe, family, config)
+
+    @property
+    def tasks(self) -> tuple[Task, ...]:
+        return tuple(self._tasks)
+
+    @property
+    def multiple(self) -> int:
+        """Pixels that height and width of a bucket must be a multiple of."""
+        return int(self._pipe.vae_scale_factor) * self.family.patch
+
+    @property
+    def default_bucket(self) -> Bucket:
+        """The size the model was made for, from its own config."""
+        cells = getattr(self._pipe, "default_sample_size", None)
+        cells = cells or getattr(self._pipe, self.family.denoiser).config.sample_size
+        side = int(cells) * int(self._pipe.vae_scale_factor)
+        return Bucket(side, side)
+
+    def default_targets(self) -> tuple[str, ...]:
+        return (self.family.denoiser,)
+
+    def target(self, name: str) -> nn.Module:
+        """The module a target names, such as `unet` or `vae.decoder`.
+
+        Raises:
+            PipelineError: this pipeline has no such module.
+        """
+        module: Any = self._pipe
+        for part in name.split("."):
+            module = getattr(module, part, None)
+        if not isinstance(module, nn.Module):
+            raise PipelineError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
+        return module
+
+    def structure(self) -> dict[str, Any]:
+        """What compiled code depends on: every component's class and config, without the weights."""
+        parts: dict[str, Any] = {"pipeline": type(self._pipe).__name__}
+        for name, component in sorted(self._pipe.components.items()):
+            if isinstance(component, nn.Module):
+                config = getattr(component, "config", {})
+                parts[name] = [type(component).__name__, getattr(config, "to_dict", lambda c=config: dict(c))()]
+            elif component is not None:
+                parts[name] = type(component).__name__
+        return parts
+
+    def paint(self, batch: Batch) -> NDArray[np.uint8]:
+        """Run one batch through diffusers.
+
+        Returns:
+            Pixels, (rows, height, width, 3), as large as the bucket.
+        """
+        arguments = self._arguments(batch)
+        images = self._tasks[batch.task](**arguments).images  # (rows, 3, height, width) in 0..1
+        pixels = (images * 255).round().clamp(0, 255).to(torch.uint8)
+        array: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
+        return array
+
+    def _arguments(self, batch: Batch) -> dict[str, Any]:
+        size = (batch.bucket.height, batch.bucket.width)
+        arguments: dict[str, Any] = {
+            "prompt": [row.prompt for row in batch.rows],
+            "num_inference_steps": batch.num_inference_steps,
+            "guidance_scale": batch.guidance_scale,
+            # One generator a row, on the CPU: a picture depends on its own seed only, and on no GPU model.
+            "generator": [torch.Generator("cpu").manual_seed(row.seed) for row in batch.rows],
+            "output_type": "pt",
+        }
+        if self.family.guidance == "cfg" and batch.rows[0].negative_prompt is not None:
+            arguments["negative_prompt"] = [row.negative_prompt or "" for row in batch.rows]
+        if batch.task != "text-to-image":
+            arguments["image"] = [row.image for row in batch.rows]
+            arguments["strength"] = batch.strength
+        if batch.task == "inpainting":
+            arguments["mask_image"] = [row.mask for row in batch.rows]
+        if self.family.size_conditioning:
+            # The canvas that is painted is the bucket; the crop to the asked size happens after.
+            arguments |= {"original_size": size, "target_size": size, "crops_coords_top_left": (0, 0)}
+        for name, value in zip(("height", "width"), size, strict=True):
+            if name in self._accepted[batch.task]:  # some image-to-image pipelines take the size from the image
+                arguments[name] = value
+        return arguments
+
+
+def _guidance_variants(family: Family, config: PipelineConfig) -> tuple[bool, ...]:
+    """Whether guidance doubles the batch: the values that need warming, True first (it is larger)."""
+    if family.guidance == "embedded":
+        return (False,)
+    return {"both": (True, False), "on": (True,), "off": (False,)}[config.guidance]
+
+
+def _weight_variant(folder: Path) -> str | None:
+    """`fp16` for a folder that holds only half-precision files (`*.fp16.safetensors`)."""
+    files = list(folder.glob("*/*.safetensors"))
+    return "fp16" if files and all(".fp16." in file.name for file in files) else None
+
+
+def _replace_scheduler(pipe: Any, name: str | None) -> None:
+    if name is None:
+        return
+    scheduler = getattr(diffusers, name, None)
+    if scheduler is None or not hasattr(scheduler, "from_config"):
+        raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+
+
+def _fuse_lora(pipe: Any, folder: str) -> None:
+    """Add a LoRA into the weights before anything is compiled, so that it costs nothing afterwards."""
+    pipe.load_lora_weights(folder, use_safetensors=True)
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+    logger.info("fused the LoRA in %s", folder)

@@ -1,0 +1,54 @@
+"""Warm-up as rich progress bars: one per worker and, below it, one per bucket, fed by the workers' status files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from typing_extensions import Self
+
+from preheat.readiness import Status
+
+MARKS = {"hot": "[green]hot[/]", "failed": "[red]failed[/]"}
+
+
+class WarmupProgress:
+    """A context manager; give `update` to `TorchServe.wait_ready` as its `watch`."""
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console()
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[detail]}"),
+            TimeElapsedColumn(),
+            console=self._console,
+        )
+        self._tasks: dict[tuple[int, str], TaskID] = {}
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def update(self, statuses: list[Status]) -> None:
+        """Show what the workers that still run have written."""
+        for status in statuses:
+            if not Path("/proc", str(status.pid)).exists():
+                continue
+            title = f"{status.model} worker {status.pid}"
+            self._show(status.pid, title, status.done, status.total, MARKS.get(status.state, status.state))
+            for bucket, done, total, seconds in status.buckets:
+                self._show(status.pid, f"  {bucket}", done, total, f"{seconds:.1f} s" if seconds else "")
+
+    def _show(self, pid: int, title: str, done: int, total: int, detail: str) -> None:
+        if (pid, title) not in self._tasks:
+            self._tasks[pid, title] = self._progress.add_task(title, total=total or None, detail=detail)
+        task = self._tasks[pid, title]
+        if done >= total > 0 and self._progress.tasks[self._progress.task_ids.index(task)].finished:
+            return
+        self._progress.update(task, completed=done, total=total or None, detail=detail)

@@ -1,0 +1,113 @@
+"""`pt2` as TorchServe 0.12.0 reads it: which of its forms compile, and with which arguments.
+
+The source is BaseHandler.initialize (ts/torch_handler/base_handler.py:225-263); tests/test_pt2_forms.py runs the same
+YAMLs through both. Where TorchServe's load dies or it overlooks a key, this raises ConfigError instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from preheat.errors import ConfigError
+from preheat.schema import FrozenDict, FrozenMapping, Section
+from preheat.yaml_errors import shown, unknown_key
+
+PT2_BACKENDS = (
+    "eager",
+    "aot_eager",
+    "inductor",
+    "nvfuser",
+    "aot_nvfuser",
+    "aot_cudagraphs",
+    "ofi",
+    "fx2trt",
+    "onnxrt",
+    "ipex",
+    "torchxla_trace_once",
+    "openvino",
+    "tensorrt",
+    "hpu_backend",
+)
+"""The names that TorchServe lets through to torch.compile (ts/utils/util.py, PT2Backend); others mean eager."""
+
+TORCH_COMPILE_ARGUMENTS = (
+    "backend",
+    "disable",
+    "dynamic",
+    "fullgraph",
+    "isolate_recompiles",
+    "mode",
+    "name",
+    "options",
+    "recompile_limit",
+    "shapes_spec",
+)
+"""What torch 2.8 to 2.13 accept. Asked only outside `pt2.compile`, to tell a legacy form from our key misspelt."""
+
+
+class CompileConfig(Section):
+    """Whether to compile and the arguments for torch.compile, decided as TorchServe decides it."""
+
+    enable: bool = False
+    kwargs: FrozenMapping = FrozenDict()
+    """torch.compile's keyword arguments, verbatim."""
+    legacy: bool = False
+    """Written in the form that TorchServe deprecates: `pt2: inductor` or `pt2: {backend: inductor}`."""
+    warning: str | None = None
+    """Why nothing is compiled although the YAML looks as if it asked for it; to be logged."""
+
+
+def normalized(pt2: object, keys: Sequence[str]) -> dict[str, Any]:
+    """The fields of Pt2Config, whose names are `keys`, from any of the forms that TorchServe takes for `pt2`.
+
+    Raises:
+        ConfigError: not one of the forms, or TorchServe's load would die of it.
+    """
+    if isinstance(pt2, str):
+        if "compile" in pt2:  # TorchServe looks for its key inside the string, finds it, and dies of it
+            raise ConfigError(f"{shown(pt2)} is no backend; to compile, use pt2: {{compile: {{enable: true}}}}", "pt2")
+        return {"compile": _decided({"backend": pt2}, "pt2", legacy=True)}
+    if not isinstance(pt2, Mapping):
+        raise ConfigError(f"must be a mapping or the name of a torch.compile backend, got {shown(pt2)}", "pt2")
+    if any(key in keys for key in pt2):
+        return _modern(pt2)
+    for key in pt2:
+        if key not in TORCH_COMPILE_ARGUMENTS:
+            raise ConfigError(unknown_key(key, [*keys, *TORCH_COMPILE_ARGUMENTS]), f"pt2.{key}")
+    return {"compile": _decided(pt2, "pt2.backend", legacy=True)}
+
+
+def _modern(pt2: Mapping[str, Any]) -> dict[str, Any]:
+    for key in pt2:
+        if key in TORCH_COMPILE_ARGUMENTS:  # TorchServe ignores it beside `compile` without a word
+            raise ConfigError("is an argument of torch.compile; it belongs under pt2.compile", f"pt2.{key}")
+    return {**pt2, "compile": _compile_section(pt2["compile"])} if "compile" in pt2 else dict(pt2)
+
+
+def _compile_section(section: object) -> CompileConfig:
+    path = "pt2.compile"
+    if not isinstance(section, Mapping):
+        raise ConfigError(f"must be a mapping such as {{enable: true, backend: inductor}}, got {shown(section)}", path)
+    if "enable" not in section:
+        raise ConfigError("is missing; use true or false", f"{path}.enable")
+    for key in section:
+        if not isinstance(key, str):
+            raise ConfigError(f"must be the name of an argument of torch.compile, got {shown(key)}", f"{path}.{key}")
+    kwargs = {key: value for key, value in section.items() if key != "enable"}
+    enable = section["enable"]
+    if enable == True:  # TorchServe's very comparison: 1 and 1.0 enable, "true" in quotes does not
+        return _decided(kwargs, f"{path}.backend", legacy=False)
+    odd = None if enable is False else f"{path}.enable: {shown(enable)} is not true, so nothing is compiled"
+    return CompileConfig(enable=False, kwargs=kwargs, warning=odd)
+
+
+def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool) -> CompileConfig:
+    """Compile with `kwargs`, unless they name a backend that TorchServe would not let through."""
+    if "backend" not in kwargs or kwargs["backend"] in PT2_BACKENDS:
+        return CompileConfig(enable=True, kwargs=kwargs, legacy=legacy)
+    warning = (
+        f"{path}: {shown(kwargs['backend'])} is not a backend that TorchServe supports, so nothing is compiled; "
+        f"it knows {', '.join(PT2_BACKENDS)}"
+    )
+    return CompileConfig(enable=False, kwargs=kwargs, legacy=legacy, warning=warning)

@@ -1,0 +1,329 @@
+"""The request: what a client may ask for, parsed from whatever TorchServe hands over, every limit checked once.
+
+Each refusal is a RequestError that names the field; trouble with the body as a whole is laid at the field `body`.
+Messages quote numbers and short words, never a prompt or an image.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import re
+import secrets
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+
+from preheat.errors import RequestError
+
+if TYPE_CHECKING:
+    from preheat.config import DefaultsConfig, Guidance, LimitsConfig, Task
+
+OutputFormat = Literal["png", "jpeg", "webp"]
+ResponseFormat = Literal["image", "b64_json"]
+T = TypeVar("T")
+Choice = TypeVar("Choice", bound=str)
+
+OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
+RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
+TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
+NUM_SEEDS = 2**63
+"""Seeds run from 0 to one less: what a torch.Generator takes without wrapping."""
+
+_DATA_URL = re.compile(rb"data:[^,]{0,200};base64,", re.IGNORECASE)
+_WHITE = b" \t\r\n"
+_LONGEST_WHOLE = 40  # digits; nothing here needs more than 19, and int() of a million is a way to keep a server busy
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageRequest:
+    """One legal request. Its repr leaves out what must not reach a log."""
+
+    prompt: str = field(repr=False)
+    negative_prompt: str | None = field(repr=False)
+    height: int | None
+    """Pixels; None where the client left it to the server."""
+    width: int | None
+    num_inference_steps: int
+    guidance_scale: float
+    seed: int
+    """0 to 2**63 - 1; drawn at random if the client named none."""
+    image: bytes | None = field(repr=False)
+    """The file as it was sent, not decoded; never empty."""
+    mask_image: bytes | None = field(repr=False)
+    strength: float
+    """Above 0, at most 1: how far the image is repainted. Without an image it means nothing."""
+    num_images: int
+    output_format: OutputFormat
+    response_format: ResponseFormat
+
+    @property
+    def task(self) -> Task:
+        """What the request is, by the images it brings."""
+        if self.image is None:
+            return "text-to-image"
+        return "image-to-image" if self.mask_image is None else "inpainting"
+
+
+FIELDS = tuple(one.name for one in fields(ImageRequest))
+
+
+def parse_row(
+    row: Mapping[str, object],
+    *,
+    limits: LimitsConfig,
+    defaults: DefaultsConfig,
+    guidance: Guidance = "both",
+    tasks: Collection[Task] = TASKS,
+) -> ImageRequest:
+    """The request in one row of a TorchServe batch.
+
+    A row is `{"body": ...}` over REST (a parsed JSON object, text that is the prompt, or bytes of JSON), `{"data": JSON
+    bytes}` over gRPC, or one entry per field (multipart, gRPC map): text as UTF-8, numbers as JSON writes them, images
+    as raw files. Entries beside `body` or `data` add to its fields.
+
+    Raises:
+        RequestError: anything that is not a legal request; nothing else is raised, whatever the row holds.
+    """
+    sent = _Sent(_fields_of(row))
+    prompt = sent.text("prompt", limits.max_prompt_chars)
+    if prompt is None:
+        raise RequestError("is missing", "prompt")
+    request = ImageRequest(
+        prompt=prompt,
+        negative_prompt=sent.text("negative_prompt", limits.max_prompt_chars),
+        height=sent.whole("height", limits.min_side, limits.max_side),
+        width=sent.whole("width", limits.min_side, limits.max_side),
+        num_inference_steps=_or(sent.whole("num_inference_steps", 1, limits.max_steps), defaults.num_inference_steps),
+        guidance_scale=_or(sent.number("guidance_scale", limits.max_guidance_scale), defaults.guidance_scale),
+        seed=_or(sent.whole("seed", 0, NUM_SEEDS - 1), secrets.randbelow(NUM_SEEDS)),
+        image=sent.file("image", limits.max_image_bytes),
+        mask_image=sent.file("mask_image", limits.max_image_bytes),
+        strength=_or(sent.number("strength", 1.0, zero=False), defaults.strength),
+        num_images=_or(sent.whole("num_images", 1, limits.max_images), 1),
+        output_format=_or(sent.choice("output_format", OUTPUT_FORMATS), defaults.output_format),
+        response_format=_or(sent.choice("response_format", RESPONSE_FORMATS), "image"),
+    )
+    _check_together(request, guidance, tasks)
+    return request
+
+
+def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection[Task]) -> None:
+    """What no field can know alone."""
+    if request.mask_image is not None and request.image is None:
+        raise RequestError("needs the image that it masks, in the field image", "mask_image")
+    if request.task not in tasks:
+        at_fault = "mask_image" if request.task == "inpainting" else "image"
+        raise RequestError(f"{request.task} is not served by this model, which does {', '.join(tasks)}", at_fault)
+    if guidance == "on" and request.guidance_scale <= 1:
+        raise RequestError(f"this model always guides: above 1, got {request.guidance_scale}", "guidance_scale")
+    if guidance == "off" and request.guidance_scale > 1:
+        raise RequestError(
+            f"this model is served without guidance: 0 to 1, got {request.guidance_scale}", "guidance_scale"
+        )
+    steps = request.num_inference_steps
+    # diffusers starts an image on its way, and has no step left to run where this comes to 0
+    if request.image is not None and int(min(steps * request.strength, steps)) < 1:
+        raise RequestError(
+            f"{request.strength} of {steps} steps is less than one step; ask for more of either", "strength"
+        )
+    if request.num_images > 1 and request.response_format != "b64_json":
+        raise RequestError("more than one image needs response_format b64_json", "num_images")
+
+
+class _Sent:
+    """The fields as they came, read one at a time; None is as good as absent.
+
+    JSON has no bytes, so a value in bytes is always a part of its own (multipart, gRPC map).
+    """
+
+    def __init__(self, values: Mapping[str, object]) -> None:
+        for name in values:
+            if name not in FIELDS:
+                raise _unknown(name)
+        self._values = values
+
+    def text(self, name: str, max_chars: int) -> str | None:
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bytes):
+            value = _decoded(value, name)
+        if not isinstance(value, str):
+            raise RequestError(f"must be text, got {_shown(value)}", name)
+        if len(value) > max_chars:
+            raise RequestError(f"has {len(value)} characters, at most {max_chars} are allowed", name)
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise RequestError("holds a NUL or half a surrogate pair, which are not text", name)
+        return value
+
+    def choice(self, name: str, choices: tuple[Choice, ...]) -> Choice | None:
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, bytes):
+            value = _decoded(value, name)
+        for one in choices:
+            if value == one:
+                return one
+        raise RequestError(f"must be one of {', '.join(choices)}, got {_shown(value)}", name)
+
+    def whole(self, name: str, low: int, high: int) -> int | None:
+        value = self._numeral(name)
+        if value is None:
+            return None
+        if type(value) is not int or not low <= value <= high:  # type(), since True is an int
+            raise RequestError(f"must be a whole number from {low} to {high}, got {_shown(value)}", name)
+        return value
+
+    def number(self, name: str, high: float, *, zero: bool = True) -> float | None:
+        value = self._numeral(name)
+        if value is None:
+            return None
+        # Compared before it is converted: Python compares a huge int exactly, and NaN to nothing.
+        if isinstance(value, int | float) and type(value) is not bool and 0 <= value <= high and (zero or value > 0):
+            return float(value)
+        legal = f"from 0 to {high:g}" if zero else f"above 0 and at most {high:g}"
+        raise RequestError(f"must be a number {legal}, got {_shown(value)}", name)
+
+    def file(self, name: str, max_bytes: int) -> bytes | None:
+        value = self._values.get(name)
+        if value is None:
+            return None
+        if isinstance(value, str):
+            value = _from_base64(value, name, max_bytes)
+        if not isinstance(value, bytes):
+            raise RequestError(f"must be an image file in base64, got {_shown(value)}", name)
+        if not value:
+            raise RequestError("is empty", name)
+        if len(value) > max_bytes:
+            raise RequestError(f"has {len(value)} bytes, at most {max_bytes} are allowed", name)
+        return value
+
+    def _numeral(self, name: str) -> object:
+        value = self._values.get(name)
+        if not isinstance(value, bytes):
+            return value
+        text = _decoded(value, name)
+        try:
+            return _loads(text)
+        except ValueError:
+            return text
+
+
+def _or(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _fields_of(row: object) -> dict[str, object]:
+    """The fields by name, from any of the shapes that TorchServe gives a row."""
+    if not isinstance(row, Mapping) or not row:
+        # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
+        raise RequestError("is empty; send JSON with the header Content-Type: application/json", "body")
+    parts = {name: _part(value) for name, value in row.items()}
+    for envelope in ("data", "body"):
+        if envelope in parts:
+            del parts[envelope]
+            inside = _object(row[envelope])
+            for name in parts:
+                if name in inside:
+                    raise RequestError("is given twice, in the JSON and beside it", _name(name))
+            return {**inside, **parts}
+    return parts
+
+
+def _part(value: object) -> object:
+    """A part in bytes: TorchServe has decoded those that call themselves text."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "surrogatepass")
+    return bytes(value) if isinstance(value, bytearray | memoryview) else value
+
+
+def _object(body: object) -> dict[str, object]:
+    if isinstance(body, bytes | bytearray | memoryview) and len(body):
+        try:
+            body = _loads(_decoded(bytes(body), "body"))
+        except ValueError as error:
+            raise RequestError(f"is not JSON: {error}", "body") from None
+        if not isinstance(body, dict):
+            raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
+    if isinstance(body, str) and body:
+        return {"prompt": body}
+    if isinstance(body, Mapping):
+        return dict(body)
+    if body is None or body in (b"", ""):
+        raise RequestError("is empty; send a JSON object", "body")
+    raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
+
+
+def _loads(text: str) -> object:
+    """`text` as JSON. Raises ValueError with a short reason, and RequestError for a name that stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_int=_whole_literal)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError("is given twice", _name(name))
+        found[name] = value
+    return found
+
+
+def _whole_literal(digits: str) -> int | float:
+    return int(digits) if len(digits) <= _LONGEST_WHOLE else float(digits)
+
+
+def _decoded(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"is not UTF-8 (byte {error.start})", name) from None
+
+
+def _from_base64(text: str, name: str, max_bytes: int) -> bytes:
+    """The bytes in `text`, with or without a data URL's head; the size is checked before anything is decoded."""
+    try:
+        raw = text.encode("ascii")
+    except UnicodeEncodeError:
+        raise RequestError("is not base64", name) from None
+    head = _DATA_URL.match(raw)
+    coded = raw[head.end() if head else 0 :].translate(None, _WHITE)  # the base64 command wraps its lines
+    size = len(coded) // 4 * 3
+    if size - 2 > max_bytes:
+        raise RequestError(f"has about {size} bytes, at most {max_bytes} are allowed", name)
+    try:
+        return base64.b64decode(coded, validate=True)
+    except ValueError:
+        raise RequestError("is not base64", name) from None
+
+
+def _unknown(name: object) -> RequestError:
+    shown = _name(name)
+    close = get_close_matches(shown, FIELDS, n=1)
+    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
+    return RequestError(f"unknown field; {hint}", shown)
+
+
+def _name(name: object) -> str:
+    """A field's name fit for an answer: short, printable ASCII."""
+    text = ascii(name)[1:-1] if isinstance(name, str) and name else '""'
+    return text if len(text) <= 64 else f"{text[:61]}..."
+
+
+def _shown(value: object) -> str:
+    """A value for a message: numbers and short words themselves, of anything else the kind alone."""
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 4 * _LONGEST_WHOLE):
+        return repr(value)
+    if isinstance(value, str):
+        return ascii(value) if len(value) <= 20 else f"text of {len(value)} characters"
+    kinds = {int: "a huge number", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "something else")

@@ -1,0 +1,66 @@
+"""Answers as TorchServe rows: a status, headers and bytes."""
+
+from __future__ import annotations
+
+import base64
+import http
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from preheat import images
+from preheat.engine import Answer
+from preheat.request import ImageRequest
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One row's answer. Header values are strings: TorchServe's worker dies of any other type."""
+
+    code: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def phrase(self) -> str:
+        return http.HTTPStatus(self.code).phrase
+
+
+def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
+
+
+def from_answer(request: ImageRequest, answer: Answer) -> Response:
+    """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
+    if answer.error is not None:
+        message = f"the pipeline failed on this request ({type(answer.error).__name__}); the server's log says more"
+        return json_response(500, {"code": 500, "type": "PipelineFailure", "message": message, "field": None})
+    encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
+    headers = _headers(request, answer)
+    if request.response_format == "image":
+        return Response(200, encoded[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
+    data = [
+        {"b64_json": base64.b64encode(picture).decode(), "seed": (request.seed + index) % 2**63}
+        for index, picture in enumerate(encoded)
+    ]
+    plan = answer.plan
+    document = {
+        "data": data,
+        "width": plan.width,
+        "height": plan.height,
+        "bucket": [plan.bucket.height, plan.bucket.width],
+        "engine": answer.engine,
+        "padding": round(plan.padding, 4),
+        "output_format": request.output_format,
+    }
+    return json_response(200, document, headers)
+
+
+def _headers(request: ImageRequest, answer: Answer) -> dict[str, str]:
+    return {
+        "x-preheat-bucket": str(answer.plan.bucket),
+        "x-preheat-engine": answer.engine,
+        "x-preheat-seed": str(request.seed),
+        "x-preheat-padding": f"{answer.plan.padding:.4f}",
+    }

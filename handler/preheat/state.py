@@ -1,0 +1,88 @@
+"""What a worker says about itself: the state that `GET /models/{name}?customized=true` returns, and the file that shows warm-up.
+
+Both are plain data. The state answers "is it hot, and has it stayed hot"; the status file lets `preheat ready` draw progress
+while `initialize()` runs, when TorchServe itself can only say "not ready".
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
+
+Phase = Literal["loading", "warming", "hot", "failed"]
+
+
+@dataclass(slots=True)
+class ServerState:
+    """The design's state object. Counters count requests, not denoising steps."""
+
+    version: str
+    strategy: str
+    state: Phase = "loading"
+    fingerprint: str = ""
+    buckets: list[Mapping[str, Any]] = field(default_factory=list)
+    """One row per bucket, batch size and target: height, width (pixels), batch_size, target, engine, warm_seconds, cache, reason."""
+    compiles_at_boot: int = 0
+    compiles_since_ready: int = 0
+    eager_fallbacks: int = 0
+    """Requests that ran eagerly although compiled code was wanted: failed buckets and incidents."""
+    incidents: int = 0
+    """Requests that met a shape or guard nobody foresaw."""
+    planned_eager: int = 0
+    """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
+    requests: int = 0
+    ready_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """The object under `customizedMetadata`."""
+        return {"preheat": {name: getattr(self, name) for name in self.__slots__}}
+
+
+class StatusFile:
+    """A worker's progress as a small JSON file, replaced atomically; nothing is written where no folder is given."""
+
+    def __init__(self, folder: str | None, model: str) -> None:
+        self._path = Path(folder) / f"{model}-{os.getpid()}.json" if folder else None
+        self._document: dict[str, Any] = {"model": model, "pid": os.getpid(), "state": "loading", "total": 0, "done": 0}
+        self._buckets: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def from_environment(cls, model: str) -> StatusFile:
+        return cls(os.environ.get(STATUS_DIR_VARIABLE), model)
+
+    def plan(self, variants_per_bucket: Mapping[str, int]) -> None:
+        """Announce how many variants each bucket has, in the order they will be warmed."""
+        self._buckets = {
+            bucket: {"bucket": bucket, "total": total, "done": 0, "seconds": 0.0}
+            for bucket, total in variants_per_bucket.items()
+        }
+        self.write("warming")
+
+    def step(self, bucket: str, seconds: float) -> None:
+        row = self._buckets[bucket]
+        row["done"] += 1
+        row["seconds"] = round(row["seconds"] + seconds, 3)
+        self.write("warming")
+
+    def write(self, state: Phase, message: str = "") -> None:
+        rows = list(self._buckets.values())
+        self._document |= {
+            "state": state,
+            "total": sum(row["total"] for row in rows),
+            "done": sum(row["done"] for row in rows),
+            "buckets": rows,
+            "message": message,
+        }
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._document))
+        scratch.replace(self._path)

@@ -1,0 +1,239 @@
+"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and nothing may compile.
+
+Warm-up does not know pipelines. It is given `serve`, which runs one variant exactly as a request would run, and the routers
+that stand in for the compiled targets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Literal
+
+from preheat.buckets import Bucket
+from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router
+from preheat.errors import WarmupError
+from preheat.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
+
+logger = logging.getLogger(__name__)
+
+# Compile, record, replay: CUDA graphs need three calls until nothing happens any more (torch/_inductor/cudagraph_trees.py).
+_MAX_PASSES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Whatever needs its own graph. `guidance` doubles the denoiser's batch."""
+
+    bucket: Bucket
+    batch_size: int
+    guidance: bool
+    task: str
+
+    def __str__(self) -> str:
+        return f"{self.bucket} {self.details}"
+
+    @property
+    def details(self) -> str:
+        return f"batch {self.batch_size}, guidance {'on' if self.guidance else 'off'}, {self.task}"
+
+
+def plan_variants(
+    buckets: Iterable[Bucket], batch_sizes: Iterable[int], guidance: Iterable[bool], tasks: Sequence[str]
+) -> tuple[Variant, ...]:
+    """Every variant, largest first: a bucket that does not fit into memory shows at once, and memory pools grow once."""
+    every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks))
+    return tuple(
+        sorted(
+            every, key=lambda v: (-v.bucket.area, v.bucket.height, -v.batch_size, not v.guidance, tasks.index(v.task))
+        )
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What warm-up did for one target in one bucket and batch size; a row of the state."""
+
+    bucket: Bucket
+    batch_size: int
+    target: str
+    engine: EngineName
+    warm_seconds: float
+    cache: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Progress: variant number `done` of `total` took `seconds`."""
+
+    done: int
+    total: int
+    variant: Variant
+    seconds: float
+
+
+class Warmup:
+    """One run of warm-up and proof.
+
+    Args:
+        serve: runs one variant through the served path.
+        routers: by target name.
+        on_failure: `eager` gives up the shapes at fault; `fail` raises.
+        progress: told after each variant.
+        leave_out: variants that are not warmed although they are proven: how tests show that the proof can fail.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Variant], None],
+        routers: Mapping[str, Router],
+        watch: CompileWatch,
+        *,
+        on_failure: Literal["eager", "fail"],
+        progress: Callable[[Step], None] = lambda _: None,
+        leave_out: Collection[Variant] = (),
+    ) -> None:
+        self._serve, self._routers, self._watch = serve, routers, watch
+        self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
+        self._records: dict[tuple[Bucket, int, str], Record] = {}
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self._records.values())
+
+    def observe(self, variants: Iterable[Variant]) -> None:
+        """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those."""
+        self._enter(Phase.OBSERVE)
+        for variant in variants:
+            self._serve(variant)
+        for router in self._routers.values():
+            if router.observed:
+                router.dims = DynamicDims.varying(router.observed)
+                logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+
+    def warm(self, variants: Sequence[Variant]) -> None:
+        """Compile every variant.
+
+        Raises:
+            WarmupError: a target could not be compiled and `on_failure` is `fail`.
+        """
+        allow_compiling()
+        self._enter(Phase.WARM)
+        chosen = [variant for variant in variants if variant not in self._leave_out]
+        for done, variant in enumerate(chosen, start=1):
+            events = self._watch.num_events
+            seconds, outcome = self._warm_until_quiet(variant)
+            self._note(variant, seconds, outcome)
+            how = "in" if self._watch.num_events > events else "already, ran in"
+            logger.info(
+                "[%d/%d] %s %s %s %.1f s (%s%s)",
+                done,
+                len(chosen),
+                variant.bucket,
+                _engines(self._routers.values()),
+                how,
+                seconds,
+                variant.details,
+                f", cache {outcome}" if outcome else "",
+            )
+            self._progress(Step(done, len(chosen), variant, seconds))
+            self._fail_if_asked(variant)
+
+    def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
+        started, counters = time.perf_counter(), cache_counters()
+        for router in self._routers.values():
+            router.start_variant()
+        for _ in range(_MAX_PASSES):
+            events = self._watch.num_events
+            self._serve(variant)
+            if self._watch.num_events == events:
+                break
+        return time.perf_counter() - started, cache_outcome(counters, cache_counters())
+
+    def prove(self, variants: Iterable[Variant]) -> int:
+        """Replay every variant with compiling forbidden; returns the number of variants at fault.
+
+        Any compile event, and any guard that would have asked for one, is a fault of warm-up. The shapes at fault are given up
+        to `eager`, so that no request can meet them.
+
+        Raises:
+            WarmupError: there is a fault and `on_failure` is `fail`.
+        """
+        forbid_compiling()
+        self._enter(Phase.SERVE)
+        num_faults = 0
+        for variant in variants:
+            for router in self._routers.values():
+                router.start_variant()
+            events = self._watch.num_events
+            self._serve(variant)
+            why = "compiled again in the replay" if self._watch.num_events != events else None
+            if self._give_up(why):
+                num_faults += 1
+                logger.error("proof: %s was not hot after warm-up", variant)
+                self._note(variant, 0.0, None)
+                self._fail_if_asked(variant)
+        return num_faults
+
+    def _enter(self, phase: Phase) -> None:
+        for router in self._routers.values():
+            router.phase = phase
+
+    def _give_up(self, why: str | None) -> bool:
+        """Turn the shapes at fault in the last replay into eager ones."""
+        found = False
+        for router in self._routers.values():
+            for key, route in list(router.visited.items()):
+                if route.engine == "eager" and router.routes.get(key) != route:
+                    router.routes[key], found = route, True
+                elif why is not None and route.engine != "eager":
+                    router.routes[key] = router.visited[key] = Route("eager", why)
+                    found = True
+        return found
+
+    def _note(self, variant: Variant, seconds: float, outcome: str | None) -> None:
+        """Fold what this variant did into the rows of the state: the slowest engine, the sum of seconds."""
+        for name, router in self._routers.items():
+            routes = list(router.visited.values()) or ([Route("eager", router.reason)] if router.idle else [])
+            if not routes:
+                continue
+            key = (variant.bucket, variant.batch_size, name)
+            before = self._records.get(key)
+            eager = next((route for route in routes if route.engine == "eager"), None)
+            fallen = before is not None and before.engine == "eager"
+            self._records[key] = Record(
+                bucket=variant.bucket,
+                batch_size=variant.batch_size,
+                target=name,
+                engine="eager" if eager or fallen else routes[0].engine,
+                warm_seconds=round(seconds + (before.warm_seconds if before else 0.0), 3),
+                cache=_fold_outcome(before.cache if before else None, outcome),
+                reason=(eager.reason if eager else None) or (before.reason if before else None),
+            )
+
+    def _fail_if_asked(self, variant: Variant) -> None:
+        if self._on_failure != "fail":
+            return
+        for name, router in self._routers.items():
+            bad = next((route.reason for route in router.visited.values() if route.engine == "eager"), router.reason)
+            if bad is not None:
+                raise WarmupError(f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}")
+
+
+def _fold_outcome(before: str | None, now: str | None) -> str | None:
+    if before is None or now is None or before == now:
+        return now or before
+    return "partial"
+
+
+def _engines(routers: Iterable[Router]) -> str:
+    """Which targets the last variant met on which engine, such as `unet, vae.decoder compiled`."""
+    by_engine: dict[str, list[str]] = {}
+    for router in routers:
+        for engine in sorted({route.engine for route in router.visited.values()}):
+            by_engine.setdefault(engine, []).append(router.name)
+    return "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items()) or "all eager"

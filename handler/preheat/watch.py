@@ -1,0 +1,98 @@
+"""Sees every compilation: counts Dynamo's compile events, and forbids new ones once the server is hot."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch._dynamo import callback as dynamo_callback
+from torch._dynamo.utils import counters as dynamo_counters
+
+# What torch says when the stance is fail_on_recompile (torch/_dynamo/eval_frame.py); it is a plain RuntimeError.
+_REFUSAL = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
+
+
+class CompileWatch:
+    """Counts compile events of this process: Dynamo traces, runtime autotuning, CUDA graph recordings.
+
+    Nested events count once (torch reports the outermost). Cache hits still trace, so they count too: the watch answers
+    "did a request wait for the compiler", not "was machine code made".
+    """
+
+    def __init__(self) -> None:
+        self.events: Counter[str] = Counter()
+        dynamo_callback.callback_handler.register_start_callback(self._note)
+
+    def _note(self, args: Any) -> None:
+        self.events[args.callback_trigger.name.lower()] += 1
+
+    @property
+    def num_events(self) -> int:
+        return sum(self.events.values())
+
+    def close(self) -> None:
+        dynamo_callback.callback_handler.remove_start_callback(self._note)
+
+
+def forbid_compiling() -> None:
+    """From here on a guard that fails raises before anything compiles; see `refused_guards`. Process-wide."""
+    torch.compiler.set_stance("fail_on_recompile")
+
+
+def allow_compiling() -> None:
+    torch.compiler.set_stance("default")
+
+
+@contextmanager
+def eagerly() -> Iterator[None]:
+    """Run without compiled code, regional blocks included, whatever the stance outside is."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def refused_guards(error: BaseException) -> str | None:
+    """The guards that failed, if `error` is torch refusing to compile under `forbid_compiling`; None for any other error.
+
+    The text names code locations, shapes and dtypes, never tensor contents.
+    """
+    text = str(error)
+    if not isinstance(error, RuntimeError) or not text.startswith(_REFUSAL):
+        return None
+    return text[len(_REFUSAL) :].lstrip(". ")
+
+
+def raise_recompile_limits(num_graphs: int) -> None:
+    """Make room for `num_graphs` graphs per code object, and make hitting the limit an error.
+
+    Dynamo's default is 8 per code object, and past it it goes eager silently (torch/_dynamo/config.py).
+    """
+    config: Any = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, num_graphs)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, num_graphs)
+    config.fail_on_recompile_limit_hit = True
+
+
+def num_graphs() -> int:
+    """Graphs that Dynamo has captured in this process. A compile event without one means that nothing was compiled."""
+    return int(dynamo_counters["stats"]["unique_graphs"])
+
+
+def cache_counters() -> tuple[int, int]:
+    """(hits, misses) of the compiler's caches so far, as the compiler counts them."""
+    autograd, inductor = dynamo_counters["aot_autograd"], dynamo_counters["inductor"]
+    hits = autograd["autograd_cache_hit"] + inductor["fxgraph_cache_hit"]
+    # An AOTAutograd miss asks the FX graph cache next, so only the latter's miss means that Inductor worked.
+    return hits, inductor["fxgraph_cache_miss"]
+
+
+def cache_outcome(before: tuple[int, int], after: tuple[int, int]) -> str | None:
+    """`hit`, `partial` or `miss` between two readings of `cache_counters`; None where nothing was looked up."""
+    hits, misses = after[0] - before[0], after[1] - before[1]
+    if hits and misses:
+        return "partial"
+    if misses:
+        return "miss"
+    return "hit" if hits else None

@@ -1,0 +1,98 @@
+"""The archive's entry point. TorchServe imports this file by its bare name and wants exactly one class defined in it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ts.torch_handler.base_handler import BaseHandler
+
+from preheat import responses
+from preheat.config import ModelConfig
+from preheat.device import pick_device, share_cpu
+from preheat.engine import Job
+from preheat.errors import RequestError
+from preheat.responses import Response
+from preheat.service import Service
+from preheat.state import StatusFile
+
+logger = logging.getLogger(__name__)
+
+
+class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
+    """Adapts TorchServe's contexts and rows to `preheat.service.Service`.
+
+    `preprocess`, `inference` and `postprocess` hand over one entry per row: a job while it is good, a response once its fate is
+    known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
+    """
+
+    def initialize(self, context: Any) -> None:
+        """Load, compile, warm and prove; TorchServe shows READY when this returns.
+
+        Raises:
+            PreheatError: the model cannot be served as its YAML says; TorchServe logs it and tries again.
+        """
+        self.context, self.manifest = context, context.manifest
+        properties = context.system_properties
+        self.device = pick_device(properties.get("gpu_id"))
+        status = StatusFile.from_environment(context.model_name or "model")
+        status.write("loading")
+        try:
+            config = ModelConfig.parse(context.model_yaml_config or {})
+            if self.device.type == "cpu":
+                share_cpu(config.minWorkers or 1)
+            self.service = Service(
+                config,
+                Path(properties["model_dir"]),
+                self.device,
+                status=status,
+            )
+        except Exception as error:
+            status.write("failed", f"{type(error).__name__}: {error}")
+            raise
+        self.initialized = True
+
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Job | Response]:
+        """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
+        return [self._parse(index, row) for index, row in enumerate(data)]
+
+    def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Response]:
+        """Paint the jobs, in as few pipeline calls as their differences allow."""
+        answers = iter(self.service.run([entry for entry in data if isinstance(entry, Job)]))
+        return [
+            responses.from_answer(entry.request, next(answers)) if isinstance(entry, Job) else entry for entry in data
+        ]
+
+    def postprocess(self, data: Sequence[Response]) -> list[bytes]:
+        """Set each row's status and headers; the bodies are the output."""
+        for index, response in enumerate(data):
+            self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
+            for name, value in response.headers.items():
+                self.context.set_response_header(index, name, value)
+            # A unary gRPC answer has no url_path; without this header TorchServe 0.12 takes it for a stream and the worker dies.
+            if self.context.get_request_header(index, "url_path") is None:
+                self.context.set_response_header(index, "ts_stream_next", "false")
+        return [response.body for response in data]
+
+    def describe_handle(self) -> dict[str, Any]:
+        """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
+        return self.service.current_state().document()
+
+    def _parse(self, index: int, row: Mapping[str, object]) -> Job | Response:
+        if not row and self.context.get_request_header(index, "describe") == "True":
+            return responses.json_response(200, self.describe_handle())
+        try:
+            return self.service.parse(row)
+        except RequestError as error:
+            logger.info("refused a request: %s", error)
+            return responses.json_response(error.code, error.body())
+
+    def _is_describe(self) -> bool:
+        """Never for the whole batch: BaseHandler would answer everybody with the state because one client sent the header."""
+        return False
+
+    def _is_explain(self) -> bool:
+        """Never: an `explain` header would send the whole batch down a road that no pipeline has."""
+        return False

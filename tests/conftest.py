@@ -1,0 +1,22 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from preheat.watch import CompileWatch
+
+# Tiny models gain nothing from a second thread, and lose much where test servers compete for the cores.
+torch.set_num_threads(1)
+
+
+@pytest.fixture
+def watch() -> Iterator[CompileWatch]:
+    """A watch on a process that has compiled nothing, with compiling allowed again afterwards."""
+    torch._dynamo.reset()
+    watch = CompileWatch()
+    yield watch
+    watch.close()
+    torch.compiler.set_stance("default")
+    torch._dynamo.reset()

@@ -1,0 +1,157 @@
+"""The chosen bucket against a brute-force reading of the rules, over thousands of sizes."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from preheat.buckets import Bucket, batch_size_for, covering, nearest_aspect, round_up
+
+SDXL = [Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152), Bucket(1344, 768), Bucket(768, 1344)]
+
+sides = st.integers(1, 4096)
+# Small multiples of 8 collide in area and in aspect all the time, so the ties are really tried.
+bucket_sides = st.integers(1, 12).map(lambda cells: 8 * cells) | st.integers(1, 256).map(lambda cells: 8 * cells)
+buckets = st.builds(Bucket, bucket_sides, bucket_sides)
+bucket_lists = st.lists(buckets, min_size=1, max_size=8)
+near_sides = st.integers(1, 100) | sides
+
+
+def factor(bucket: Bucket, height: int, width: int) -> Fraction:
+    """How many times wider than the request the bucket is, or narrower: 1 or more."""
+    ratio = Fraction(bucket.width, bucket.height) / Fraction(width, height)
+    return max(ratio, 1 / ratio)
+
+
+@settings(max_examples=2000, deadline=None)
+@given(bucket_lists, near_sides, near_sides)
+def test_covering_is_the_least_that_covers(choices: list[Bucket], height: int, width: int) -> None:
+    chosen = covering(choices, height, width)
+    fitting = [b for b in choices if b.height >= height and b.width >= width]
+    if not fitting:
+        assert chosen is None
+        return
+    assert chosen in fitting
+    assert chosen is not None
+    for other in fitting:
+        assert chosen.area <= other.area
+        if chosen.area == other.area:
+            assert chosen.height <= other.height
+
+
+@settings(max_examples=2000, deadline=None)
+@given(bucket_lists, near_sides, near_sides)
+def test_nearest_aspect_is_the_nearest_and_breaks_ties_by_the_rules(
+    choices: list[Bucket], height: int, width: int
+) -> None:
+    chosen = nearest_aspect(choices, height, width)
+    assert chosen in choices
+    nearest = min(factor(b, height, width) for b in choices)
+    assert factor(chosen, height, width) == nearest
+    tied = [b for b in choices if factor(b, height, width) == nearest]
+    fitting = [b for b in tied if b.covers(height, width)]
+    if fitting:
+        tied, area = fitting, min(b.area for b in fitting)
+    else:
+        area = max(b.area for b in tied)
+    assert chosen.area == area
+    assert chosen.height == min(b.height for b in tied if b.area == area)
+
+
+@settings(max_examples=300, deadline=None)
+@given(bucket_lists, sides, sides, st.data())
+def test_the_order_of_the_list_decides_nothing(
+    choices: list[Bucket], height: int, width: int, data: st.DataObject
+) -> None:
+    shuffled = data.draw(st.permutations(choices))
+    assert covering(choices, height, width) == covering(shuffled, height, width)
+    assert nearest_aspect(choices, height, width) == nearest_aspect(shuffled, height, width)
+
+
+@settings(max_examples=1000, deadline=None)
+@given(sides, sides, st.integers(1, 64))
+def test_round_up_is_the_smallest_aligned_size_that_covers(height: int, width: int, multiple: int) -> None:
+    size = round_up((height, width), multiple)
+    assert size == round_up(Bucket(height, width), multiple)
+    assert size.height % multiple == size.width % multiple == 0
+    assert size.height - multiple < height <= size.height
+    assert size.width - multiple < width <= size.width
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.integers(1, 64), max_size=6), st.integers(1, 64))
+def test_batch_size_is_the_smallest_that_holds_the_rows(sizes: list[int], rows: int) -> None:
+    fitting = [size for size in sizes if size >= rows]
+    if fitting:
+        assert batch_size_for(sizes, rows) == min(fitting)
+    else:
+        with pytest.raises(ValueError, match=f"{rows} rows"):
+            batch_size_for(sizes, rows)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "bucket"),
+    [
+        (1024, 1024, Bucket(1024, 1024)),
+        (1, 1, Bucket(768, 1344)),
+        (1025, 896, Bucket(1152, 896)),
+        (1025, 897, None),
+        (1153, 768, Bucket(1344, 768)),
+        (768, 1344, Bucket(768, 1344)),
+        (1345, 100, None),
+    ],
+)
+def test_covering_among_the_sdxl_buckets(height: int, width: int, bucket: Bucket | None) -> None:
+    assert covering(SDXL, height, width) == bucket
+
+
+@pytest.mark.parametrize(
+    ("choices", "size", "bucket"),
+    [
+        # Twice too wide is as far as twice too tall; neither covers, both have the same area: the smaller height.
+        ([(16, 8), (8, 16)], (100, 100), (8, 16)),
+        # The same shape three times: the least that covers,
+        ([(64, 64), (32, 32), (16, 16)], (20, 20), (32, 32)),
+        # or, where none does, the greatest.
+        ([(64, 64), (32, 32), (16, 16)], (100, 100), (64, 64)),
+        # Equally near, one covers: it goes first although it is larger.
+        ([(80, 160), (240, 120)], (120, 120), (240, 120)),
+    ],
+)
+def test_ties_of_aspect(choices: list[tuple[int, int]], size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    assert nearest_aspect([Bucket(*choice) for choice in choices], *size) == Bucket(*bucket)
+
+
+def test_a_ratio_that_floats_cannot_tell_apart_is_told_apart() -> None:
+    exact, close = Bucket(10**17, 10**17 - 1), Bucket(10**17, 10**17)
+    assert (10**17 - 1) / 10**17 == 1.0
+    # Neither covers, so the larger `close` would win if the two shapes were taken for the same.
+    assert nearest_aspect([close, exact], 2 * 10**17, 2 * (10**17 - 1)) == exact
+
+
+def test_a_bucket_is_a_value() -> None:
+    bucket = Bucket(1152, 896)
+    assert str(bucket) == "1152x896"
+    assert bucket.area == 1152 * 896
+    assert bucket.covers(1152, 896)
+    assert not bucket.covers(896, 1152)
+    assert {bucket: 1}[Bucket(1152, 896)] == 1
+    with pytest.raises(AttributeError):
+        bucket.height = 8  # type: ignore[misc]
+
+
+@pytest.mark.parametrize(("height", "width"), [(0, 8), (8, 0), (-8, 8)])
+def test_a_bucket_without_pixels_is_refused(height: int, width: int) -> None:
+    with pytest.raises(ValueError, match="positive"):
+        Bucket(height, width)
+
+
+def test_nothing_to_choose_from() -> None:
+    assert covering([], 8, 8) is None
+    with pytest.raises(ValueError, match="no buckets"):
+        nearest_aspect([], 8, 8)
+    with pytest.raises(ValueError, match="multiple"):
+        round_up((8, 8), 0)

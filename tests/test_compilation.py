@@ -1,0 +1,234 @@
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from preheat.compilation import DynamicDims, Phase, Router, build_router, signature
+from preheat.config import Pt2Config
+from preheat.errors import ConfigError
+from preheat.watch import CompileWatch, forbid_compiling
+
+CPU = torch.device("cpu")
+
+
+class Toy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.scale = 2.0
+
+    def forward(self, sample: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        painted: torch.Tensor = self.conv(sample) * self.scale
+        return painted + 1 if flag else painted
+
+
+def compiled(watch: CompileWatch, module: nn.Module | None = None, **pt2: Any) -> tuple[nn.Module, Router]:
+    module = module if module is not None else Toy()
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}} | pt2)
+    return module, build_router("toy", module, config, torch.float32, CPU)
+
+
+def sample(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape)
+
+
+def test_a_warmed_shape_runs_compiled_and_equals_eager(watch: CompileWatch) -> None:
+    module, router = compiled(watch)
+    inputs = sample(2, 4, 8, 8)
+    module(inputs)
+    forbid_compiling()
+    router.phase = Phase.SERVE
+    router.start_run()
+    result = module(inputs)
+    assert router.run.engines == {"compiled"} and router.run.incidents == 0
+    torch.testing.assert_close(result, module.conv(inputs) * 2.0)  # type: ignore[operator]
+
+
+def test_the_memory_format_that_a_tensor_arrives_in_needs_no_graph_of_its_own(watch: CompileWatch) -> None:
+    module, router = compiled(watch)
+    inputs = sample(2, 4, 8, 8)
+    plain = module(inputs)
+    events = watch.num_events
+    torch.testing.assert_close(module(inputs.contiguous(memory_format=torch.channels_last)), plain)
+    assert watch.num_events == events == 1 and len(router.routes) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda x: (x[:1],),
+        lambda x: (x[..., :4],),
+        lambda x: (x, True),
+    ],
+    ids=["batch", "width", "flag"],
+)
+def test_an_unwarmed_call_runs_eagerly_at_once_and_is_an_incident(
+    watch: CompileWatch, change: Callable[[torch.Tensor], tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+) -> None:
+    module, router = compiled(watch)
+    inputs = sample(2, 4, 8, 8)
+    module(inputs)
+    forbid_compiling()
+    router.phase, events = Phase.SERVE, watch.num_events
+    router.start_run()
+    with caplog.at_level(logging.ERROR):
+        result = module(*change(inputs))
+    assert router.run.incidents == 1 and router.run.engines == {"eager"}
+    assert watch.num_events == events
+    assert result.shape == change(inputs)[0].shape
+    assert "toy runs eagerly" in caplog.text and "input shapes" in caplog.text
+
+
+def test_a_guard_that_no_signature_shows_is_refused_named_and_served_eagerly(
+    watch: CompileWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, router = compiled(watch)
+    inputs = sample(2, 4, 8, 8)
+    module(inputs)
+    forbid_compiling()
+    router.phase, events = Phase.SERVE, watch.num_events
+    router.start_run()
+    module.scale = 3.0  # type: ignore[assignment]
+    with caplog.at_level(logging.ERROR):
+        result = module(inputs)
+    assert router.run.incidents == 1 and watch.num_events == events
+    assert "scale" in caplog.text, "the guard that failed is named"
+    torch.testing.assert_close(result, module.conv(inputs) * 3.0)  # type: ignore[operator]
+
+
+def test_one_graph_serves_every_batch_size_but_one_once_the_dimension_is_learnt(watch: CompileWatch) -> None:
+    module, router = compiled(watch)
+    router.phase = Phase.OBSERVE
+    for rows in (1, 8):
+        module(sample(rows, 4, 8, 8))
+    router.dims = DynamicDims.varying(router.observed)
+    assert router.dims.ranges == {"0": {0: (1, 8)}}
+    router.phase = Phase.WARM
+    events = watch.num_events
+    for rows in (2, 1):
+        module(sample(rows, 4, 8, 8))
+    assert watch.num_events == events + 2
+    forbid_compiling()
+    router.phase = Phase.SERVE
+    router.start_run()
+    for rows in range(1, 9):
+        module(sample(rows, 4, 8, 8))
+    assert router.run.incidents == 0 and watch.num_events == events + 2
+    module(sample(9, 4, 8, 8))
+    assert router.run.incidents == 1, "past the largest size that was seen nothing is promised"
+
+
+def picky_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
+    if any(isinstance(value, torch.Tensor) and value.shape[-1] == 16 for value in inputs):
+        raise NotImplementedError("no lowering for this width")
+    return graph.forward
+
+
+def test_a_shape_whose_compile_fails_stays_eager_alone_with_its_reason(watch: CompileWatch) -> None:
+    module, router = compiled(watch, compile={"enable": True, "kwargs": {"backend": picky_backend}})
+    module(sample(1, 4, 1, 8))
+    assert module(sample(1, 4, 1, 16)).shape == (1, 4, 1, 16)
+    engines = [(route.engine, route.reason) for route in router.routes.values()]
+    assert engines[0] == ("compiled", None)
+    assert engines[1][0] == "eager" and "no lowering" in str(engines[1][1])
+    router.phase = Phase.SERVE
+    router.start_run()
+    module(sample(1, 4, 1, 16))
+    assert router.run.fallen == 1 and router.run.incidents == 0
+
+
+def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(watch: CompileWatch) -> None:
+    module, _ = compiled(watch)
+    with pytest.raises(RuntimeError, match="channels"):
+        module(sample(1, 3, 8, 8))
+
+
+class Opaque(Toy):
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def forward(self, sample: torch.Tensor, flag: bool = False) -> torch.Tensor:
+        return super().forward(sample, flag)
+
+
+def test_a_module_that_compiles_to_nothing_is_found_out(watch: CompileWatch) -> None:
+    module, router = compiled(watch, Opaque())
+    module(sample(1, 4, 8, 8))
+    (route,) = router.routes.values()
+    assert route.engine == "eager" and "no graph" in str(route.reason)
+
+
+def test_bad_arguments_of_torch_compile_mean_eager_and_a_reason(watch: CompileWatch) -> None:
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"mode": "fastest"}}})
+    module = Toy()
+    router = build_router("toy", module, config, torch.float32, CPU)
+    assert router.idle and "refused its arguments" in str(router.reason)
+    assert module(sample(1, 4, 8, 8)).shape == (1, 4, 8, 8)
+
+
+def test_without_a_compiler_everything_is_eager_and_says_so(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "inductor"}}})
+    with caplog.at_level(logging.ERROR):
+        router = build_router("toy", Toy(), config, torch.float32, CPU)
+    assert router.idle and "no-such-compiler" in str(router.reason) and "no-such-compiler" in caplog.text
+
+
+def test_regional_scope_needs_repeated_blocks(watch: CompileWatch) -> None:
+    with pytest.raises(ConfigError, match="pt2.scope"):
+        compiled(watch, scope="regional")
+
+
+def test_the_signature_ignores_which_strides_a_side_of_one_has_no_use_for() -> None:
+    plain = torch.zeros(2, 1, 3, 3)
+    odd = plain.transpose(0, 1).contiguous().transpose(0, 1)
+    none = DynamicDims()
+    assert signature((plain,), {}, none) == signature((odd,), {}, none)
+    assert signature((plain,), {"a": None}, none) != signature((plain,), {"a": 1}, none)
+    assert signature((), {"c": {"x": plain}}, none) != signature((), {"c": {"x": plain[:1]}}, none)
+
+
+class FakeIpex:
+    """What `ipex.optimize` promises: the module back, optimised in place."""
+
+    def __init__(self) -> None:
+        self.dtypes: list[torch.dtype] = []
+
+    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool) -> nn.Module:
+        assert inplace
+        self.dtypes.append(dtype)
+        return module
+
+
+def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = FakeIpex()
+    monkeypatch.setenv("TS_IPEX_ENABLE", "true")
+    monkeypatch.setitem(__import__("sys").modules, "intel_extension_for_pytorch", fake)
+    module = Toy()
+    seen: list[bool] = []
+    module.conv.register_forward_pre_hook(
+        lambda _, args: seen.append(args[0].is_contiguous(memory_format=torch.channels_last))
+    )
+    router = build_router("toy", module, Pt2Config(), torch.bfloat16, CPU)
+    module(sample(2, 4, 8, 8))
+    router.phase = Phase.SERVE
+    router.start_run()
+    module(sample(3, 4, 8, 8))
+    assert router.run.engines == {"ipex"} and router.run.incidents == 0
+    assert fake.dtypes == [torch.bfloat16] and seen == [True, True]
+    assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_ipex_that_is_not_installed_is_a_loud_eager(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("TS_IPEX_ENABLE", "true")
+    monkeypatch.setitem(__import__("sys").modules, "intel_extension_for_pytorch", None)
+    with caplog.at_level(logging.WARNING):
+        router = build_router("toy", Toy(), Pt2Config(), torch.float32, CPU)
+    assert router.idle and "not installed" in str(router.reason) and "not installed" in caplog.text

@@ -1,0 +1,166 @@
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from preheat.buckets import Bucket
+from preheat.compilation import Phase, Router, build_router
+from preheat.config import Pt2Config
+from preheat.errors import WarmupError
+from preheat.warmup import Step, Variant, Warmup, plan_variants
+from preheat.watch import CompileWatch
+
+SMALL, WIDE = Bucket(8, 8), Bucket(8, 16)
+
+
+class Denoiser(nn.Module):
+    """Two rows a picture under guidance, as a UNet has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 1, 3, padding=1)
+        self.scale = 1.0
+
+    def forward(self, sample: torch.Tensor) -> torch.Tensor:
+        painted: torch.Tensor = self.conv(sample) * self.scale
+        return painted
+
+
+class Server:
+    """Serves a variant by one call of the denoiser, under the grad mode of real requests."""
+
+    def __init__(self, watch: CompileWatch, backend: Any = "eager", **settings: Any) -> None:
+        self.denoiser, self.watch = Denoiser(), watch
+        config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": backend}}})
+        self.router: Router = build_router("unet", self.denoiser, config, torch.float32, torch.device("cpu"))
+        self.served: list[Variant] = []
+        self.steps: list[Step] = []
+        options: dict[str, Any] = {"on_failure": "eager", "progress": self.steps.append} | settings
+        self.warmup = Warmup(self.serve, {"unet": self.router}, watch, **options)
+
+    def serve(self, variant: Variant) -> None:
+        self.served.append(variant)
+        self.router.start_run()
+        rows = variant.batch_size * (2 if variant.guidance else 1)
+        with torch.inference_mode():
+            self.denoiser(torch.zeros(rows, 1, variant.bucket.height, variant.bucket.width))
+
+    def engines(self) -> dict[tuple[Bucket, int], str]:
+        return {(record.bucket, record.batch_size): record.engine for record in self.warmup.records}
+
+
+VARIANTS = plan_variants([SMALL, WIDE], [1, 2], [True, False], ["text-to-image"])
+
+
+@given(
+    st.sets(st.builds(Bucket, st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=4),
+    st.sets(st.integers(1, 8), min_size=1, max_size=3),
+)
+def test_the_plan_holds_every_variant_once_and_the_largest_first(buckets: set[Bucket], sizes: set[int]) -> None:
+    plan = plan_variants(buckets, sizes, [True, False], ["text-to-image", "inpainting"])
+    assert len(plan) == len(set(plan)) == len(buckets) * len(sizes) * 4
+    areas = [variant.bucket.area for variant in plan]
+    assert areas == sorted(areas, reverse=True)
+    assert plan[0].batch_size == max(sizes) and plan[0].guidance
+
+
+def test_after_warm_up_the_replay_compiles_nothing_and_every_variant_is_compiled(
+    watch: CompileWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(watch)
+    with caplog.at_level(logging.INFO, logger="preheat"):
+        server.warmup.warm(VARIANTS)
+    events = watch.num_events
+    assert server.warmup.prove(VARIANTS) == 0
+    assert watch.num_events == events == 6, "rows 1, 2 and 4 in two buckets"
+    assert set(server.engines().values()) == {"compiled"} and len(server.engines()) == 4
+    assert [step.done for step in server.steps] == list(range(1, 9))
+    assert "[1/8] 8x16 unet compiled in" in caplog.text
+
+
+def test_a_variant_left_out_of_warm_up_is_caught_by_the_proof(
+    watch: CompileWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    forgotten = Variant(WIDE, 2, True, "text-to-image")
+    server = Server(watch, leave_out=[forgotten])
+    server.warmup.warm(VARIANTS)
+    events = watch.num_events
+    with caplog.at_level(logging.ERROR):
+        assert server.warmup.prove(VARIANTS) == 1
+    assert watch.num_events == events, "the proof itself compiles nothing either"
+    assert f"{forgotten} was not hot" in caplog.text
+    assert server.engines()[WIDE, 2] == "eager" and server.engines()[WIDE, 1] == "compiled"
+
+
+def test_a_variant_left_out_refuses_ready_where_the_config_says_so(watch: CompileWatch) -> None:
+    forgotten = Variant(WIDE, 2, True, "text-to-image")
+    server = Server(watch, leave_out=[forgotten], on_failure="fail")
+    server.warmup.warm(VARIANTS)
+    with pytest.raises(WarmupError, match="on_failure is fail.*8x16 batch 2, guidance on"):
+        server.warmup.prove(VARIANTS)
+
+
+def test_state_that_changes_between_warm_up_and_traffic_is_caught_with_its_guard(
+    watch: CompileWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    server = Server(watch)
+    server.warmup.warm(VARIANTS)
+    server.denoiser.scale = 2.0
+    with caplog.at_level(logging.ERROR):
+        assert server.warmup.prove(VARIANTS) > 0
+    assert "scale" in caplog.text
+    assert set(server.engines().values()) == {"eager"}
+    assert all("scale" in str(record.reason) for record in server.warmup.records)
+
+
+def fails_on_wide(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
+    if any(isinstance(value, torch.Tensor) and value.shape[-1] == WIDE.width for value in inputs):
+        raise NotImplementedError("no lowering for this width")
+    return graph.forward
+
+
+def test_a_bucket_whose_compile_fails_becomes_eager_alone(watch: CompileWatch) -> None:
+    server = Server(watch, fails_on_wide)
+    server.warmup.warm(VARIANTS)
+    assert server.warmup.prove(VARIANTS) == 0, "a bucket given up in warm-up is no new fault"
+    assert server.engines() == {(SMALL, 1): "compiled", (SMALL, 2): "compiled", (WIDE, 1): "eager", (WIDE, 2): "eager"}
+    reasons = {record.bucket: record.reason for record in server.warmup.records}
+    assert reasons[SMALL] is None and "no lowering" in str(reasons[WIDE])
+
+
+def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(watch: CompileWatch) -> None:
+    server = Server(watch, fails_on_wide, on_failure="fail")
+    with pytest.raises(WarmupError, match="(?s)8x16.*no lowering"):
+        server.warmup.warm(VARIANTS)
+
+
+def test_two_observed_batch_sizes_make_one_graph_a_bucket(watch: CompileWatch) -> None:
+    server = Server(watch)
+    server.warmup.observe([Variant(SMALL, 4, True, "text-to-image"), Variant(SMALL, 1, False, "text-to-image")])
+    variants = plan_variants([SMALL, WIDE], [1, 2, 4], [True, False], ["text-to-image"])
+    server.warmup.warm(variants)
+    assert watch.num_events == 4, "rows 1 and rows 2-8, in two buckets"
+    assert server.warmup.prove(plan_variants([SMALL, WIDE], [1, 2, 3, 4], [True, False], ["text-to-image"])) == 0
+
+
+def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> None:
+    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks like."""
+    server = Server(watch)
+    server.warmup.warm(VARIANTS)
+    plain = server.router._fast
+    assert plain is not None
+
+    def restless(*args: Any) -> Any:
+        watch.events["cudagraph_recording"] += 1
+        return plain(*args)
+
+    server.router._fast = restless
+    assert server.warmup.prove(VARIANTS[:1]) == 1
+    assert server.router.phase is Phase.SERVE
+    assert server.engines()[WIDE, 2] == "eager"
