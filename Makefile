@@ -18,6 +18,9 @@ METRICS_PORT ?= 8082
 GRPC_PORT ?= 7070
 GRPC_MANAGEMENT_PORT ?= 7071
 
+# Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
+export GOMP_SPINCOUNT ?= 1000
+
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 

@@ -83,8 +83,10 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _parse(self, index: int, row: Mapping[str, object]) -> Job | Response:
         if not row and self.context.get_request_header(index, "describe") == "True":
             return responses.json_response(200, self.describe_handle())
+        # Clients spell header names as they like, and TorchServe's lookup is case-sensitive. A gRPC call has none.
+        headers = {name.lower(): value for name, value in self.context.get_all_request_header(index).items()}
         try:
-            return self.service.parse(row)
+            return self.service.parse(row, headers.get("content-type"))
         except RequestError as error:
             logger.info("refused a request: %s", error)
             return responses.json_response(error.code, error.body())

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat.buckets import Bucket
-from preheat.config import ShapesConfig
+from preheat.config import LimitsConfig, ShapesConfig
 from preheat.engine import Engine, Job, RunReport
 from preheat.errors import RequestError
 from preheat.pipelines import Batch
@@ -24,6 +24,7 @@ class Canvas:
     """Paints every pixel from its place and its row's seed, so that a picture shows where and whose it is."""
 
     multiple = 8
+    grid = 16
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
@@ -69,7 +70,7 @@ class Bench:
         self.engine = Engine(self.canvas, {}, config, max_rows=4, report=self.reports.append)
 
     def job(self, **changes: Any) -> Job:
-        return self.engine.prepare(make_request(**changes), max_pixels=10**6, default=BUCKETS[0])
+        return self.engine.prepare(make_request(**changes), limits=LimitsConfig(min_side=1), default=BUCKETS[0])
 
 
 REQUESTS = st.fixed_dictionaries(
@@ -139,6 +140,18 @@ def test_the_image_sets_the_size_that_the_request_leaves_out() -> None:
     assert (job.plan.crop.top, job.plan.crop.left) == (0, 0)
 
 
+def test_one_side_alone_keeps_the_images_proportions() -> None:
+    job = Bench().job(image=png(40, 20), height=None, width=60)
+    assert (job.plan.height, job.plan.width) == (30, 60)
+
+
+def test_an_image_cannot_bring_in_a_size_that_a_request_could_not_ask_for() -> None:
+    bench = Bench(oversize="eager")
+    with pytest.raises(RequestError) as caught:
+        bench.job(image=png(5000, 10), height=None, width=None)
+    assert caught.value.field == "width"
+
+
 def test_without_image_and_size_the_first_bucket_is_the_size() -> None:
     job = Bench().job(height=None, width=None)
     assert (job.plan.height, job.plan.width, job.plan.padding) == (64, 64, 0.0)
@@ -161,6 +174,6 @@ def test_oversize_follows_the_policy() -> None:
 
 def test_exact_and_dynamic_paint_the_asked_size_rounded_to_the_models_grid() -> None:
     assert Bench(strategy="exact").job(height=41, width=90).plan.bucket == Bucket(48, 96)
-    assert Bench(strategy="dynamic").job(height=20, width=41).plan.bucket == Bucket(24, 48)
+    assert Bench(strategy="dynamic").job(height=20, width=41).plan.bucket == Bucket(32, 48)
     with pytest.raises(RequestError):
         Bench(strategy="dynamic").job(height=90, width=90)

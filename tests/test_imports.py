@@ -22,7 +22,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.
-TOOLS = {"cli", "archiving", "server", "processes", "readiness", "client", "demo", "tiny"}
+TOOLS = {"cli", "archiving", "server", "processes", "readiness", "client", "demo", "progress", "tiny"}
 STANDARD = __import__("sys").stdlib_module_names
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -13,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from preheat import readiness
+from preheat.progress import WarmupProgress
 
 HANDLER = Path(__file__).parent.parent / "handler"
 
@@ -215,3 +218,17 @@ def record(folder: Path, name: str, management: Management, models: list[str]) -
     run_dir = folder / ".preheat" / "run" / name
     run_dir.mkdir(parents=True)
     (run_dir / "server.json").write_text(json.dumps({"management": management.url, "models": models}))
+
+
+def test_progress_shows_workers_that_run_and_their_buckets() -> None:
+    shown = io.StringIO()
+    rows = (("320x192", 2, 2, 31.2), ("256x256", 0, 2, 0.0))
+    with WarmupProgress(Console(file=shown, width=100)) as progress:
+        for state in ("warming", "hot"):
+            progress.update([readiness.Status("fox", os.getpid(), state, 2, 4, rows, "", 0.0)])
+        progress.update([readiness.Status("owl", 2**22 + 1, "hot", 2, 4, (), "", 0.0)])  # no such process
+    text = shown.getvalue()
+    assert f"fox worker {os.getpid()}" in text
+    assert "31.2 s" in text
+    assert "hot" in text
+    assert "owl" not in text

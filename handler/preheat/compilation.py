@@ -76,10 +76,18 @@ class DynamicDims:
         return tuple("n" if dim in shared else size for dim, size in enumerate(shape))
 
     def mark(self, path: str, tensor: torch.Tensor) -> None:
-        """Tell Dynamo, before it compiles, that these dimensions vary."""
+        """Tell Dynamo, before it compiles, that these dimensions vary.
+
+        For the batch that is a demand, and a model that specialises on it fails to compile. Other dimensions may keep guards such
+        as "even", which a UNet's halvings need.
+        """
         for dim, (_, most) in self.ranges.get(path, {}).items():
-            if 2 <= tensor.shape[dim] <= most:
+            if not 2 <= tensor.shape[dim] <= most:
+                continue
+            if dim == 0:
                 torch._dynamo.mark_dynamic(tensor, dim, min=2, max=most)
+            else:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
 
 
 def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

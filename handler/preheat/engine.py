@@ -20,8 +20,9 @@ from PIL import Image
 from preheat import geometry, images
 from preheat.buckets import Bucket, batch_size_for, round_up
 from preheat.compilation import EngineName, Router
-from preheat.config import ShapesConfig
+from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import attention_backend
+from preheat.errors import RequestError
 from preheat.geometry import Plan
 from preheat.pipelines import Batch, Row
 from preheat.request import ImageRequest
@@ -34,6 +35,9 @@ class Painter(Protocol):
 
     @property
     def multiple(self) -> int: ...
+
+    @property
+    def grid(self) -> int: ...
 
     def paint(self, batch: Batch) -> NDArray[np.uint8]: ...
 
@@ -127,20 +131,21 @@ class Engine:
         self.batch_sizes: tuple[int, ...] | None = None if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
         self._max_rows = max_rows if self.batch_sizes is None else max(self.batch_sizes)
 
-    def prepare(self, request: ImageRequest, *, max_pixels: int, default: Bucket) -> Job:
-        """Decode the request's images and plan its geometry; a text request without a size gets `default`.
+    def prepare(self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket) -> Job:
+        """Decode the request's images and plan its geometry.
+
+        A side that the request leaves out comes from its image (in proportion, where the other side is given), else from `default`.
 
         Raises:
             RequestError: an image that cannot be read, or a size that no bucket covers under `oversize: reject`.
         """
-        image = images.decode(request.image, field="image", max_pixels=max_pixels) if request.image else None
-        mask = (
-            images.decode_mask(request.mask_image, field="mask_image", max_pixels=max_pixels)
-            if request.mask_image
-            else None
-        )
-        height = request.height or (image.height if image else default.height)
-        width = request.width or (image.width if image else default.width)
+        image = mask = None
+        if request.image is not None:
+            image = images.decode(request.image, field="image", max_pixels=limits.max_image_pixels)
+        if request.mask_image is not None:
+            mask = images.decode_mask(request.mask_image, field="mask_image", max_pixels=limits.max_image_pixels)
+        height, width = _asked_size(request, image, default)
+        _check_sides(height, width, limits)
         plan = self.plan(height, width, has_image=image is not None)
         if image is not None:
             image = images.lay(images.fit_to(image, height, width), plan)
@@ -152,7 +157,8 @@ class Engine:
         """The geometry of one request; sizes in pixels."""
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
-            own = round_up(Bucket(height, width), self._painter.multiple)
+            multiple = self._painter.grid if shapes.strategy == "dynamic" else self._painter.multiple
+            own = round_up(Bucket(height, width), multiple)
             if shapes.strategy == "exact" or any(bucket.covers(own.height, own.width) for bucket in shapes.buckets):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
@@ -226,6 +232,30 @@ class Engine:
             )
         )
         return pixels[: len(rows)], engine
+
+
+def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:
+    """(height, width) in pixels, with what the request leaves out filled in."""
+    if image is None:
+        return request.height or default.height, request.width or default.width
+    if request.height is None and request.width is not None:
+        return _in_proportion(image.height, request.width, image.width), request.width
+    if request.width is None and request.height is not None:
+        return request.height, _in_proportion(image.width, request.height, image.height)
+    return request.height or image.height, request.width or image.width
+
+
+def _in_proportion(side: int, part: int, whole: int) -> int:
+    """`side` x `part` / `whole`, rounded to the nearest pixel, at least one."""
+    return max(1, (2 * side * part + whole) // (2 * whole))
+
+
+def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
+    """Sides that come from an image are held to the limits of those that a request names."""
+    for field_name, side in (("height", height), ("width", width)):
+        if not limits.min_side <= side <= limits.max_side:
+            span = f"{limits.min_side} to {limits.max_side}"
+            raise RequestError(f"would be {side} pixels by the image; name a size of {span}", field_name)
 
 
 def _grouped(jobs: Sequence[Job]) -> Iterator[list[int]]:

@@ -112,7 +112,7 @@ class DiffusionPipeline:
         try:
             pipe = AutoPipelineForText2Image.from_pretrained(
                 folder,
-                torch_dtype=DTYPES[config.dtype],
+                dtype=DTYPES[config.dtype],
                 use_safetensors=True,
                 variant=_weight_variant(Path(folder)),
                 local_files_only=Path(folder).is_dir(),
@@ -136,6 +136,12 @@ class DiffusionPipeline:
     def multiple(self) -> int:
         """Pixels that height and width of a bucket must be a multiple of."""
         return int(self._pipe.vae_scale_factor) * self.family.patch
+
+    @property
+    def grid(self) -> int:
+        """Pixels that sizes are rounded to where one graph serves many: a UNet takes another road where a halving is uneven."""
+        levels = getattr(getattr(self._pipe, self.family.denoiser).config, "block_out_channels", (0,))
+        return self.multiple * int(2 ** (len(levels) - 1))
 
     @property
     def default_bucket(self) -> Bucket:

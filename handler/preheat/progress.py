@@ -48,7 +48,4 @@ class WarmupProgress:
     def _show(self, pid: int, title: str, done: int, total: int, detail: str) -> None:
         if (pid, title) not in self._tasks:
             self._tasks[pid, title] = self._progress.add_task(title, total=total or None, detail=detail)
-        task = self._tasks[pid, title]
-        if done >= total > 0 and self._progress.tasks[self._progress.task_ids.index(task)].finished:
-            return
-        self._progress.update(task, completed=done, total=total or None, detail=detail)
+        self._progress.update(self._tasks[pid, title], completed=done, total=total or None, detail=detail)

