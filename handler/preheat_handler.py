@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ts.metrics.dimension import Dimension
+from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
 
 from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import pick_device, share_cpu
-from preheat.engine import Job
+from preheat.engine import Answer, Job
 from preheat.errors import RequestError
+from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
 from preheat.state import StatusFile
-
-logger = logging.getLogger(__name__)
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -37,6 +37,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.context, self.manifest = context, context.manifest
         properties = context.system_properties
         self.device = pick_device(properties.get("gpu_id"))
+        self.metrics = Metrics(self._emit)
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
@@ -48,6 +49,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 Path(properties["model_dir"]),
                 self.device,
                 status=status,
+                metrics=self.metrics,
             )
         except Exception as error:
             status.write("failed", f"{type(error).__name__}: {error}")
@@ -56,25 +58,26 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Job | Response]:
         """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
-        return [self._parse(index, row) for index, row in enumerate(data)]
+        with self.metrics.timed("preheat_preprocess_seconds"):
+            return [self._parse(index, row) for index, row in enumerate(data)]
 
-    def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Response]:
+    def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Answer | Response]:
         """Paint the jobs, in as few pipeline calls as their differences allow."""
         answers = iter(self.service.run([entry for entry in data if isinstance(entry, Job)]))
-        return [
-            responses.from_answer(entry.request, next(answers)) if isinstance(entry, Job) else entry for entry in data
-        ]
+        return [next(answers) if isinstance(entry, Job) else entry for entry in data]
 
-    def postprocess(self, data: Sequence[Response]) -> list[bytes]:
-        """Set each row's status and headers; the bodies are the output."""
-        for index, response in enumerate(data):
+    def postprocess(self, data: Sequence[Answer | Response]) -> list[bytes]:
+        """Encode the pictures and set each row's status and headers; the bodies are the output."""
+        with self.metrics.timed("preheat_encode_seconds"):
+            encoded = [responses.from_answer(entry) if isinstance(entry, Answer) else entry for entry in data]
+        for index, response in enumerate(encoded):
             self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
             for name, value in response.headers.items():
                 self.context.set_response_header(index, name, value)
             # A unary gRPC answer has no url_path; without this header TorchServe 0.12 takes it for a stream and the worker dies.
             if self.context.get_request_header(index, "url_path") is None:
                 self.context.set_response_header(index, "ts_stream_next", "false")
-        return [response.body for response in data]
+        return [response.body for response in encoded]
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
@@ -83,13 +86,19 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _parse(self, index: int, row: Mapping[str, object]) -> Job | Response:
         if not row and self.context.get_request_header(index, "describe") == "True":
             return responses.json_response(200, self.describe_handle())
-        # Clients spell header names as they like, and TorchServe's lookup is case-sensitive. A gRPC call has none.
-        headers = {name.lower(): value for name, value in self.context.get_all_request_header(index).items()}
+        # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among the headers it keeps a dict
+        # for each multipart field. A gRPC call has none.
+        sent = self.context.get_all_request_header(index)
+        headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
             return self.service.parse(row, headers.get("content-type"))
         except RequestError as error:
-            logger.info("refused a request: %s", error)
+            self.metrics.refused(error.field)
             return responses.json_response(error.code, error.body())
+
+    def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
+        pairs = [Dimension(key, text) for key, text in dimensions.items()]
+        self.context.metrics.add_metric(name, value, unit, dimensions=pairs, metric_type=MetricTypes(kind))
 
     def _is_describe(self) -> bool:
         """Never for the whole batch: BaseHandler would answer everybody with the state because one client sent the header."""

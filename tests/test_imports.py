@@ -18,7 +18,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"images"}, {"PIL", "numpy"}),
     ({"device", "compilation", "warmup", "watch", "cache"}, {"torch"}),
     ({"pipelines"}, {"diffusers"}),
-    ({"engine", "responses", "service"}, set()),
+    ({"engine", "metrics", "responses", "service"}, set()),
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.

@@ -251,7 +251,7 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, 
 def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False)
     job = service.parse({"body": {"prompt": "a", "height": 48, "width": 64, "seed": 3, "output_format": "webp"}})
-    response = responses.from_answer(job.request, service.run([job])[0])
+    response = responses.from_answer(service.run([job])[0])
     assert response.code == 200 and response.headers == {
         "content-type": "image/webp",
         "x-preheat-bucket": "64x64",
@@ -261,6 +261,6 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
     job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})
-    document = json.loads(responses.from_answer(job.request, service.run([job])[0]).body)
+    document = json.loads(responses.from_answer(service.run([job])[0]).body)
     assert [entry["seed"] for entry in document["data"]] == [2**63 - 1, 0, 1]
     assert document["bucket"] == [64, 64] and len({entry["b64_json"] for entry in document["data"]}) == 3

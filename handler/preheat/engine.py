@@ -78,9 +78,9 @@ class Job:
 
 @dataclass(slots=True)
 class Answer:
-    """What one request got."""
+    """What one job got."""
 
-    plan: Plan
+    job: Job
     pictures: list[Image.Image] = field(default_factory=list)
     engine: EngineName = "eager"
     error: Exception | None = None
@@ -102,6 +102,11 @@ class RunReport:
     planned_eager: bool
     incident: bool
     fell_back: bool
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether it ran eagerly although compiled code was wanted."""
+        return self.incident or self.fell_back
 
 
 class Engine:
@@ -173,14 +178,14 @@ class Engine:
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
-        answers = [Answer(job.plan) for job in jobs]
+        answers = [Answer(job) for job in jobs]
         for group in _grouped(jobs):
             try:
                 self._run_group(group, jobs, answers)
             except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
                 logger.exception("a group of %d request(s) failed", len(group))
                 for index in group:
-                    answers[index] = Answer(jobs[index].plan, error=error)
+                    answers[index] = Answer(jobs[index], error=error)
         return answers
 
     def _run_group(self, group: Sequence[int], jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
@@ -191,7 +196,7 @@ class Engine:
             pixels, engine = self._paint(first, [row for _, row in chunk], len({index for index, _ in chunk}))
             for (index, _), painted in zip(chunk, pixels, strict=True):
                 answer = answers[index]
-                answer.pictures.append(images.finish(painted, answer.plan))
+                answer.pictures.append(images.finish(painted, answer.job.plan))
                 # A request whose pictures took several runs is as slow as the slowest of them.
                 answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
 

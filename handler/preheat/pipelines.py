@@ -112,7 +112,7 @@ class DiffusionPipeline:
         try:
             pipe = AutoPipelineForText2Image.from_pretrained(
                 folder,
-                dtype=DTYPES[config.dtype],
+                torch_dtype=DTYPES[config.dtype],
                 use_safetensors=True,
                 variant=_weight_variant(Path(folder)),
                 local_files_only=Path(folder).is_dir(),

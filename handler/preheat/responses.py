@@ -11,7 +11,6 @@ from typing import Any
 
 from preheat import images
 from preheat.engine import Answer
-from preheat.request import ImageRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,20 +30,20 @@ def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, 
     return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
 
 
-def from_answer(request: ImageRequest, answer: Answer) -> Response:
+def from_answer(answer: Answer) -> Response:
     """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
+    request, plan = answer.job.request, answer.job.plan
     if answer.error is not None:
         message = f"the pipeline failed on this request ({type(answer.error).__name__}); the server's log says more"
         return json_response(500, {"code": 500, "type": "PipelineFailure", "message": message, "field": None})
     encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
-    headers = _headers(request, answer)
+    headers = _headers(answer)
     if request.response_format == "image":
         return Response(200, encoded[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
     data = [
         {"b64_json": base64.b64encode(picture).decode(), "seed": (request.seed + index) % 2**63}
         for index, picture in enumerate(encoded)
     ]
-    plan = answer.plan
     document = {
         "data": data,
         "width": plan.width,
@@ -57,10 +56,11 @@ def from_answer(request: ImageRequest, answer: Answer) -> Response:
     return json_response(200, document, headers)
 
 
-def _headers(request: ImageRequest, answer: Answer) -> dict[str, str]:
+def _headers(answer: Answer) -> dict[str, str]:
+    request, plan = answer.job.request, answer.job.plan
     return {
-        "x-preheat-bucket": str(answer.plan.bucket),
+        "x-preheat-bucket": str(plan.bucket),
         "x-preheat-engine": answer.engine,
         "x-preheat-seed": str(request.seed),
-        "x-preheat-padding": f"{answer.plan.padding:.4f}",
+        "x-preheat-padding": f"{plan.padding:.4f}",
     }

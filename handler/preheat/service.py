@@ -9,7 +9,7 @@ import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from preheat.config import ModelConfig, ShapesConfig
 from preheat.device import DTYPES, peak_memory_bytes
 from preheat.engine import Answer, Engine, Job, RunReport
 from preheat.errors import ConfigError, RequestError
+from preheat.metrics import Metrics, discard
 from preheat.pipelines import DiffusionPipeline
 from preheat.request import ImageRequest, parse_row
 from preheat.state import ServerState, StatusFile
@@ -43,7 +44,7 @@ class Service:
         model_dir: what a relative `pipeline.path` starts from; `.` is its folder `model`.
         device: see `device.pick_device`.
         status: where progress is shown.
-        report: told of every pipeline call after READY.
+        metrics: told what was warmed and, after READY, of every call.
         leave_out: see `warmup.Warmup`.
 
     Raises:
@@ -58,11 +59,12 @@ class Service:
         device: torch.device,
         *,
         status: StatusFile,
-        report: Callable[[RunReport], None] = lambda _: None,
+        metrics: Metrics | None = None,
         leave_out: Collection[Variant] = (),
     ) -> None:
         started = time.perf_counter()
-        self.config, self._device, self._status, self._report = config, device, status, report
+        self.config, self._device, self._status = config, device, status
+        self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
         _log_compile_config(config)
@@ -83,6 +85,7 @@ class Service:
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = "hot"
+        self._metrics.ready(self.current_state(), self._shapes.buckets)
         status.write("hot")
         logger.info("hot after %.1f s: %d compile events", self.state.ready_seconds, self._events_at_ready)
 
@@ -110,6 +113,10 @@ class Service:
         """Paint the jobs; answers come in their order."""
         answers = self._engine.run(jobs)
         self.state.requests += len(jobs)
+        for answer in answers:
+            if answer.error is None:
+                self._metrics.answered(answer.job.plan, len(answer.pictures), answer.engine)
+        self._metrics.state(self.current_state())
         return answers
 
     def current_state(self) -> ServerState:
@@ -216,10 +223,10 @@ class Service:
     def _count(self, run: RunReport) -> None:
         if self.state.state != "hot":
             return
-        self.state.incidents += run.num_requests if run.incident else 0
-        self.state.planned_eager += run.num_requests if run.planned_eager else 0
-        self.state.eager_fallbacks += run.num_requests if run.incident or run.fell_back else 0
-        self._report(run)
+        self.state.incidents += run.num_requests * run.incident
+        self.state.planned_eager += run.num_requests * run.planned_eager
+        self.state.eager_fallbacks += run.num_requests * run.is_fallback
+        self._metrics.run(run)
 
 
 def _model_path(path: str, model_dir: Path) -> str | Path:
@@ -262,6 +269,7 @@ def _blank(bucket: Bucket, mode: str) -> bytes:
 
 
 def _row(record: Record) -> dict[str, Any]:
+    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in words."""
     return {
         "height": record.bucket.height,
         "width": record.bucket.width,
@@ -269,6 +277,6 @@ def _row(record: Record) -> dict[str, Any]:
         "target": record.target,
         "engine": record.engine,
         "warm_seconds": record.warm_seconds,
-        "cache": record.cache,
-        "reason": record.reason,
+        "cache": record.cache or "none",
+        "reason": record.reason or "",
     }

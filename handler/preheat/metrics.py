@@ -1,0 +1,104 @@
+"""The worker's metrics, emitted through TorchServe and declared in `archive/metrics.yaml`.
+
+TorchServe 0.12 drops a metric whose name, type or dimensions differ from the declaration, adds up counters over workers and lets
+gauges of several workers overwrite each other; so what matters is a counter.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any, Protocol
+
+from preheat.buckets import Bucket
+from preheat.engine import RunReport
+from preheat.geometry import Plan
+from preheat.request import FIELDS
+from preheat.state import ServerState
+
+logger = logging.getLogger(__name__)
+
+
+class Sink(Protocol):
+    """One declared metric family; `dimensions` are (name, value) pairs in the declared order."""
+
+    def __call__(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None: ...
+
+
+class Metrics:
+    """Counts since READY; every counter is announced with 0, so that "none" can be told from "not exported"."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+        self._buckets: frozenset[Bucket] = frozenset()
+        self._compiles_told = 0
+
+    def ready(self, state: ServerState, buckets: Collection[Bucket]) -> None:
+        """Announce the counters and say what warm-up cost."""
+        self._buckets = frozenset(buckets)
+        for name in (
+            "preheat_compiles_since_ready_total",
+            "preheat_incidents_total",
+            "preheat_eager_fallbacks_total",
+            "preheat_planned_eager_total",
+            "preheat_rows_painted_total",
+            "preheat_rows_filled_total",
+            "preheat_pixels_painted_total",
+            "preheat_pixels_cropped_total",
+        ):
+            self._sink("counter", name, 0, "count", {})
+        seconds: Counter[tuple[str, str]] = Counter()
+        for row in state.buckets:
+            seconds[f"{row['height']}x{row['width']}", row["cache"]] += row["warm_seconds"]
+        for (bucket, cache), spent in seconds.items():
+            self._sink("gauge", "preheat_warm_seconds", round(spent, 3), "s", {"Bucket": bucket, "Cache": cache})
+        self._sink("gauge", "preheat_ready_seconds", state.ready_seconds, "s", {})
+
+    def run(self, run: RunReport) -> None:
+        """One pipeline call."""
+        num_rows = len(run.batch.rows)
+        self._sink("histogram", "preheat_inference_seconds", round(run.seconds, 6), "s", {})
+        self._count("preheat_rows_painted_total", num_rows)
+        self._count("preheat_rows_filled_total", num_rows - run.num_real_rows)
+        self._count("preheat_incidents_total", run.num_requests * run.incident)
+        self._count("preheat_eager_fallbacks_total", run.num_requests * run.is_fallback)
+        self._count("preheat_planned_eager_total", run.num_requests * run.planned_eager)
+
+    def answered(self, plan: Plan, num_pictures: int, engine: str) -> None:
+        """One request that got its pictures."""
+        # A size that is no bucket is a client's own: as a label it would be one more time series each.
+        bucket = str(plan.bucket) if plan.bucket in self._buckets else "none"
+        painted = plan.scaled[0] * plan.scaled[1]
+        self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": engine})
+        self._count("preheat_pixels_painted_total", num_pictures * painted)
+        self._count("preheat_pixels_cropped_total", num_pictures * (painted - plan.height * plan.width))
+
+    def refused(self, field: str | None) -> None:
+        """One request that was not legal. An unknown field's name is a client's text: neither label nor log line."""
+        name = field if field in (*FIELDS, "body") else "other"
+        self._count("preheat_refused_total", 1, {"Field": name})
+        logger.info("refused a request for its field %s", name)
+
+    def state(self, state: ServerState) -> None:
+        """After a batch: what the watch has seen, and the memory peak."""
+        self._count("preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told)
+        self._compiles_told = state.compiles_since_ready
+        self._sink("gauge", "preheat_peak_memory_bytes", state.peak_memory_bytes, "B", {})
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        """Observe how long the block takes in the histogram `name`, in seconds."""
+        started = perf_counter()
+        yield
+        self._sink("histogram", name, round(perf_counter() - started, 6), "s", {})
+
+    def _count(self, name: str, value: int, dimensions: Mapping[str, str] | None = None) -> None:
+        if value:  # each emission is a line through TorchServe's log
+            self._sink("counter", name, value, "count", dimensions or {})
+
+
+def discard(kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, Any]) -> None:
+    """A sink for where nobody listens."""
