@@ -111,7 +111,7 @@ class Client:
 
     def call_grpc(self, fields: Mapping[str, bytes]) -> Reply:
         """A unary prediction with the input map `fields` as it is."""
-        request, response = _messages()
+        request, response = messages()
         call = self._channel.unary_unary(
             f"{SERVICE}/Predictions",
             request_serializer=request.SerializeToString,
@@ -130,7 +130,7 @@ class Client:
         Raises:
             grpc.RpcError: the stream ended with an error.
         """
-        request, response = _messages()
+        request, response = messages()
         call = self._channel.unary_stream(
             f"{SERVICE}/StreamPredictions",
             request_serializer=request.SerializeToString,
@@ -165,7 +165,7 @@ class Client:
 
 
 @functools.cache
-def _messages() -> tuple[Any, Any]:
+def messages() -> tuple[Any, Any]:
     """The classes PredictionsRequest and PredictionResponse, by their field numbers in TorchServe's inference.proto."""
     kinds = descriptor_pb2.FieldDescriptorProto
     file = descriptor_pb2.FileDescriptorProto(name="preheat/inference.proto", package=PACKAGE, syntax="proto3")

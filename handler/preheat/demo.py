@@ -83,7 +83,9 @@ def run(state: Path, out: Path, console: Console | None = None) -> None:
     finally:
         running.stop()
     _save(pictures, ready_seconds, out)
-    console.print(_table(pictures))
+    table = _table(pictures)
+    console.print(table)
+    _draw(table, out / "table.svg")
     console.print(f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server is stopped.")
 
 
@@ -210,6 +212,13 @@ def _contact_sheet(pictures: Sequence[Picture], columns: int = 4) -> Image.Image
         caption = f"{ask.height}x{ask.width} in {height}x{width}, {ask.task}, {ask.protocol}, {picture.engine}"
         draw.text((left + cell_width // 2, top + cell_height - 18), caption, fill="black", anchor="mm")
     return sheet
+
+
+def _draw(table: Table, path: Path) -> None:
+    """The table as a picture, for those who were not at the terminal."""
+    console = Console(record=True, width=76, file=io.StringIO())
+    console.print(table)
+    console.save_svg(str(path), title="make demo")
 
 
 def _table(pictures: Sequence[Picture]) -> Table:
