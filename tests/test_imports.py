@@ -16,7 +16,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"pydantic", "pydantic_core", "yaml"},
     ),
     ({"images"}, {"PIL", "numpy"}),
-    ({"device", "compilation", "warmup", "watch", "cache"}, {"torch"}),
+    ({"device", "compilation", "warmup", "watch", "cache", "debugging"}, {"torch"}),
     ({"pipelines"}, {"diffusers"}),
     ({"engine", "metrics", "responses", "service"}, set()),
     ({"preheat_handler"}, {"ts"}),

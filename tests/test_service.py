@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -236,6 +237,38 @@ def test_each_scheduler_is_warmed_as_it_serves(watch: CompileWatch, models: Path
     for steps in range(1, 7):
         ask(service, {"num_inference_steps": steps})
     assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
+
+
+def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(models / "sdxl" / "model")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    settings = TEXT_ONLY | {"fused_lora": str(tmp_path)}
+    service = start(models / "sdxl", pipeline=settings, shapes={"batch_sizes": [1]})
+    fused = pixels(ask(service, {"seed": 1})[0])
+    assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
+    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
+    torch.compiler.set_stance("default")
+    eager = pixels(ask(start(models / "sdxl", pipeline=settings, compile=False), {"seed": 1})[0])
+    without = pixels(ask(start(models / "sdxl", pipeline=TEXT_ONLY, compile=False), {"seed": 1})[0])
+    assert np.abs(fused - eager).max() <= 1 and np.abs(fused - without).max() > 1
+
+
+def test_compile_traces_land_in_a_folder_that_stays_bounded(
+    watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", "elsewhere")
+    stale = tmp_path / "run_old" / "stale.py"
+    stale.parent.mkdir()
+    stale.write_bytes(b"x" * 1000)
+    os.utime(stale, (0, 0))
+    debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
+    start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
+    assert not stale.exists() and torch._dynamo.config.debug_dir_root == str(tmp_path)
+    assert sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file()) <= 999
 
 
 def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, models: Path) -> None:

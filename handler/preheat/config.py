@@ -112,11 +112,15 @@ class ExportConfig(Section):
 
 
 class DebugConfig(Section):
-    """What torch logs about compiling (the artifacts of TORCH_LOGS)."""
+    """What torch tells about compiling: log artifacts as TORCH_LOGS names them, and files as TORCH_COMPILE_DEBUG writes them."""
 
     recompiles: bool = False
     guards: bool = False
     graph_breaks: bool = False
+    trace_dir: Text | None = None
+    """Folder for Inductor's graphs and generated code, a subfolder per process."""
+    trace_bytes: Positive = 500_000_000
+    """Most that `trace_dir` may hold after a start; the oldest files go first."""
 
 
 class Pt2Config(Section):

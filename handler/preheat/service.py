@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch._logging._internal import set_logs
 
 import preheat
 from preheat import images
@@ -23,6 +22,7 @@ from preheat.buckets import Bucket
 from preheat.cache import fingerprint
 from preheat.compilation import Phase, Router, build_router
 from preheat.config import ModelConfig, ShapesConfig
+from preheat.debugging import debugging
 from preheat.device import DTYPES, peak_memory_bytes
 from preheat.engine import Answer, Engine, Job, RunReport
 from preheat.errors import ConfigError, RequestError
@@ -80,7 +80,8 @@ class Service:
             report=self._count,
         )
         self.state.fingerprint = self._fingerprint()
-        self._heat(leave_out)
+        with debugging(config.pt2.debug):
+            self._heat(leave_out)
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
@@ -251,15 +252,12 @@ def _resolved_shapes(shapes: ShapesConfig, pipeline: DiffusionPipeline) -> Shape
 
 
 def _log_compile_config(config: ModelConfig) -> None:
-    """Pass on what the config has to say, and torch's own compile logs where `debug` asks for them."""
+    """Pass on what the config has to say about itself."""
     pt2 = config.pt2
     if pt2.compile.warning:
         logger.warning("%s", pt2.compile.warning)
     if pt2.compile.legacy:
         logger.warning("this form of pt2 is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}")
-    debug = pt2.debug
-    if debug.recompiles or debug.guards or debug.graph_breaks:
-        set_logs(recompiles=debug.recompiles, guards=debug.guards, graph_breaks=debug.graph_breaks)
 
 
 def _blank(bucket: Bucket, mode: str) -> bytes:
