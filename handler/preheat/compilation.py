@@ -163,7 +163,7 @@ class Run:
     planned_eager: bool = False  # outside every bucket on purpose (`oversize: eager`)
     engines: set[EngineName] = field(default_factory=set)
     incidents: int = 0  # calls with an unforeseen shape or guard, served eagerly
-    fallen: int = 0  # calls in a variant whose compile had failed in warm-up
+    fallen: int = 0  # calls that warm-up had found no engine for
 
 
 class Router:
@@ -217,6 +217,7 @@ class Router:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self._fast is None:
+            self.run.fallen += self.reason is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
             return self._run_fast(args, kwargs)

@@ -85,10 +85,12 @@ class Service:
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
-        self.state.state = "hot"
+        self.state.state = "cold" if self._shapes.strategy == "exact" else "hot"
         self._metrics.ready(self.current_state(), self._shapes.buckets)
-        status.write("hot")
-        logger.info("hot after %.1f s: %d compile events", self.state.ready_seconds, self._events_at_ready)
+        status.write(self.state.state)
+        logger.info(
+            "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
+        )
 
     def parse(self, row: Mapping[str, object], content_type: str | None = None) -> Job:
         """A TorchServe input row, which came with this Content-Type, as a job.
@@ -222,7 +224,7 @@ class Service:
         self._status.step(str(step.variant.bucket), step.seconds)
 
     def _count(self, run: RunReport) -> None:
-        if self.state.state != "hot":
+        if self.state.state not in ("hot", "cold"):
             return
         self.state.incidents += run.num_requests * run.incident
         self.state.planned_eager += run.num_requests * run.planned_eager

@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
 
-Phase = Literal["loading", "warming", "hot", "failed"]
+Phase = Literal["loading", "warming", "hot", "cold", "failed"]
+"""`cold`: serving without warm-up (`strategy: exact`)."""
 
 
 @dataclass(slots=True)
