@@ -113,7 +113,7 @@ def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(wishes
 
 
 def test_requests_that_agree_share_a_run_and_filler_rows_carry_nobodys_text() -> None:
-    bench = Bench()
+    bench = Bench(batch_sizes=(4,))
     bench.engine.run([bench.job(prompt="secret", seed=seed) for seed in range(3)])
     (batch,) = bench.canvas.batches
     assert [row.prompt for row in batch.rows] == ["secret"] * 3 + [""]

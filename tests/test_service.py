@@ -116,6 +116,18 @@ def test_neighbours_never_change_a_picture(watch: CompileWatch, models: Path, ne
     assert np.abs(alone - pixels(in_company[2])).max() <= 1
 
 
+def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(watch: CompileWatch, models: Path) -> None:
+    service = start(models / "sdxl", batchSize=4, shapes={"batch_sizes": [1, 4], "invariant": True}, pipeline=TEXT_ONLY)
+    assert {row["batch_size"] for row in service.state.buckets} == {4}
+    mine = {"seed": 5, "height": 50}
+    (alone,) = ask(service, mine)
+    for company in ([mine, {"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}, mine]):
+        answers = ask(service, *company)
+        mates = [answer for answer in answers if answer.job.request.seed == 5]
+        assert [(pixels(mate) == pixels(alone)).all() for mate in mates] == [True]
+        assert {answer.exact for answer in answers} == {"bitwise"}
+
+
 def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
     unet, seen = service._pipeline.target("unet"), []
@@ -291,6 +303,7 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
         "x-preheat-engine": "eager",
         "x-preheat-seed": "3",
         "x-preheat-padding": "0.2500",
+        "x-preheat-exact": "rounding",
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
     job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})

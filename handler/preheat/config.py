@@ -65,6 +65,8 @@ class ShapesConfig(Section):
     """Ascending; "dynamic" is one graph per bucket for all of them."""
     fit: Fit = "pad"
     oversize: Oversize = "reject"
+    invariant: bool = False
+    """Paint always the one largest batch size, so that a picture is the same to the last bit in any company."""
 
     @model_validator(mode="before")
     @classmethod

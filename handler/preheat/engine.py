@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat import geometry, images
-from preheat.buckets import Bucket, batch_size_for, round_up
+from preheat.buckets import Bucket, round_up, split_rows
 from preheat.compilation import EngineName, Router
 from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import attention_backend
@@ -83,6 +83,8 @@ class Answer:
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
     engine: EngineName = "eager"
+    exact: Literal["bitwise", "rounding"] = "rounding"
+    """How equal the pictures are to those of the same request alone: to the last bit, or within rounding (1/255)."""
     error: Exception | None = None
 
     def raise_if_failed(self) -> None:
@@ -133,8 +135,12 @@ class Engine:
     ) -> None:
         self._painter, self._routers, self._shapes = painter, routers, shapes
         self._report, self._attention = report, attention
-        self.batch_sizes: tuple[int, ...] | None = None if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
-        self._max_rows = max_rows if self.batch_sizes is None else max(self.batch_sizes)
+        # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
+        self._batch_sizes: Sequence[int] = (
+            range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
+        )
+        if shapes.invariant:
+            self._batch_sizes = (max(self._batch_sizes),)
 
     def prepare(self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket) -> Job:
         """Decode the request's images and plan its geometry.
@@ -178,7 +184,7 @@ class Engine:
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
-        answers = [Answer(job) for job in jobs]
+        answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
         for group in _grouped(jobs):
             try:
                 self._run_group(group, jobs, answers)
@@ -191,18 +197,19 @@ class Engine:
     def _run_group(self, group: Sequence[int], jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
         expanded = [(index, row) for index in group for row in jobs[index].rows()]
         first = jobs[group[0]]
-        for start in range(0, len(expanded), self._max_rows):
-            chunk = expanded[start : start + self._max_rows]
-            pixels, engine = self._paint(first, [row for _, row in chunk], len({index for index, _ in chunk}))
+        start = 0
+        for size in split_rows(self._batch_sizes, len(expanded)):
+            chunk = expanded[start : start + size]
+            start += size
+            pixels, engine = self._paint(first, [row for _, row in chunk], size, len({index for index, _ in chunk}))
             for (index, _), painted in zip(chunk, pixels, strict=True):
                 answer = answers[index]
                 answer.pictures.append(images.finish(painted, answer.job.plan))
                 # A request whose pictures took several runs is as slow as the slowest of them.
                 answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
 
-    def _paint(self, job: Job, rows: list[Row], num_requests: int) -> tuple[NDArray[np.uint8], EngineName]:
-        """Paint real rows, filled up to a warmed batch size; the filler's pictures are dropped."""
-        size = len(rows) if self.batch_sizes is None else batch_size_for(self.batch_sizes, len(rows))
+    def _paint(self, job: Job, rows: list[Row], size: int, num_requests: int) -> tuple[NDArray[np.uint8], EngineName]:
+        """Paint real rows, filled up to `size`; the filler's pictures are dropped."""
         # The filler repeats nobody's text; its images are dropped with its pictures.
         filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
         request = job.request

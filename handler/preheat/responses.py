@@ -51,6 +51,7 @@ def from_answer(answer: Answer) -> Response:
         "bucket": [plan.bucket.height, plan.bucket.width],
         "engine": answer.engine,
         "padding": round(plan.padding, 4),
+        "exact": answer.exact,
         "output_format": request.output_format,
     }
     return json_response(200, document, headers)
@@ -63,4 +64,5 @@ def _headers(answer: Answer) -> dict[str, str]:
         "x-preheat-engine": answer.engine,
         "x-preheat-seed": str(request.seed),
         "x-preheat-padding": f"{plan.padding:.4f}",
+        "x-preheat-exact": answer.exact,
     }

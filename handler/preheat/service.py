@@ -171,6 +171,8 @@ class Service:
         sizes = self._shapes.batch_sizes
         if sizes == "dynamic":
             sizes = tuple(sorted({1, min(2, self.config.batchSize), self.config.batchSize}))
+        if self._shapes.invariant:
+            sizes = (max(sizes),)
         return plan_variants(self._shapes.buckets, sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
 
     def _extremes(self, variants: Sequence[Variant]) -> list[Variant]:
