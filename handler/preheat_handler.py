@@ -91,7 +91,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
-            return self.service.parse(row, headers.get("content-type"))
+            return self.service.parse(row, headers)
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.json_response(error.code, error.body())

@@ -21,8 +21,8 @@ from preheat import geometry, images
 from preheat.buckets import Bucket, round_up, split_rows
 from preheat.compilation import EngineName, Router
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.device import attention_backend
-from preheat.errors import RequestError
+from preheat.device import attention_backend, is_out_of_memory, release_memory
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
 from preheat.geometry import Plan
 from preheat.pipelines import Batch, Row
 from preheat.request import ImageRequest
@@ -50,6 +50,8 @@ class Job:
     plan: Plan
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    deadline: float | None = None
+    """Unix time in seconds after which nobody waits for the answer."""
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -85,7 +87,7 @@ class Answer:
     engine: EngineName = "eager"
     exact: Literal["bitwise", "rounding"] = "rounding"
     """How equal the pictures are to those of the same request alone: to the last bit, or within rounding (1/255)."""
-    error: Exception | None = None
+    error: RunError | None = None
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -119,6 +121,7 @@ class Engine:
         routers: what stands in for its targets, by target name.
         shapes: the strategy, buckets (resolved, not empty unless `exact`) and batch sizes.
         max_rows: most rows of one run where `batch_sizes: dynamic` names none.
+        device: where it runs.
         attention: `pt2.attention`, the same in warm-up and serving because both come through here.
         report: told of every run.
     """
@@ -130,11 +133,12 @@ class Engine:
         shapes: ShapesConfig,
         *,
         max_rows: int,
+        device: torch.device,
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
     ) -> None:
         self._painter, self._routers, self._shapes = painter, routers, shapes
-        self._report, self._attention = report, attention
+        self._report, self._device, self._attention = report, device, attention
         # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
         self._batch_sizes: Sequence[int] = (
             range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
@@ -142,7 +146,9 @@ class Engine:
         if shapes.invariant:
             self._batch_sizes = (max(self._batch_sizes),)
 
-    def prepare(self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket) -> Job:
+    def prepare(
+        self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket, deadline: float | None = None
+    ) -> Job:
         """Decode the request's images and plan its geometry.
 
         A side that the request leaves out comes from its image (in proportion, where the other side is given), else from `default`.
@@ -162,7 +168,7 @@ class Engine:
             image = images.lay(images.fit_to(image, height, width), plan)
         if mask is not None:
             mask = images.lay(images.fit_to(mask, height, width), plan)
-        return Job(request, plan, image, mask)
+        return Job(request, plan, image, mask, deadline)
 
     def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
         """The geometry of one request; sizes in pixels."""
@@ -185,28 +191,51 @@ class Engine:
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
         answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
-        for group in _grouped(jobs):
+        for group in _grouped(answers):
             try:
-                self._run_group(group, jobs, answers)
+                self._run_group(group)
             except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
                 logger.exception("a group of %d request(s) failed", len(group))
-                for index in group:
-                    answers[index] = Answer(jobs[index], error=error)
+                text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
+                for answer in group:
+                    answer.error = PipelineFailure(text)
         return answers
 
-    def _run_group(self, group: Sequence[int], jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
-        expanded = [(index, row) for index in group for row in jobs[index].rows()]
-        first = jobs[group[0]]
+    def _run_group(self, group: Sequence[Answer]) -> None:
+        for answer in group:
+            if answer.job.deadline is not None and time.time() > answer.job.deadline:
+                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+        rows = [(answer, row) for answer in group if answer.error is None for row in answer.job.rows()]
+        if rows:
+            self._run_rows(rows, self._batch_sizes)
+
+    def _run_rows(self, rows: Sequence[tuple[Answer, Row]], batch_sizes: Sequence[int]) -> None:
+        """Paint rows in runs of these batch sizes; a run that does not fit into memory is retried in smaller ones."""
         start = 0
-        for size in split_rows(self._batch_sizes, len(expanded)):
-            chunk = expanded[start : start + size]
+        for size in split_rows(batch_sizes, len(rows)):
+            chunk = rows[start : start + size]
             start += size
-            pixels, engine = self._paint(first, [row for _, row in chunk], size, len({index for index, _ in chunk}))
-            for (index, _), painted in zip(chunk, pixels, strict=True):
-                answer = answers[index]
-                answer.pictures.append(images.finish(painted, answer.job.plan))
-                # A request whose pictures took several runs is as slow as the slowest of them.
-                answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
+            try:
+                self._run_chunk(chunk, size)
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("a run of %d rows ran out of memory", size)
+            release_memory(self._device)
+            smaller = [other for other in batch_sizes if other < size]
+            if smaller:
+                self._run_rows(chunk, smaller)
+            for answer, _ in () if smaller else chunk:
+                answer.error = OutOfMemory(f"painting {answer.job.plan.bucket} does not fit into memory")
+
+    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
+        job, num_requests = chunk[0][0].job, len({id(answer) for answer, _ in chunk})
+        pixels, engine = self._paint(job, [row for _, row in chunk], size, num_requests)
+        for (answer, _), painted in zip(chunk, pixels, strict=True):
+            answer.pictures.append(images.finish(painted, answer.job.plan))
+            # A request whose pictures took several runs is as slow as the slowest of them.
+            answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
 
     def _paint(self, job: Job, rows: list[Row], size: int, num_requests: int) -> tuple[NDArray[np.uint8], EngineName]:
         """Paint real rows, filled up to `size`; the filler's pictures are dropped."""
@@ -270,10 +299,10 @@ def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
             raise RequestError(f"would be {side} pixels by the image; name a size of {span}", field_name)
 
 
-def _grouped(jobs: Sequence[Job]) -> Iterator[list[int]]:
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, job in enumerate(jobs):
-        groups.setdefault(job.group_key, []).append(index)
+def _grouped(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    groups: dict[tuple[object, ...], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.job.group_key, []).append(answer)
     yield from groups.values()
 
 

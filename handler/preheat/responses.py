@@ -34,8 +34,7 @@ def from_answer(answer: Answer) -> Response:
     """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
     request, plan = answer.job.request, answer.job.plan
     if answer.error is not None:
-        message = f"the pipeline failed on this request ({type(answer.error).__name__}); the server's log says more"
-        return json_response(500, {"code": 500, "type": "PipelineFailure", "message": message, "field": None})
+        return json_response(answer.error.code, answer.error.body())
     encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
     headers = _headers(answer)
     if request.response_format == "image":

@@ -28,7 +28,7 @@ from preheat.engine import Answer, Engine, Job, RunReport
 from preheat.errors import ConfigError, RequestError
 from preheat.metrics import Metrics, discard
 from preheat.pipelines import DiffusionPipeline
-from preheat.request import ImageRequest, parse_row
+from preheat.request import DEADLINE_HEADER, ImageRequest, parse_deadline, parse_row
 from preheat.state import ServerState, StatusFile
 from preheat.warmup import Record, Step, Variant, Warmup, plan_variants
 from preheat.watch import CompileWatch, raise_recompile_limits
@@ -76,6 +76,7 @@ class Service:
             self._routers,
             self._shapes,
             max_rows=config.batchSize,
+            device=device,
             attention=config.pt2.attention,
             report=self._count,
         )
@@ -92,8 +93,8 @@ class Service:
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
 
-    def parse(self, row: Mapping[str, object], content_type: str | None = None) -> Job:
-        """A TorchServe input row, which came with this Content-Type, as a job.
+    def parse(self, row: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Job:
+        """A TorchServe input row, which came with these headers (names in lower case), as a job.
 
         Raises:
             RequestError: anything about it that cannot be served.
@@ -101,7 +102,7 @@ class Service:
         pipeline = self.config.pipeline
         request = parse_row(
             row,
-            content_type=content_type,
+            content_type=(headers or {}).get("content-type"),
             limits=pipeline.limits,
             defaults=pipeline.defaults,
             guidance=pipeline.guidance,
@@ -110,7 +111,7 @@ class Service:
         family = self._pipeline.family
         if request.negative_prompt is not None and family.guidance == "embedded":
             raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
-        return self._prepare(request)
+        return self._prepare(request, parse_deadline((headers or {}).get(DEADLINE_HEADER)))
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Paint the jobs; answers come in their order."""
@@ -128,8 +129,9 @@ class Service:
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 
-    def _prepare(self, request: ImageRequest) -> Job:
-        return self._engine.prepare(request, limits=self.config.pipeline.limits, default=self._shapes.buckets[0])
+    def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
+        limits = self.config.pipeline.limits
+        return self._engine.prepare(request, limits=limits, default=self._shapes.buckets[0], deadline=deadline)
 
     def _build_routers(self) -> dict[str, Router]:
         pt2, dtype = self.config.pt2, DTYPES[self.config.pipeline.dtype]
