@@ -13,6 +13,8 @@ EXTERNAL ?=
 WAIT ?= 1800
 PROFILE ?= tiny
 CSV ?=
+COUNT ?= 10000
+SEED ?=
 BENCH_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
@@ -29,7 +31,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint serve ready stop archive bench-traffic clean
+.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +53,9 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict handler tests bench
 
+fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
+	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
+
 serve: $(STAMP) ## start TorchServe: CONFIG=model-config/x.yaml [MODEL=folder-or-hub-id] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
 		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
@@ -67,6 +72,9 @@ archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)
+
+bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }

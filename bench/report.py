@@ -91,13 +91,13 @@ def summary(measured: Measured, eager: Measured | None) -> dict[str, Any]:
 def write(document: Mapping[str, Any], folder: Path) -> None:
     """`traffic.json` and, once a strategy has been answered, `traffic.png`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = re.sub(r"\[\n[^][{}]*\]", _on_one_line, json.dumps(document, indent=1))
+    text = re.sub(r"\[\n[^][{}]*\]", on_one_line, json.dumps(document, indent=1))
     (folder / "traffic.json").write_text(text + "\n", encoding="utf-8")
     if any("p50_ms" in row for row in document["strategies"].values()):
         draw(document, folder / "traffic.png")
 
 
-def _on_one_line(found: re.Match[str]) -> str:
+def on_one_line(found: re.Match[str]) -> str:
     """A list of plain values, which json would give a line each. No string in JSON has a line end."""
     return re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[", 1)[:-2] + "]"
 

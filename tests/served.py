@@ -52,9 +52,9 @@ class Served:
         return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
 
     def exported(self) -> list[str]:
-        """The samples on the metrics port, a line each, as Prometheus reads them."""
+        """What the metrics port says, a line each: samples, and `# TYPE` lines of what has no sample yet."""
         with urllib.request.urlopen(f"{self.running.metrics}/metrics", timeout=60) as answer:
-            return [line for line in answer.read().decode().splitlines() if not line.startswith("#")]
+            return list(answer.read().decode().splitlines())
 
     def state(self) -> dict[str, Any]:
         (model,) = self.management(f"/models/{self.client.model}?customized=true")
