@@ -14,7 +14,7 @@ from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import pick_device, share_cpu
 from preheat.engine import Answer, Job
-from preheat.errors import RequestError
+from preheat.errors import OutOfMemory, RequestError
 from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
@@ -43,7 +43,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         try:
             config = ModelConfig.parse(context.model_yaml_config or {})
             if self.device.type == "cpu":
-                share_cpu(config.minWorkers or 1)
+                share_cpu(config.minWorkers)
             self.service = Service(
                 config,
                 Path(properties["model_dir"]),
@@ -92,9 +92,11 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
             return self.service.parse(row, headers)
+        except MemoryError:
+            return responses.from_error(OutOfMemory("the request's images do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
-            return responses.json_response(error.code, error.body())
+            return responses.from_error(error)
 
     def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]

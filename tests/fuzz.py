@@ -43,6 +43,9 @@ from served import opened
 STATE = server.ROOT / ".preheat"
 MAX_REQUEST_BYTES = 180_000
 """Of the server that is started here: less than the largest body sent, so that TorchServe's own refusal is met too."""
+FRONT_END = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException")
+"""What TorchServe 0.12's Java front end answers, with a 500, to multipart that it cannot take apart (an unknown charset or
+transfer encoding, an empty boundary or name). No worker hears of it, and no setting changes it; so it is counted apart."""
 NUM_CLIENTS = 8
 TIMEOUT = 60  # seconds
 PROBE_EVERY = 10
@@ -267,7 +270,8 @@ def _judged_error(one: Sent, got: Got, document: Mapping[str, Any]) -> tuple[str
     if code == 504 and one.header(b"x-preheat-deadline") is not None:
         return "late", None
     if "field" not in document:
-        fault = None if isinstance(code, int) and 400 <= code < 500 else f"{code} of TorchServe's own"
+        own = document.get("type") in FRONT_END or isinstance(code, int) and 400 <= code < 500
+        fault = None if own else f"{code} of TorchServe's own"
         return "refused by TorchServe", fault or ("a legal request was refused" if one.expect == "picture" else None)
     if code != 400 or not isinstance(at_fault, str) or not at_fault or not document["message"]:
         return "error", f"{code} that names {at_fault!r}"

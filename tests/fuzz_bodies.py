@@ -73,10 +73,15 @@ def nearly_legal() -> SearchStrategy[Sent]:
     return payloads().flatmap(
         lambda payload: st.sampled_from(sorted(ILLEGAL)).flatmap(
             lambda name: ILLEGAL[name].flatmap(
-                lambda value: _json_sent("nearly legal JSON", {**payload, name: value}, "refusal", name)
+                lambda value: _json_sent("nearly legal JSON", _spoilt(payload, name, value), "refusal", name)
             )
         )
     )
+
+
+def _spoilt(payload: Mapping[str, Any], name: str, value: object) -> dict[str, Any]:
+    # An image that is read at all must not meet a strength that leaves it no step.
+    return {**payload, **({"strength": 1.0} if name == "image" else {}), name: value}
 
 
 def hostile() -> SearchStrategy[Sent]:
@@ -510,7 +515,19 @@ def _multipart_hostile(parts: list[tuple[bytes, bytes]]) -> SearchStrategy[bytes
 
 def _maps() -> SearchStrategy[Sent]:
     """Input maps of any names and values."""
-    names = st.sampled_from([*FIELDS, "data", "body", "", "url_path", "describe", "content-type", "Content-Type"])
+    names = st.sampled_from(
+        [
+            *FIELDS,
+            "data",
+            "body",
+            "",
+            "url_path",
+            "ts_stream_next",
+            "ts_request_sequence_id",
+            "describe",
+            "content-type",
+        ]
+    )
     names |= st.text(_CHARS, max_size=5)
     values = st.one_of(
         st.sampled_from(

@@ -91,7 +91,8 @@ def random_request(rng: random.Random) -> dict[str, Any]:
     if rng.random() < 0.3:
         request["negative_prompt"] = "blurry"
     if rng.random() < 0.4:
-        request |= {"image": noise(height, width), "strength": 1.0}
+        least = 1.0 if request["num_inference_steps"] == 1 else 0.5
+        request |= {"image": noise(height, width), "strength": rng.uniform(least, 1.0)}
         if rng.random() < 0.5:
             request["mask_image"] = noise(height, width, "L")
     return request

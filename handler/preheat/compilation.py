@@ -33,11 +33,12 @@ class Phase(Enum):
     """What a router does with a call.
 
     OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
-    OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
+    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
     """
 
     OBSERVE = auto()
     WARM = auto()
+    PROVE = auto()
     SERVE = auto()
     OPEN = auto()
 
@@ -197,7 +198,7 @@ class Router:
         self.phase = Phase.WARM
         self.dims = DynamicDims()
         self.routes: dict[Signature, Route] = {}
-        self.visited: dict[Signature, Route] = {}  # since the last `start_variant`
+        self.visited: dict[Signature, Route] = {}  # in warm-up and proof, since the last `start_variant`
         self.run = Run()  # since the last `start_run`
         self.observed: list[Shapes] = []
         self._forward, self._fast = forward, fast
@@ -276,7 +277,7 @@ class Router:
         if self.run.planned_eager:
             return self._eager(args, kwargs)
         if route is not None:
-            self.visited[key] = route
+            self._visit(key, route)
         if route is None and self._shape_bound:
             self._incident(key, "no warmed variant has this signature", args, kwargs)
         elif route is not None and route.engine == "eager":
@@ -295,7 +296,11 @@ class Router:
         if not self.run.incidents:  # once a run, not once a step
             logger.error("incident: %s runs eagerly: %s; input shapes %s", self.name, why, tensor_shapes(args, kwargs))
         self.run.incidents += 1
-        self.visited[key] = Route("eager", why)
+        self._visit(key, Route("eager", why))
+
+    def _visit(self, key: Signature, route: Route) -> None:
+        if self.phase is Phase.PROVE:  # later the shapes are clients' own, and would pile up
+            self.visited[key] = route
 
 
 def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.dtype, device: torch.device) -> Router:

@@ -155,7 +155,7 @@ class LimitsConfig(Section):
     """Of an input image as sent, after base64 is undone."""
     max_image_pixels: Positive = 16_777_216
     min_side: Positive = 16
-    max_side: Positive = 4_096
+    max_side: Annotated[int, Field(gt=0, le=16_383)] = 4_096
     """Pixels, of the picture asked for."""
     max_images: Positive = 4
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0

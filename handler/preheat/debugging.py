@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISREG
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ def debugging(debug: DebugConfig) -> Iterator[None]:
     if debug.trace_dir is None:
         yield
         return
-    folder = Path(debug.trace_dir)
+    folder = Path(debug.trace_dir) / "preheat-traces"  # a folder of our own, since it is pruned
     dynamo_config: Any = torch._dynamo.config
     dynamo_config.debug_dir_root = str(folder)
     inductor_config.trace.enabled = True
@@ -39,7 +40,12 @@ def debugging(debug: DebugConfig) -> Iterator[None]:
 
 def prune(folder: Path, max_bytes: int) -> int:
     """Delete the oldest files below `folder` until it holds at most `max_bytes`; returns how many went."""
-    found = [(path.stat().st_mtime_ns, path.stat().st_size, path) for path in folder.rglob("*") if path.is_file()]
+    found: list[tuple[int, int, Path]] = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):  # another worker prunes too
+            facts = path.stat()
+            if S_ISREG(facts.st_mode):
+                found.append((facts.st_mtime_ns, facts.st_size, path))
     total, num_removed = sum(size for _, size, _ in found), 0
     for _, size, path in sorted(found):
         if total <= max_bytes:

@@ -21,7 +21,7 @@ from preheat import geometry, images
 from preheat.buckets import Bucket, round_up, split_rows
 from preheat.compilation import EngineName, Router
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.device import attention_backend, is_out_of_memory, release_memory
+from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
 from preheat.geometry import Plan
 from preheat.pipelines import Batch, Row
@@ -87,7 +87,21 @@ class Answer:
     engine: EngineName = "eager"
     exact: Literal["bitwise", "rounding"] = "rounding"
     """How equal the pictures are to those of the same request alone: to the last bit, or within rounding (1/255)."""
+    incident: bool = False
+    """Met a shape or guard that warm-up had not foreseen."""
+    fell_back: bool = False
+    """Ran eagerly because warm-up had found no engine."""
     error: RunError | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether it ran eagerly although compiled code was wanted."""
+        return self.incident or self.fell_back
+
+    @property
+    def is_planned_eager(self) -> bool:
+        """Whether it ran eagerly on purpose (`oversize: eager`)."""
+        return self.job.plan.engine_hint == "eager"
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -96,21 +110,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """One pipeline call, for metrics: real rows out of painted rows, its engine, and what went wrong with it."""
+    """One pipeline call: its pixels (rows, height, width, 3), how many rows are real, and how it ran."""
 
     batch: Batch
-    num_requests: int
+    pixels: NDArray[np.uint8]
     num_real_rows: int
     engine: EngineName
     seconds: float
-    planned_eager: bool
     incident: bool
     fell_back: bool
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether it ran eagerly although compiled code was wanted."""
-        return self.incident or self.fell_back
 
 
 class Engine:
@@ -174,8 +182,7 @@ class Engine:
         """The geometry of one request; sizes in pixels."""
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
-            multiple = self._painter.grid if shapes.strategy == "dynamic" else self._painter.multiple
-            own = round_up(Bucket(height, width), multiple)
+            own = self._own_size(height, width)
             if shapes.strategy == "exact" or any(bucket.covers(own.height, own.width) for bucket in shapes.buckets):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
@@ -188,6 +195,13 @@ class Engine:
             has_image=has_image,
         )
 
+    def _own_size(self, height: int, width: int) -> Bucket:
+        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a dynamic graph off size 1."""
+        if self._shapes.strategy == "exact":
+            return round_up(Bucket(height, width), self._painter.multiple)
+        grid = self._painter.grid
+        return round_up(Bucket(max(height, 2 * grid), max(width, 2 * grid)), grid)
+
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
         answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
@@ -196,6 +210,8 @@ class Engine:
                 self._run_group(group)
             except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
                 logger.exception("a group of %d request(s) failed", len(group))
+                if is_device_lost(error):
+                    raise SystemExit("the device is lost; TorchServe starts a new worker") from error
                 text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
                 for answer in group:
                     answer.error = PipelineFailure(text)
@@ -230,15 +246,17 @@ class Engine:
                 answer.error = OutOfMemory(f"painting {answer.job.plan.bucket} does not fit into memory")
 
     def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
-        job, num_requests = chunk[0][0].job, len({id(answer) for answer, _ in chunk})
-        pixels, engine = self._paint(job, [row for _, row in chunk], size, num_requests)
-        for (answer, _), painted in zip(chunk, pixels, strict=True):
-            answer.pictures.append(images.finish(painted, answer.job.plan))
+        run = self._paint(chunk[0][0].job, [row for _, row in chunk], size)
+        self._report(run)
+        for (answer, _), painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
             # A request whose pictures took several runs is as slow as the slowest of them.
-            answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
+            answer.engine = _slowest({run.engine, answer.engine}) if answer.pictures else run.engine
+            answer.pictures.append(images.finish(painted, answer.job.plan))
+            answer.incident |= run.incident
+            answer.fell_back |= run.fell_back
 
-    def _paint(self, job: Job, rows: list[Row], size: int, num_requests: int) -> tuple[NDArray[np.uint8], EngineName]:
-        """Paint real rows, filled up to `size`; the filler's pictures are dropped."""
+    def _paint(self, job: Job, rows: list[Row], size: int) -> RunReport:
+        """Paint real rows, filled up to `size`."""
         # The filler repeats nobody's text; its images are dropped with its pictures.
         filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
         request = job.request
@@ -250,29 +268,22 @@ class Engine:
             guidance_scale=request.guidance_scale,
             strength=request.strength,
         )
-        planned_eager = job.plan.engine_hint == "eager"
         for router in self._routers.values():
-            router.start_run(planned_eager=planned_eager)
+            router.start_run(planned_eager=job.plan.engine_hint == "eager")
         started = time.perf_counter()
         # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
         with torch.inference_mode(), attention_backend(self._attention):
             pixels = self._painter.paint(batch)
-        seconds = time.perf_counter() - started
         runs = [router.run for router in self._routers.values()]
-        engine = _slowest({engine for run in runs for engine in run.engines})
-        self._report(
-            RunReport(
-                batch=batch,
-                num_requests=num_requests,
-                num_real_rows=len(rows),
-                engine=engine,
-                seconds=seconds,
-                planned_eager=planned_eager,
-                incident=any(run.incidents for run in runs),
-                fell_back=any(run.fallen for run in runs),
-            )
+        return RunReport(
+            batch=batch,
+            pixels=pixels,
+            num_real_rows=len(rows),
+            engine=_slowest({engine for run in runs for engine in run.engines}),
+            seconds=time.perf_counter() - started,
+            incident=any(run.incidents for run in runs),
+            fell_back=any(run.fallen for run in runs),
         )
-        return pixels[: len(rows)], engine
 
 
 def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:
@@ -292,7 +303,7 @@ def _in_proportion(side: int, part: int, whole: int) -> int:
 
 
 def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
-    """Sides that come from an image are held to the limits of those that a request names."""
+    """Sides that come from an image are held to the limits of those that a request names (buckets always meet them)."""
     for field_name, side in (("height", height), ("width", width)):
         if not limits.min_side <= side <= limits.max_side:
             span = f"{limits.min_side} to {limits.max_side}"

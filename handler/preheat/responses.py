@@ -11,6 +11,7 @@ from typing import Any
 
 from preheat import images
 from preheat.engine import Answer
+from preheat.errors import RequestError, RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +31,15 @@ def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, 
     return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
 
 
+def from_error(error: RequestError | RunError) -> Response:
+    return json_response(error.code, error.body())
+
+
 def from_answer(answer: Answer) -> Response:
     """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
     request, plan = answer.job.request, answer.job.plan
     if answer.error is not None:
-        return json_response(answer.error.code, answer.error.body())
+        return from_error(answer.error)
     encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
     headers = _headers(answer)
     if request.response_format == "image":

@@ -9,7 +9,8 @@ import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from PIL import Image
 
 import preheat
 from preheat import images
-from preheat.buckets import Bucket
+from preheat.buckets import Bucket, round_up
 from preheat.cache import fingerprint
-from preheat.compilation import Phase, Router, build_router
+from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
 from preheat.config import ModelConfig, ShapesConfig
 from preheat.debugging import debugging
 from preheat.device import DTYPES, peak_memory_bytes
@@ -69,7 +70,8 @@ class Service:
         self._watch = CompileWatch()
         _log_compile_config(config)
         self._pipeline = DiffusionPipeline.load(_model_path(config.pipeline.path, model_dir), config.pipeline, device)
-        self._shapes = _resolved_shapes(config.pt2.shapes, self._pipeline)
+        self._shapes = _resolved_shapes(config, self._pipeline)
+        _refuse_dynamic_cuda_graphs(config, device)
         self._routers = self._build_routers()
         self._engine = Engine(
             self._pipeline,
@@ -78,7 +80,7 @@ class Service:
             max_rows=config.batchSize,
             device=device,
             attention=config.pt2.attention,
-            report=self._count,
+            report=self._report,
         )
         self.state.fingerprint = self._fingerprint()
         with debugging(config.pt2.debug):
@@ -119,7 +121,7 @@ class Service:
         self.state.requests += len(jobs)
         for answer in answers:
             if answer.error is None:
-                self._metrics.answered(answer.job.plan, len(answer.pictures), answer.engine)
+                self._count(answer)
         self._metrics.state(self.current_state())
         return answers
 
@@ -151,7 +153,7 @@ class Service:
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return
-        variants = self._plan_variants()
+        variants = self._plan_variants(self._warmed_sizes())
         self._status.plan(Counter(str(variant.bucket) for variant in variants))
         self.state.state = "warming"
         raise_recompile_limits(self._num_graphs(len(variants)))
@@ -165,28 +167,45 @@ class Service:
         )
         warmup.observe(self._extremes(variants))
         warmup.warm(variants)
-        num_faults = warmup.prove(variants)
+        served = list(self._plan_variants(self._served_sizes()))
+        if self._shapes.strategy == "dynamic":
+            served += {self._between(variant): None for variant in served}
+        num_faults = warmup.prove(served)
         self.state.buckets = [_row(record) for record in warmup.records]
-        logger.info("proof: %d variants replayed, %d at fault", len(variants), num_faults)
+        logger.info("proof: %d variants replayed, %d at fault", len(served), num_faults)
 
-    def _plan_variants(self) -> tuple[Variant, ...]:
-        sizes = self._shapes.batch_sizes
-        if sizes == "dynamic":
-            sizes = tuple(sorted({1, min(2, self.config.batchSize), self.config.batchSize}))
-        if self._shapes.invariant:
-            sizes = (max(sizes),)
+    def _plan_variants(self, sizes: Iterable[int]) -> tuple[Variant, ...]:
         return plan_variants(self._shapes.buckets, sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
+
+    def _served_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that a run can have."""
+        sizes = self._shapes.batch_sizes
+        served = tuple(range(1, self.config.batchSize + 1)) if sizes == "dynamic" else sizes
+        return (max(served),) if self._shapes.invariant else served
+
+    def _warmed_sizes(self) -> tuple[int, ...]:
+        """Those that warm-up has to meet so that every served one is hot: CUDA graphs are recorded for each size."""
+        served = self._served_sizes()
+        if self._shapes.batch_sizes != "dynamic" or uses_cuda_graphs(self.config.pt2.compile.kwargs, self._device):
+            return served
+        return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
 
     def _extremes(self, variants: Sequence[Variant]) -> list[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every graph is static."""
         largest, smallest = variants[0], variants[-1]
         if self._shapes.strategy == "dynamic":
             sizes = {variant.bucket: variant for variant in variants if variant.guidance == largest.guidance}
-            return [largest, *sizes.values()]
+            return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
             guided = [v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task]
             return [guided[0], guided[-1]]
         return []
+
+    def _between(self, variant: Variant) -> Variant:
+        """The variant at about half its size: what `strategy: dynamic` has to serve beside the buckets themselves."""
+        grid, bucket = self._pipeline.grid, variant.bucket
+        half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
+        return replace(variant, bucket=half)
 
     def _num_graphs(self, num_variants: int) -> int:
         """An upper bound of graphs per code object: regional blocks share theirs among all blocks of a target."""
@@ -227,13 +246,15 @@ class Service:
     def _show(self, step: Step) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
 
-    def _count(self, run: RunReport) -> None:
-        if self.state.state not in ("hot", "cold"):
-            return
-        self.state.incidents += run.num_requests * run.incident
-        self.state.planned_eager += run.num_requests * run.planned_eager
-        self.state.eager_fallbacks += run.num_requests * run.is_fallback
-        self._metrics.run(run)
+    def _report(self, run: RunReport) -> None:
+        if self.state.state in ("hot", "cold"):
+            self._metrics.run(run)
+
+    def _count(self, answer: Answer) -> None:
+        self.state.incidents += answer.incident
+        self.state.eager_fallbacks += answer.is_fallback
+        self.state.planned_eager += answer.is_planned_eager
+        self._metrics.answered(answer)
 
 
 def _model_path(path: str, model_dir: Path) -> str | Path:
@@ -244,8 +265,9 @@ def _model_path(path: str, model_dir: Path) -> str | Path:
     return inside if inside.is_dir() else path
 
 
-def _resolved_shapes(shapes: ShapesConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
-    """The shapes with buckets filled in and checked against what the pipeline needs."""
+def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
+    """The shapes with buckets filled in and checked against what the pipeline needs and the limits allow."""
+    shapes, limits = config.pt2.shapes, config.pipeline.limits
     buckets = shapes.buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):
@@ -254,7 +276,22 @@ def _resolved_shapes(shapes: ShapesConfig, pipeline: DiffusionPipeline) -> Shape
                     f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
+        if max(bucket.height, bucket.width) > limits.max_side or bucket.area > limits.max_image_pixels:
+            raise ConfigError(
+                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
+                f"pt2.shapes.buckets[{index}]",
+            )
+        if min(bucket.height, bucket.width) < limits.min_side:
+            raise ConfigError(
+                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})", f"pt2.shapes.buckets[{index}]"
+            )
     return shapes.model_copy(update={"buckets": tuple(buckets)})
+
+
+def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> None:
+    """CUDA graphs are recorded per size, so with any size allowed they would be recorded inside requests."""
+    if config.pt2.shapes.strategy == "dynamic" and uses_cuda_graphs(config.pt2.compile.kwargs, device):
+        raise ConfigError("records CUDA graphs, which strategy: dynamic cannot; use mode: default", "pt2.compile.mode")
 
 
 def _log_compile_config(config: ModelConfig) -> None:

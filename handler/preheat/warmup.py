@@ -164,7 +164,7 @@ class Warmup:
             WarmupError: there is a fault and `on_failure` is `fail`.
         """
         forbid_compiling()
-        self._enter(Phase.SERVE)
+        self._enter(Phase.PROVE)
         num_faults = 0
         for variant in variants:
             for router in self._routers.values():
@@ -177,6 +177,7 @@ class Warmup:
                 logger.error("proof: %s was not hot after warm-up", variant)
                 self._note(variant, 0.0, None)
                 self._fail_if_asked(variant)
+        self._enter(Phase.SERVE)
         return num_faults
 
     def _enter(self, phase: Phase) -> None:

@@ -16,7 +16,7 @@ _REFUSAL = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
 
 
 class CompileWatch:
-    """Counts compile events of this process: Dynamo traces, runtime autotuning, CUDA graph recordings.
+    """Counts compile events of this process: Dynamo traces, lazy backward compiles, CUDA graph recordings.
 
     Nested events count once (torch reports the outermost). Cache hits still trace, so they count too: the watch answers
     "did a request wait for the compiler", not "was machine code made".

@@ -5,9 +5,8 @@ from __future__ import annotations
 import random
 from concurrent.futures import ThreadPoolExecutor
 
-from test_grafana import dashboard_metrics
-
 from served import Served, opened, random_request
+from test_grafana import dashboard_metrics
 
 NUM_REQUESTS = 1000
 COUNTERS = {
