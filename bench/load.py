@@ -18,7 +18,7 @@ import tempfile
 import time
 import urllib.request
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -62,7 +62,7 @@ class Run:
 
     @property
     def name(self) -> str:
-        how = f"{self.num_clients} clients" if self.loop == "closed" else f"open, {self.share:.0%} load"
+        how = f"{self.num_clients} clients" if self.loop == "closed" else f"open at {self.share:.0%}"
         return f"{self.traffic}, {self.protocol}, {how}"
 
 
@@ -131,7 +131,7 @@ def run_bare(spec: Spec) -> dict[str, Any]:
 
 
 @contextmanager
-def serving(profile: Profile, config: Mapping[str, Any], model: Path) -> Any:
+def serving(profile: Profile, config: Mapping[str, Any], model: Path) -> Iterator[tuple[server.TorchServe, float]]:
     """A server of that YAML, warm, and the seconds it took to be so."""
     run_dir = STATE / "run" / "bench-load"
     run_dir.parent.mkdir(parents=True, exist_ok=True)
@@ -224,7 +224,7 @@ def bench(
         "max_delay_ms": max_delay,
         "seconds_per_load": seconds,
         "buckets": [[bucket.height, bucket.width] for bucket in chosen.buckets],
-        "mixed_sizes": traffics["mixed"],
+        "mixed_sizes": [f"{height}x{width}" for height, width in traffics["mixed"]],
         "seconds": 0.0,
         "bare": {},
         "served": {},

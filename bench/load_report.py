@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.box import SIMPLE
 from rich.table import Table
 
 from bench.clients import Traffic
@@ -88,47 +89,53 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> Table:
-    """The result for a terminal of 120 columns; milliseconds, and per request where they are the server's."""
-    table = Table(title=f"{document['profile']}: {headline(document)}")
-    table.add_column("load")
-    for heading in (
+    """The result for a terminal of 120 columns. Times in milliseconds; those from "model" on are per request."""
+    table = Table(title=f"{document['profile']}: {headline(document)}", box=SIMPLE)
+    table.add_column("load", no_wrap=True)
+    headings = (
         "req/s",
-        "p50",
-        "p95",
-        "p99",
+        "p50 / p95 / p99",
         "rows/run",
-        "rows pad",
-        "px pad",
+        "padding: rows",
+        "pixels",
         "model",
         "parse",
         "encode",
         "outside",
-        "failed",
-    ):
+    )
+    for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for traffic, rates in document["bare"]["requests_per_second"].items():
         for size, rate in rates.items():
-            table.add_row(f"bare: {traffic}, batches of {size}", f"{rate:.2f}")
+            table.add_row(f"{traffic}, bare loop, {size} a batch", f"{rate:.2f}")
     for name, served in document["served"].items():
         table.add_section()
+        table.add_row(f"[bold]{name}")
         for row in served["loads"]:
-            cells = [f"{row['requests_per_second']:.2f}", *(row.get(f"p{percent}_ms") for percent in (50, 95, 99))]
-            cells += [row.get("rows_per_run"), _percent(row.get("padded_rows")), _percent(row.get("padded_pixels"))]
-            cells += [row.get(key) for key in ("model_ms", "parse_ms", "encode_ms", "outside_model_ms")]
-            table.add_row(
-                f"{name}: {row['name']}", *("-" if cell is None else str(cell) for cell in (*cells, row["failed"]))
-            )
+            failed = f", {row['failed']} failed" if row["failed"] else ""
+            table.add_row(row["name"] + failed, f"{row['requests_per_second']:.2f}", *_cells(row))
     return table
 
 
-def _percent(share: float | None) -> str | None:
-    return None if share is None else f"{share:.0%}"
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if "p50_ms" not in row:
+        return []
+    outside = row.get("outside_model_ms")
+    return [
+        " / ".join(f"{row[f'p{percent}_ms']:.0f}" for percent in (50, 95, 99)),
+        f"{row['rows_per_run']:.2f}",
+        f"{row['padded_rows']:.0%}",
+        f"{row['padded_pixels']:.0%}",
+        *(f"{row[key]:.1f}" for key in ("model_ms", "parse_ms", "encode_ms")),
+        "-" if outside is None else f"{outside:.1f}",
+    ]
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
     """Two panels, a row per load: throughput against the bare loop's, and latency percentiles."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     rows = [(name, row) for name, served in document["served"].items() for row in served["loads"] if "p50_ms" in row]
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
@@ -150,6 +157,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     rate.invert_yaxis()
     rate.margins(x=0.2)
     latency.set_xscale("log")
+    latency.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    latency.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    latency.xaxis.set_minor_formatter(NullFormatter())
     latency.set_xlabel("milliseconds, logarithmic (black: p50, grey: p95, red: p99)")
     for axes in (rate, latency):
         axes.spines[["top", "right"]].set_visible(False)
