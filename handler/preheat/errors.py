@@ -5,7 +5,8 @@
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
     ├── ArchiveError     a model folder cannot be packaged
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    └── PipelineError    a pipeline folder cannot be served
+    ├── PipelineError    a pipeline folder cannot be served
+    └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
 Anything else that is raised is a bug, or the machine's doing.
 """
@@ -59,3 +60,7 @@ class WarmupError(PreheatError):
 
 class PipelineError(PreheatError):
     """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""
+
+
+class Untrusted(PreheatError):
+    """A compiled file that must not be run: unsigned, altered, made for something else, or open to others."""
