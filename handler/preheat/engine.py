@@ -19,7 +19,7 @@ from PIL import Image
 
 from preheat import geometry, images
 from preheat.buckets import Bucket, batch_size_for, round_up
-from preheat.compilation import EngineName, Router
+from preheat.compilation import EngineName, Router, slowest
 from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import attention_backend
 from preheat.errors import RequestError
@@ -223,7 +223,7 @@ class Engine:
             pixels = self._painter.paint(batch)
         seconds = time.perf_counter() - started
         runs = [router.run for router in self._routers.values()]
-        engine = _slowest({engine for run in runs for engine in run.engines})
+        engine = slowest({engine for run in runs for engine in run.engines})
         self._report(
             RunReport(
                 batch=batch,
@@ -268,9 +268,3 @@ def _grouped(jobs: Sequence[Job]) -> Iterator[list[int]]:
     for index, job in enumerate(jobs):
         groups.setdefault(job.group_key, []).append(index)
     yield from groups.values()
-
-
-def _slowest(engines: set[EngineName]) -> EngineName:
-    """One name for a run whose targets ran on several engines: a single eager target makes the run an eager one."""
-    order: tuple[EngineName, ...] = ("eager", "ipex", "compiled", "aot")
-    return next((engine for engine in order if engine in engines), "eager")

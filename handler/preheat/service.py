@@ -18,7 +18,7 @@ from PIL import Image
 from torch._logging._internal import set_logs
 
 import preheat
-from preheat import images
+from preheat import aot, images
 from preheat.buckets import Bucket
 from preheat.cache import fingerprint
 from preheat.compilation import Phase, Router, build_router
@@ -30,7 +30,8 @@ from preheat.metrics import Metrics, discard
 from preheat.pipelines import DiffusionPipeline
 from preheat.request import ImageRequest, parse_row
 from preheat.state import ServerState, StatusFile
-from preheat.warmup import Record, Step, Variant, Warmup, plan_variants
+from preheat.trust import Trust
+from preheat.warmup import Record, Step, Variant, Warmup, covering, plan_variants
 from preheat.watch import CompileWatch, raise_recompile_limits
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,8 @@ class Service:
             report=self._count,
         )
         self.state.fingerprint = self._fingerprint()
+        if config.pt2.export.aot_compile:
+            self._attach_packages(model_dir / aot.FOLDER)
         self._heat(leave_out)
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
@@ -134,10 +137,16 @@ class Service:
         return {name: build_router(name, self._pipeline.target(name), pt2, dtype, self._device) for name in names}
 
     def _fingerprint(self) -> str:
-        compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "on_failure", "debug"})
+        compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
         compiled["dtype"] = self.config.pipeline.dtype
         compiled["batchSize"] = self.config.batchSize
         return fingerprint(self._device, compiled, self._pipeline.structure())
+
+    def _attach_packages(self, folder: Path) -> None:
+        """Give the routers what was compiled when the archive was built; what cannot be used leaves a reason there."""
+        trust = Trust.resolve(self.config.pt2.cache.trust)
+        modules = {name: self._pipeline.target(name) for name in self._routers}
+        aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     def _heat(self, leave_out: Collection[Variant]) -> None:
         """Warm-up and proof. `exact` has neither: it is plain torch.compile, kept for comparison."""
@@ -146,8 +155,7 @@ class Service:
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return
-        variants = self._plan_variants()
-        self._status.plan(Counter(str(variant.bucket) for variant in variants))
+        variants: Sequence[Variant] = self._plan_variants()
         self.state.state = "warming"
         raise_recompile_limits(self._num_graphs(len(variants)))
         warmup = Warmup(
@@ -159,10 +167,26 @@ class Service:
             leave_out=leave_out,
         )
         warmup.observe(self._extremes(variants))
-        warmup.warm(variants)
+        variants = self._warm(warmup, variants)
+        if all(router.idle for router in self._routers.values()):
+            variants = ()  # eager code is what it was the first time
         num_faults = warmup.prove(variants)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(variants), num_faults)
+
+    def _warm(self, warmup: Warmup, variants: Sequence[Variant]) -> Sequence[Variant]:
+        """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
+
+        That a package fails shows in its first run only: then everything is warmed after all.
+        """
+        for chosen in (covering(variants), variants):
+            if chosen is not variants and any(router.compiles for router in self._routers.values()):
+                continue
+            self._status.plan(Counter(str(variant.bucket) for variant in chosen))
+            warmup.warm(chosen)
+            if not any(router.compiles for router in self._routers.values()):
+                return chosen
+        return variants
 
     def _plan_variants(self) -> tuple[Variant, ...]:
         sizes = self._shapes.batch_sizes
