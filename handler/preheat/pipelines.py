@@ -173,7 +173,10 @@ class DiffusionPipeline:
         for name, component in sorted(self._pipe.components.items()):
             if isinstance(component, nn.Module):
                 config = getattr(component, "config", {})
-                parts[name] = [type(component).__name__, getattr(config, "to_dict", lambda c=config: dict(c))()]
+                facts = getattr(config, "to_dict", lambda c=config: dict(c))()
+                # Where it was loaded from is no part of what it is: TorchServe unpacks a .mar into a new folder at each start.
+                facts = {key: value for key, value in facts.items() if key != "_name_or_path"}
+                parts[name] = [type(component).__name__, facts]
             elif component is not None:
                 parts[name] = type(component).__name__
         return parts

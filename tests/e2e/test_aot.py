@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 
 from preheat import server
 from preheat.archiving import build_archive
@@ -20,7 +22,6 @@ from preheat.config import ModelConfig
 from preheat.service import Service
 from preheat.state import StatusFile
 from served import Served
-from test_serving import opened
 
 BUCKETS = [[64, 128], [96, 64]]
 CONFIG: dict[str, Any] = {
@@ -96,7 +97,7 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served,
                 (answer,) = eager.run([eager.parse({"body": request})])
                 answer.raise_if_failed()
                 for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                    painted = np.asarray(opened(base64.b64decode(entry["b64_json"]))).astype(int)
+                    painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))).astype(int)
                     assert np.abs(painted - np.asarray(picture).astype(int)).max() <= 1
     state = ahead.state()
     assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0
