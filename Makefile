@@ -10,6 +10,7 @@ NAME ?=
 OUT ?= .preheat/archives
 FORMAT ?= zip-store
 EXTERNAL ?=
+AOT ?=
 WAIT ?= 1800
 PROFILE ?= tiny
 CSV ?=
@@ -67,8 +68,8 @@ ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)
 
-archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1]
-	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external)
+archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
+	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)

@@ -17,13 +17,13 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"pydantic", "pydantic_core", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
-    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging"}, {"torch"}),
+    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot"}, {"torch"}),
     ({"pipelines"}, {"diffusers"}),
     ({"engine", "metrics", "responses", "service"}, set()),
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.
-TOOLS = {"cli", "archiving", "server", "processes", "readiness", "client", "demo", "progress", "tiny"}
+TOOLS = {"cli", "archiving", "aot_build", "server", "processes", "readiness", "client", "demo", "progress", "tiny"}
 STANDARD = __import__("sys").stdlib_module_names
 
 

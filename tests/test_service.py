@@ -239,7 +239,7 @@ def test_the_status_file_follows_warm_up(watch: CompileWatch, models: Path, tmp_
     start(models / "sdxl", status=tmp_path, shapes={"buckets": TWO}, compile=False)
     (file,) = tmp_path.iterdir()
     status = json.loads(file.read_text())
-    assert status["state"] == "hot" and status["done"] == status["total"] == 24
+    assert status["state"] == "hot" and status["done"] == status["total"] == 8
     assert [row["bucket"] for row in status["buckets"]] == ["64x64", "96x32"]
 
 
@@ -252,6 +252,14 @@ def test_a_model_that_cannot_be_served_says_why(watch: CompileWatch, models: Pat
         start(tmp_path)
     with pytest.raises(PipelineError, match="no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+
+
+def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
+    watch: CompileWatch, models: Path, tmp_path: Path
+) -> None:
+    elsewhere = shutil.copytree(models / "sdxl", tmp_path / "elsewhere")
+    here, there = (start(folder, compile=False).state.fingerprint for folder in (models / "sdxl", elsewhere))
+    assert here == there != start(models / "sd15", compile=False).state.fingerprint
 
 
 def test_pickled_weights_are_refused(watch: CompileWatch, tmp_path: Path) -> None:

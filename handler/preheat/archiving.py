@@ -1,7 +1,7 @@
 """A pipeline folder and a model YAML become an archive that TorchServe loads.
 
 The archive's root holds the entry file, the package `preheat/`, `<name>.yaml` and, unless weights stay outside,
-`model/`: the pipeline folder as it was. The model's name is the YAML's stem.
+`model/`: the pipeline folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the YAML's stem.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from preheat.config import ModelConfig
+from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ArchiveError
 
 ArchiveFormat = Literal["zip-store", "default", "no-archive"]
@@ -25,6 +25,7 @@ ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 ENTRY = Path(__file__).resolve().parents[1] / "preheat_handler.py"
 PACKAGE = Path(__file__).resolve().parent
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
+EXPORTED = {"aot_compile": True}
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
 
 
@@ -35,18 +36,20 @@ def build_archive(
     output: Path,
     archive_format: ArchiveFormat = "zip-store",
     external: bool = False,
+    aot: bool = False,
 ) -> Path:
     """Package `model` with `config` into the folder `output`; return the archive's path.
 
     `model` is a diffusers pipeline folder; with `external` it may be a hub id as well, and its weights stay where they
     are: the archive's YAML names the place. `zip-store` and `default` (deflated) write `<name>.mar`, `no-archive` a
-    folder `<name>` that TorchServe serves in place. An older archive of the name is replaced.
+    folder `<name>` that TorchServe serves in place. An older archive of the name is replaced. With `aot`, or where the YAML
+    says `pt2.export.aot_compile`, every target is compiled now, for machines like this one, and lies under `aot/`.
 
     Raises:
         ConfigError: the YAML cannot be used.
         ArchiveError: the folder is no pipeline, holds pickled weights, or cannot be packaged.
     """
-    ModelConfig.load(config)
+    aot = ModelConfig.load(config).pt2.export.aot_compile or aot
     name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):
         raise ArchiveError(f"unknown archive format {archive_format!r}: one of {', '.join(get_args(ArchiveFormat))}")
@@ -61,12 +64,14 @@ def build_archive(
     # In `output`, since that is the disk with room for the weights, and no other archive's leftovers lie there.
     with tempfile.TemporaryDirectory(prefix=".archiving-", dir=output) as work_dir:
         work = Path(work_dir)
-        (work / f"{name}.yaml").write_text(_placed(config, place), encoding="utf-8")
+        (work / f"{name}.yaml").write_text(_adapted(config, place, aot=aot), encoding="utf-8")
         files = work / "files"  # the archiver copies its contents, not the folder itself
         files.mkdir()
         (files / "preheat").symlink_to(PACKAGE)
         if not external:
             (files / "model").symlink_to(folder.resolve())
+        if aot:
+            _compile_ahead(work / f"{name}.yaml", files)
         return _replace(_run_archiver(name, work, archive_format), output)
 
 
@@ -90,14 +95,35 @@ def _check_weights(folder: Path) -> None:
         raise ArchiveError(f"{folder} holds no safetensors weights")
 
 
-def _placed(config: Path, place: str) -> str:
-    """The YAML's text with `pipeline.path` set; as it was, comments included, where that is already so."""
+def _adapted(config: Path, place: str, *, aot: bool) -> str:
+    """The YAML's text with `pipeline.path` and `pt2.export` set; as it was, comments included, where they already are."""
     text = config.read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    pipeline = data.get("pipeline") or {}
-    if pipeline.get("path", ".") == place:
-        return text
-    return yaml.safe_dump({**data, "pipeline": {**pipeline, "path": place}}, sort_keys=False, allow_unicode=True)
+    pipeline, pt2 = data.get("pipeline") or {}, data.get("pt2") or {}
+    changed: dict[str, Any] = {}
+    if pipeline.get("path", ".") != place:
+        changed["pipeline"] = {**pipeline, "path": place}
+    if aot and (not isinstance(pt2, dict) or pt2.get("export") != EXPORTED):
+        changed["pt2"] = {**_modern(pt2), "export": EXPORTED}
+    return yaml.safe_dump({**data, **changed}, sort_keys=False, allow_unicode=True) if changed else text
+
+
+def _modern(pt2: Any) -> dict[str, Any]:
+    """`pt2` as a mapping that has room for `export`: TorchServe's legacy forms are arguments of torch.compile."""
+    if isinstance(pt2, str):
+        pt2 = {"backend": pt2}
+    if not any(key in Pt2Config.model_fields for key in pt2) and pt2:
+        return {"compile": {"enable": True, **pt2}}
+    return dict(pt2)
+
+
+def _compile_ahead(config: Path, files: Path) -> None:
+    """Fill `files/aot`. A process of its own: it loads the pipeline and torch, and the archiver needs neither."""
+    command = [sys.executable, "-m", "preheat.aot_build", str(config), str(files), str(files / "aot")]
+    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr.fileno())
+    if done.returncode:
+        raise ArchiveError(f"compiling ahead of time failed for {config.stem}; what went wrong is said above")
 
 
 def _run_archiver(name: str, work: Path, archive_format: str) -> Path:

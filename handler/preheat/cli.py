@@ -64,12 +64,15 @@ def archive(
     external: Annotated[
         bool, typer.Option("--external", help="Leave the weights where they are; the archive names the place.")
     ] = False,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile now, for machines like this one, so that workers compile nothing.")
+    ] = False,
 ) -> None:
     """Package a pipeline and its YAML into an archive for TorchServe."""
     from preheat.archiving import build_archive
 
     place = _model(config, model)
-    print(build_archive(config, place, output=output, archive_format=archive_format.value, external=external))
+    print(build_archive(config, place, output=output, archive_format=archive_format.value, external=external, aot=aot))
 
 
 @app.command()

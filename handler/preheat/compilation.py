@@ -3,16 +3,17 @@
 A `Router` stands in for the `forward` of one target. It knows a call by its *signature*: shapes, dtypes, memory formats and
 plain values of all arguments, which is what Dynamo guards on. Only signatures that warm-up has seen reach compiled code, so no
 request can wait for the compiler. Guards that a signature cannot foresee (global state) raise under `watch.forbid_compiling`
-and are served eagerly too.
+and are served eagerly too. Code that was compiled ahead of time goes first, where there is some that warm-up has compared with
+eager.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -27,6 +28,14 @@ logger = logging.getLogger(__name__)
 EngineName = Literal["aot", "compiled", "ipex", "eager"]
 Signature = tuple[Any, ...]
 Shapes = dict[str, tuple[int, ...]]
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+"""The positional and the keyword arguments of one call."""
+
+
+def slowest(engines: Collection[EngineName]) -> EngineName:
+    """One name for what ran on several engines: a single eager target makes a run an eager one."""
+    order: tuple[EngineName, ...] = ("eager", "ipex", "compiled", "aot")
+    return next((engine for engine in order if engine in engines), "eager")
 
 
 class Phase(Enum):
@@ -45,23 +54,28 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The engine that runs a signature, and why it is not the one that was asked for."""
+    """The engine that runs a signature, and why it is not the one that was asked for. `call` is the route's own code, if any."""
 
     engine: EngineName
     reason: str | None = None
+    call: Callable[..., Any] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class DynamicDims:
-    """Dimensions of a target's inputs that one graph covers: argument path -> dimension -> (least, greatest) size."""
+    """Dimensions of a target's inputs that one graph covers: argument path -> dimension -> (least, greatest) size.
+
+    Sizes below `least` specialise: 0 and 1 under Dynamo, none where torch.export was told the range.
+    """
 
     ranges: Mapping[str, Mapping[int, tuple[int, int]]] = field(default_factory=dict)
+    least: int = 2
 
     @classmethod
     def varying(cls, observed: Sequence[Shapes]) -> DynamicDims:
         """The dimensions whose size differs between the observed calls, with the range seen."""
         ranges: dict[str, dict[int, tuple[int, int]]] = {}
-        for path in set.intersection(*(set(shapes) for shapes in observed)):
+        for path in sorted(set.intersection(*(set(shapes) for shapes in observed))):
             sizes = list(zip(*(shapes[path] for shapes in observed), strict=True))
             spans = {dim: (min(seen), max(seen)) for dim, seen in enumerate(sizes) if min(seen) != max(seen)}
             if spans:
@@ -69,11 +83,11 @@ class DynamicDims:
         return cls(ranges)
 
     def canonical(self, path: str, shape: tuple[int, ...]) -> tuple[int | str, ...]:
-        """`shape` with sizes that share a graph made equal. Sizes 0 and 1 always specialise, so they stay."""
+        """`shape` with sizes that share a graph made equal."""
         spans = self.ranges.get(path)
         if not spans:
             return shape
-        shared = {dim for dim, (_, most) in spans.items() if 2 <= shape[dim] <= most}
+        shared = {dim for dim, (_, most) in spans.items() if self.least <= shape[dim] <= most}
         return tuple("n" if dim in shared else size for dim, size in enumerate(shape))
 
     def mark(self, path: str, tensor: torch.Tensor) -> None:
@@ -157,6 +171,23 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
 
 
+class Ahead(Protocol):
+    """Code compiled ahead of time for the calls that it `matches`; see `aot.Package`."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def dims(self) -> DynamicDims: ...
+
+    def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool: ...
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def fault(self, result: Any, expected: Any) -> str | None:
+        """Why `result` is not what eager gave, or None where it is close enough."""
+
+
 @dataclass(slots=True)
 class Run:
     """What one run of the pipeline met at this target."""
@@ -201,14 +232,25 @@ class Router:
         self.visited: dict[Signature, Route] = {}  # in warm-up and proof, since the last `start_variant`
         self.run = Run()  # since the last `start_run`
         self.observed: list[Shapes] = []
+        self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
+        self.ahead: list[Ahead] = []
+        self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
+        self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
         self._forward, self._fast = forward, fast
-        self._shape_bound, self._cuda_graphs = shape_bound, cuda_graphs
+        self._shape_bound, self._cuda_graphs = shape_bound or fast is None, cuda_graphs
         self._lay_out = _channels_last if channels_last else _contiguous
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing faster than eager to route to."""
-        return self._fast is None
+        return self._fast is None and not self.ahead
+
+    @property
+    def compiles(self) -> bool:
+        """Whether warm-up has to compile, for all that is known so far."""
+        if any(route.engine == "compiled" for route in self.routes.values()):
+            return True
+        return self._fast is not None and self._shape_bound and not self.ahead
 
     def start_variant(self) -> None:
         self.visited = {}
@@ -217,20 +259,27 @@ class Router:
         self.run = Run(planned_eager)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if self._fast is None:
+        if self.idle and self.phase is not Phase.OBSERVE:
             self.run.fallen += self.reason is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
             return self._run_fast(args, kwargs)
         args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
         if self.phase is Phase.OBSERVE:
-            self.observed.append(tensor_shapes(args, kwargs))
-            return self._eager(args, kwargs)
+            return self._observe(args, kwargs)
         key = signature(args, kwargs, self.dims)
         route = self.routes.get(key)
         if self.phase is Phase.WARM:
             return self._warm(key, route, args, kwargs)
         return self._serve(key, route, args, kwargs)
+
+    def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        self.observed.append(tensor_shapes(args, kwargs))
+        if self.examples is not None:
+            key = signature(args, kwargs, DynamicDims())
+            if key not in self.examples:
+                self.examples[key] = (map_tensors(args, torch.clone), map_tensors(kwargs, torch.clone))
+        return self._eager(args, kwargs)
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.run.engines.add("eager")
@@ -247,7 +296,41 @@ class Router:
         self.run.engines.add(self.engine)
         return result
 
+    def _run_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = call(*args, **kwargs)
+        self.run.engines.add("aot")
+        return result
+
     def _warm(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        why = route.reason if route is not None else self.ahead_reason
+        if route is None and self.ahead:
+            route, why = self._compare(args, kwargs)
+        if route is None and self._fast is None:
+            route = Route("eager", "; ".join(filter(None, (why, self.reason))) or None)
+        if route is not None and (route.call is not None or self._fast is None):
+            self.routes[key] = self.visited[key] = route
+            return self._eager(args, kwargs) if route.call is None else self._run_ahead(route.call, args, kwargs)
+        return self._compile(key, route, why, args, kwargs)
+
+    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Route | None, str | None]:
+        """The route through the package made for this call, or None and why not: it has to agree with eager first."""
+        ahead = next((each for each in self.ahead if each.matches(args, kwargs)), None)
+        if ahead is None:
+            return None, "aot: no package for this signature"
+        if self._faults.get(ahead.name) is None:
+            expected = self._eager(args, kwargs)  # a fault of the model itself raises here
+            try:
+                self._faults[ahead.name] = ahead.fault(ahead(*args, **kwargs), expected)
+            except RuntimeError as error:
+                self._faults[ahead.name] = f"{type(error).__name__}: {error}".strip()
+            if self._faults[ahead.name] is not None:
+                logger.error("%s: package %s is not used: %s", self.name, ahead.name, self._faults[ahead.name])
+        fault = self._faults[ahead.name]
+        return (Route("aot", call=ahead), None) if fault is None else (None, f"aot: {fault}")
+
+    def _compile(
+        self, key: Signature, route: Route | None, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if route is None:
             for path, leaf in leaves(args, kwargs):
                 if isinstance(leaf, torch.Tensor):
@@ -264,9 +347,9 @@ class Router:
                     reason = "torch.compile produced no graph for this module"
                     logger.error("%s: %s; this shape stays eager", self.name, reason)
                 else:
-                    self.routes[key] = self.visited[key] = Route(self.engine)
+                    self.routes[key] = self.visited[key] = Route(self.engine, why)
                     return result
-            route = Route("eager", reason)
+            route = Route("eager", "; ".join(filter(None, (why, reason))))
         self.routes[key] = self.visited[key] = route
         return self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
 
@@ -276,8 +359,12 @@ class Router:
     def _serve(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.run.planned_eager:
             return self._eager(args, kwargs)
+        if route is None:
+            route = self._proven_ahead(key, args, kwargs)
         if route is not None:
             self._visit(key, route)
+        if route is not None and route.call is not None:
+            return self._run_ahead(route.call, args, kwargs)
         if route is None and self._shape_bound:
             self._incident(key, "no warmed variant has this signature", args, kwargs)
         elif route is not None and route.engine == "eager":
@@ -291,6 +378,14 @@ class Router:
                     raise
                 self._incident(key, guards, args, kwargs)
         return self._eager(args, kwargs)
+
+    def _proven_ahead(self, key: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route | None:
+        """The package made for a signature that warm-up did not meet, if it has proven itself at another size."""
+        for ahead in self.ahead:
+            if self._faults.get(ahead.name, "unproven") is None and ahead.matches(args, kwargs):
+                self.routes[key] = Route("aot", call=ahead)
+                return self.routes[key]
+        return None
 
     def _incident(self, key: Signature, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not self.run.incidents:  # once a run, not once a step

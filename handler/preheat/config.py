@@ -127,6 +127,7 @@ class ExportConfig(Section):
     """TorchServe's `pt2.export`."""
 
     aot_compile: bool = False
+    """Compile when the archive is built, and run what was compiled then; see `preheat archive --aot`."""
 
 
 class DebugConfig(Section):
@@ -154,6 +155,15 @@ class Pt2Config(Section):
     cache: CacheConfig = CacheConfig()
     export: ExportConfig = ExportConfig()
     debug: DebugConfig = DebugConfig()
+
+    @model_validator(mode="after")
+    def _export_needs_buckets(self) -> Pt2Config:
+        if self.export.aot_compile and self.shapes.strategy in ("dynamic", "exact"):
+            raise ConfigError(
+                f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; use buckets or fixed",
+                "pt2.export.aot_compile",
+            )
+        return self
 
     @field_validator("targets")
     @classmethod

@@ -19,7 +19,7 @@ from PIL import Image
 
 from preheat import geometry, images
 from preheat.buckets import Bucket, round_up, split_rows
-from preheat.compilation import EngineName, Router
+from preheat.compilation import EngineName, Router, slowest
 from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
@@ -250,7 +250,7 @@ class Engine:
         self._report(run)
         for (answer, _), painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
             # A request whose pictures took several runs is as slow as the slowest of them.
-            answer.engine = _slowest({run.engine, answer.engine}) if answer.pictures else run.engine
+            answer.engine = slowest({run.engine, answer.engine}) if answer.pictures else run.engine
             answer.pictures.append(images.finish(painted, answer.job.plan))
             answer.incident |= run.incident
             answer.fell_back |= run.fell_back
@@ -279,7 +279,7 @@ class Engine:
             batch=batch,
             pixels=pixels,
             num_real_rows=len(rows),
-            engine=_slowest({engine for run in runs for engine in run.engines}),
+            engine=slowest({engine for run in runs for engine in run.engines}),
             seconds=time.perf_counter() - started,
             incident=any(run.incidents for run in runs),
             fell_back=any(run.fallen for run in runs),
@@ -315,9 +315,3 @@ def _grouped(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
     for answer in answers:
         groups.setdefault(answer.job.group_key, []).append(answer)
     yield from groups.values()
-
-
-def _slowest(engines: set[EngineName]) -> EngineName:
-    """One name for a run whose targets ran on several engines: a single eager target makes the run an eager one."""
-    order: tuple[EngineName, ...] = ("eager", "ipex", "compiled", "aot")
-    return next((engine for engine in order if engine in engines), "eager")

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 import preheat
-from preheat import images
+from preheat import aot, images
 from preheat.buckets import Bucket, round_up
 from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
 from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
@@ -33,7 +33,7 @@ from preheat.pipelines import DiffusionPipeline
 from preheat.request import DEADLINE_HEADER, ImageRequest, parse_deadline, parse_row
 from preheat.state import ServerState, StatusFile
 from preheat.trust import Trust
-from preheat.warmup import Record, Step, Variant, Warmup, plan_variants
+from preheat.warmup import Record, Step, Variant, Warmup, covering, plan_variants
 from preheat.watch import CompileWatch, raise_recompile_limits
 
 logger = logging.getLogger(__name__)
@@ -86,6 +86,8 @@ class Service:
             report=self._report,
         )
         self.state.fingerprint = self._fingerprint()
+        if config.pt2.export.aot_compile:
+            self._attach_packages(model_dir / aot.FOLDER, trust)
         with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as own_folder:
             self._heat(leave_out, own_folder)
         self._events_at_ready = self._watch.num_events
@@ -144,10 +146,15 @@ class Service:
         return {name: build_router(name, self._pipeline.target(name), pt2, dtype, self._device) for name in names}
 
     def _fingerprint(self) -> str:
-        compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "on_failure", "debug"})
+        compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
         compiled["dtype"] = self.config.pipeline.dtype
         compiled["batchSize"] = self.config.batchSize
         return fingerprint(self._device, compiled, self._pipeline.structure())
+
+    def _attach_packages(self, folder: Path, trust: Trust) -> None:
+        """Give the routers what was compiled when the archive was built; what cannot be used leaves a reason there."""
+        modules = {name: self._pipeline.target(name) for name in self._routers}
+        aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
@@ -180,8 +187,7 @@ class Service:
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return
-        variants = self._plan_variants(self._warmed_sizes())
-        self._status.plan(Counter(str(variant.bucket) for variant in variants))
+        variants: Sequence[Variant] = self._plan_variants(self._warmed_sizes())
         self.state.state = "warming"
         raise_recompile_limits(self._num_graphs(len(variants)))
         warmup = Warmup(
@@ -194,13 +200,35 @@ class Service:
             own_folder=own_folder,
         )
         warmup.observe(self._extremes(variants))
-        warmup.warm(variants)
+        proven = self._to_prove(self._warm(warmup, variants))
+        num_faults = warmup.prove(proven)
+        self.state.buckets = [_row(record) for record in warmup.records]
+        logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
+
+    def _warm(self, warmup: Warmup, variants: Sequence[Variant]) -> Sequence[Variant]:
+        """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
+
+        That a package fails shows in its first run only: then everything is warmed after all.
+        """
+        for chosen in (covering(variants), variants):
+            if chosen is not variants and any(router.compiles for router in self._routers.values()):
+                continue
+            self._status.plan(Counter(str(variant.bucket) for variant in chosen))
+            warmup.warm(chosen)
+            if not any(router.compiles for router in self._routers.values()):
+                return chosen
+        return variants
+
+    def _to_prove(self, warmed: Sequence[Variant]) -> Sequence[Variant]:
+        """What is replayed: every variant that can be served, where compiled code might have missed one."""
+        if all(router.idle for router in self._routers.values()):
+            return ()  # eager code is what it was the first time
+        if not any(router.compiles for router in self._routers.values()):
+            return warmed
         served = list(self._plan_variants(self._served_sizes()))
         if self._shapes.strategy == "dynamic":
             served += {self._between(variant): None for variant in served}
-        num_faults = warmup.prove(served)
-        self.state.buckets = [_row(record) for record in warmup.records]
-        logger.info("proof: %d variants replayed, %d at fault", len(served), num_faults)
+        return served
 
     def _plan_variants(self, sizes: Iterable[int]) -> tuple[Variant, ...]:
         return plan_variants(self._shapes.buckets, sizes, self._pipeline.guidance_variants, self._pipeline.tasks)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from preheat.buckets import Bucket
-from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router
+from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, slowest
 from preheat.errors import WarmupError
 from preheat.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
 
@@ -52,6 +52,24 @@ def plan_variants(
             every, key=lambda v: (-v.bucket.area, v.bucket.height, -v.batch_size, not v.guidance, tasks.index(v.task))
         )
     )
+
+
+def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough where nothing is compiled."""
+
+    def met(variant: Variant) -> set[tuple[object, ...]]:
+        rows = variant.batch_size * (2 if variant.guidance else 1)
+        takes_image = variant.task != "text-to-image"
+        facts = ("rows", rows), ("task", variant.task), ("batch", variant.batch_size, takes_image)
+        return {(variant.bucket, *fact) for fact in facts}
+
+    missing = set[tuple[object, ...]]().union(*map(met, variants))
+    chosen: set[Variant] = set()
+    while missing:
+        best = max(variants, key=lambda variant: len(met(variant) & missing))  # of equals the first: the largest
+        chosen.add(best)
+        missing -= met(best)
+    return tuple(variant for variant in variants if variant in chosen)
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +128,15 @@ class Warmup:
         return list(self._records.values())
 
     def observe(self, variants: Iterable[Variant]) -> None:
-        """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those."""
+        """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those.
+
+        Packages that were compiled ahead of time know them already.
+        """
+        variants = list(variants)
+        if variants and all(router.ahead for router in self._routers.values()):
+            for router in self._routers.values():
+                router.dims = DynamicDims(router.ahead[0].dims.ranges)
+            return
         self._enter(Phase.OBSERVE)
         for variant in variants:
             self._serve(variant)
@@ -203,28 +229,30 @@ class Warmup:
     def _note(self, variant: Variant, seconds: float, outcome: str | None) -> None:
         """Fold what this variant did into the rows of the state: the slowest engine, the sum of seconds."""
         for name, router in self._routers.items():
-            routes = list(router.visited.values()) or ([Route("eager", router.reason)] if router.idle else [])
+            idle = Route("eager", router.ahead_reason or router.reason)
+            routes = list(router.visited.values()) or ([idle] if router.idle else [])
             if not routes:
                 continue
             key = (variant.bucket, variant.batch_size, name)
             before = self._records.get(key)
-            eager = next((route for route in routes if route.engine == "eager"), None)
-            fallen = before is not None and before.engine == "eager"
+            engines = {route.engine for route in routes} | ({before.engine} if before else set())
+            slower = next((route for route in routes if route.reason), None)
             self._records[key] = Record(
                 bucket=variant.bucket,
                 batch_size=variant.batch_size,
                 target=name,
-                engine="eager" if eager or fallen else routes[0].engine,
+                engine=slowest(engines),
                 warm_seconds=round(seconds + (before.warm_seconds if before else 0.0), 3),
                 cache=_fold_outcome(before.cache if before else None, outcome),
-                reason=(eager.reason if eager else None) or (before.reason if before else None),
+                reason=(slower.reason if slower else None) or (before.reason if before else None),
             )
 
     def _fail_if_asked(self, variant: Variant) -> None:
         if self._on_failure != "fail":
             return
         for name, router in self._routers.items():
-            bad = next((route.reason for route in router.visited.values() if route.engine == "eager"), router.reason)
+            reason = (router.ahead_reason or router.reason) if router.idle else None
+            bad = next((route.reason for route in router.visited.values() if route.engine == "eager"), reason)
             if bad is not None:
                 raise WarmupError(f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}")
 

@@ -1,0 +1,313 @@
+"""Packages made by AOTInductor when the archive is built: planned from real calls, exported, compiled, and loaded without Dynamo.
+
+One package serves one target in one bucket at every batch size that was seen. It holds code and no weights: it is given the
+loaded module's own. A package is run only if the index that names it may be trusted, was made for this fingerprint, and holds
+its digest; what it computes is compared with eager before it serves (`Package.fault`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import io
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from preheat.compilation import DynamicDims, Inputs, Router, leaves, map_tensors, signature, tensor_shapes
+from preheat.errors import Untrusted
+from preheat.trust import Trust
+from preheat.watch import eagerly
+
+logger = logging.getLogger(__name__)
+
+FOLDER = "aot"
+INDEX = "index.json"
+FORMAT = 1
+CONTEXT = "aot-index"
+
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. A few roundings of
+the dtype; other weights or a wrong kernel are off by orders more."""
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A package as the index describes it."""
+
+    file: str
+    sha256: str
+    num_bytes: int
+    target: str
+    buckets: tuple[str, ...]
+    key: str
+    """The signature that it serves, dynamic sizes made equal; see `compilation.signature`."""
+    ranges: Mapping[str, Mapping[int, tuple[int, int]]]
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> Entry:
+        ranges = {
+            path: {int(dim): (least, most) for dim, (least, most) in spans.items()}
+            for path, spans in data["ranges"].items()
+        }
+        return cls(**{**data, "buckets": tuple(data["buckets"]), "ranges": ranges})
+
+    @property
+    def dims(self) -> DynamicDims:
+        return DynamicDims(self.ranges, least=1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A package to be made: calls that one graph can serve, represented by the largest of them."""
+
+    inputs: Inputs
+    dims: DynamicDims
+
+    @property
+    def key(self) -> str:
+        return _key(*self.inputs, self.dims)
+
+
+class Package:
+    """A loaded package with the weights of the module that it stands for."""
+
+    def __init__(self, entry: Entry, content: bytes, module: nn.Module, device: torch.device) -> None:
+        self.name, self.dims, self._key = entry.file, entry.dims, entry.key
+        # One thread serves, and without run_single_threaded each call waits on the GPU for the call before it.
+        self._model = torch._inductor.aoti_load_package(
+            io.BytesIO(content), run_single_threaded=True, device_index=-1 if device.index is None else device.index
+        )
+        self._constants = _constants(module, self._model.get_constant_fqns())  # user-managed: kept alive here
+        self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
+
+    def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+        return _key(args, kwargs, self.dims) == self._key
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._model(*args, **kwargs)
+
+    def fault(self, result: Any, expected: Any) -> str | None:
+        """Why `result` is not what eager gave, or None where it is within the dtype's tolerance."""
+        ours, theirs = dict(leaves((result,), {})), dict(leaves((expected,), {}))
+        if ours.keys() != theirs.keys():
+            return f"it returns {sorted(ours)}, eager returns {sorted(theirs)}"
+        for path, tensor in theirs.items():
+            if not isinstance(tensor, torch.Tensor):
+                continue
+            if ours[path].shape != tensor.shape or ours[path].dtype != tensor.dtype:
+                return f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager {tuple(tensor.shape)} {tensor.dtype}"
+            error, tolerance = difference(ours[path], tensor), TOLERANCE.get(tensor.dtype, 0.0)
+            if not error <= tolerance:  # NaN is a fault too
+                return f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
+        return None
+
+
+def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
+    """The largest difference between two tensors as a share of the largest magnitude in the second."""
+    if not theirs.numel():
+        return 0.0
+    reference = theirs.double()
+    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((ours.double() - reference).abs().max() / scale)
+
+
+def attach(
+    routers: Mapping[str, Router],
+    modules: Mapping[str, nn.Module],
+    folder: Path,
+    fingerprint: str,
+    trust: Trust,
+    device: torch.device,
+) -> None:
+    """Load the packages in `folder` into the routers of their targets. What cannot be used is logged, and the router told why."""
+    try:
+        entries = _read_index(folder, fingerprint, trust)
+    except (OSError, Untrusted, ValueError, LookupError, TypeError) as error:
+        for router in routers.values():
+            router.ahead_reason = f"aot: {_said(error)}"
+        logger.error("aot: no package is used: %s", _said(error))
+        return
+    for name, router in routers.items():
+        for entry in (entry for entry in entries if entry.target == name):
+            try:
+                router.ahead.append(Package(entry, _read(folder, entry, trust), modules[name], device))
+            except (OSError, Untrusted, RuntimeError, LookupError) as error:
+                router.ahead_reason = f"aot: {entry.file}: {_said(error)}"
+                logger.error("aot: %s is not used: %s", entry.file, _said(error))
+        logger.info("aot: %d package(s) for %s", len(router.ahead), name)
+
+
+def plan(examples: Sequence[Inputs]) -> list[Plan]:
+    """The packages that serve these calls of one target: one for all that differ in the batch alone."""
+    families: dict[str, list[Inputs]] = {}
+    for inputs in examples:
+        families.setdefault(_kind(*inputs), []).append(inputs)
+    plans = []
+    for family in families.values():
+        shapes = [tensor_shapes(*inputs) for inputs in family]
+        dims = DynamicDims(DynamicDims.varying(shapes).ranges, least=1)
+        largest = max(family, key=lambda inputs: sum(leaf.numel() for leaf in _tensors(*inputs)))
+        if _one_dimension(dims, shapes):
+            plans.append(Plan(largest, dims))
+        else:  # sizes that vary independently are beyond one `Dim`: a package each
+            plans += [Plan(inputs, DynamicDims()) for inputs in family]
+    return plans
+
+
+def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str, Any]) -> None:
+    """Export and compile one package of `module` to `path`."""
+    args, kwargs = map_tensors(made.inputs[0], torch.clone), map_tensors(made.inputs[1], torch.clone)
+    with torch.no_grad(), _own_forward(module), eagerly():  # eagerly: regional blocks are wrapped in torch.compile
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=_dynamic_shapes(module, made), strict=False)
+        torch._inductor.aoti_compile_and_package(
+            exported, package_path=str(path), inductor_configs=_options(compile_kwargs)
+        )
+
+
+def describe(path: Path, target: str, buckets: Sequence[str], made: Plan) -> Entry:
+    """The index entry of a package that was just made."""
+    content = path.read_bytes()
+    return Entry(
+        file=path.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        num_bytes=len(content),
+        target=target,
+        buckets=tuple(buckets),
+        key=made.key,
+        ranges=made.dims.ranges,
+    )
+
+
+def write_index(folder: Path, fingerprint: str, entries: Sequence[Entry], trust: Trust) -> None:
+    """Name the packages in `folder`, and sign: the index holds their digests, so its signature covers them."""
+    document = {
+        "format": FORMAT,
+        "fingerprint": fingerprint,
+        "torch": torch.__version__,
+        "packages": [asdict(entry) for entry in entries],
+    }
+    (folder / INDEX).write_text(json.dumps(document, indent=1), encoding="utf-8")
+    trust.sign_file(folder / INDEX, CONTEXT)
+    folder.chmod(0o755)  # whatever the umask: others' write permission would make it refused
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def _read_index(folder: Path, fingerprint: str, trust: Trust) -> list[Entry]:
+    """What `folder` offers a worker with this fingerprint.
+
+    Raises:
+        Untrusted: the index may not be believed, or was made for something else.
+        OSError, ValueError, LookupError, TypeError: there is none that can be read.
+    """
+    document = json.loads(trust.read_file(folder / INDEX, CONTEXT))
+    if document["format"] != FORMAT:
+        raise Untrusted(f"the index has format {document['format']}, this version reads {FORMAT}")
+    if document["fingerprint"] != fingerprint:
+        raise Untrusted(
+            f"built for fingerprint {document['fingerprint'][:12]} (torch {document['torch']}), this worker has "
+            f"{fingerprint[:12]} (torch {torch.__version__}): another machine, version or config"
+        )
+    return [Entry.parse(entry) for entry in document["packages"]]
+
+
+def _read(folder: Path, entry: Entry, trust: Trust) -> bytes:
+    """The bytes that the index means, and no others: what is loaded is what was checked."""
+    if Path(entry.file).name != entry.file:
+        raise Untrusted(f"{entry.file!r} leaves the folder")
+    with trust.open(folder / entry.file) as file:
+        content = file.read()
+    if hashlib.sha256(content).hexdigest() != entry.sha256:
+        raise Untrusted("it is not the file that the index names: altered or truncated")
+    return content
+
+
+def _said(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"no file {Path(str(error.filename)).name}; was the archive built with --aot?"
+    return str(error) if isinstance(error, Untrusted) else f"{type(error).__name__}: {error}".strip()
+
+
+def _key(args: Sequence[Any], kwargs: Mapping[str, Any], dims: DynamicDims) -> str:
+    return repr(signature(args, kwargs, dims))
+
+
+def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
+    """What calls must have in common to share a package: everything but the batch size."""
+    first = {path: {0: (0, shape[0])} for path, shape in tensor_shapes(args, kwargs).items() if shape}
+    return _key(args, kwargs, DynamicDims(first, least=0))
+
+
+def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
+    return (leaf for _, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor))
+
+
+def _one_dimension(dims: DynamicDims, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> bool:
+    """Whether all that varies is one and the same number."""
+    sizes = {tuple(each[path][dim] for each in shapes) for path, spans in dims.ranges.items() for dim in spans}
+    return len(sizes) <= 1
+
+
+def _dynamic_shapes(module: nn.Module, made: Plan) -> dict[str, Any] | None:
+    """What torch.export is told: argument name -> a tree like the argument, with the dimensions that vary at its leaves."""
+    if not made.dims.ranges:
+        return None
+    (span,) = {span for spans in made.dims.ranges.values() for span in spans.values()}
+    batch = torch.export.Dim("batch", min=span[0], max=span[1])
+
+    def tree(path: str, value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: tree(f"{path}.{key}", item) for key, item in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [tree(f"{path}.{index}", item) for index, item in enumerate(value)]
+        return {dim: batch for dim in made.dims.ranges.get(path, {})} or None
+
+    args, kwargs = made.inputs
+    names = list(inspect.signature(module.forward).parameters)
+    positional = {names[index]: tree(str(index), value) for index, value in enumerate(args)}
+    return positional | {name: tree(name, value) for name, value in kwargs.items()}
+
+
+@contextmanager
+def _own_forward(module: nn.Module) -> Iterator[None]:
+    """The module without the router that stands in for its forward."""
+    router = module.__dict__.pop("forward", None)
+    try:
+        yield
+    finally:
+        if router is not None:
+            module.forward = router
+
+
+def _options(compile_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Inductor's settings for a package: those of `pt2.compile`, and the weights left out of it."""
+    options: dict[str, Any] = dict(torch._inductor.list_mode_options(compile_kwargs.get("mode") or "default"))
+    options |= dict(compile_kwargs.get("options") or {})
+    options.pop("triton.cudagraphs", None)  # AOTInductor records none
+    return options | {
+        "aot_inductor.package_constants_in_so": False,
+        "always_keep_tensor_constants": True,  # else weights of eight numbers or fewer are written into the code
+        "cpp.dynamic_threads": True,  # the worker's number of threads, not the builder's
+    }
+
+
+def _constants(module: nn.Module, names: Sequence[str]) -> dict[str, torch.Tensor]:
+    """The module's own weights and buffers under the package's names, not copied.
+
+    Raises:
+        LookupError: the package wants a constant that the module has not.
+    """
+    every: Callable[..., Any] = module.named_parameters
+    own = dict(every(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    missing = [name for name in names if name not in own]
+    if missing:
+        raise LookupError(f"it wants constants that the module has not: {', '.join(missing[:3])}")
+    return {name: own[name].detach() for name in names}

@@ -1,0 +1,117 @@
+"""Fills an archive's `aot/`: runs every variant as a worker would, and compiles what its targets were asked.
+
+    python -m preheat.aot_build <name>.yaml <archive's root> <folder to fill>
+
+Made for `archiving`, which runs it on the kind of machine that will serve.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from torch._logging._internal import set_logs
+
+from preheat import aot
+from preheat.compilation import Phase
+from preheat.config import ModelConfig
+from preheat.device import attention_backend, pick_device, share_cpu
+from preheat.errors import PreheatError
+from preheat.service import Service
+from preheat.state import StatusFile
+from preheat.trust import Trust
+from preheat.warmup import Variant
+
+
+@dataclass(slots=True)
+class Wanted:
+    """A package to be made; buckets that a target cannot tell apart share it."""
+
+    target: str
+    plan: aot.Plan
+    buckets: list[str]
+
+
+class Rehearsal(Service):
+    """A worker that runs every variant eagerly and keeps what its targets were called with, instead of getting hot."""
+
+    def build(self, folder: Path) -> None:
+        """Write the packages and their index, showing a bar per bucket."""
+        folder.mkdir()
+        entries: list[aot.Entry] = []
+        with _progress() as progress:
+            bars = {
+                bucket: progress.add_task(bucket, total=sum(bucket == each.buckets[0] for each in self._wanted))
+                for bucket in dict.fromkeys(each.buckets[0] for each in self._wanted)
+            }
+            for each in self._wanted:
+                bucket = each.buckets[0]
+                progress.update(bars[bucket], description=f"{bucket} {each.target}")
+                path = folder / f"{each.target}-{bucket}-{len(entries)}.pt2"
+                with attention_backend(self.config.pt2.attention):
+                    module = self._pipeline.target(each.target)
+                    aot.build(module, each.plan, path, self.config.pt2.compile.kwargs)
+                entries.append(aot.describe(path, each.target, each.buckets, each.plan))
+                progress.update(bars[bucket], advance=1, description=bucket)
+        aot.write_index(folder, self.state.fingerprint, entries, Trust.resolve(self.config.pt2.cache.trust))
+
+    def _attach_packages(self, folder: Path, trust: Trust) -> None:
+        """They are about to be made."""
+
+    @contextmanager
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
+        yield None  # packages are made anew, whatever others have compiled
+
+    def _heat(self, leave_out: Collection[Variant], own_folder: Path | None) -> None:
+        made: dict[tuple[str, str], Wanted] = {}
+        for bucket, variants in groupby(self._plan_variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
+            for target, plan in self._rehearse(variants):
+                wanted = made.setdefault((target, plan.key), Wanted(target, plan, []))
+                wanted.buckets.append(str(bucket))
+        self._wanted = list(made.values())
+
+    def _rehearse(self, variants: Iterable[Variant]) -> Iterator[tuple[str, aot.Plan]]:
+        for router in self._routers.values():
+            router.phase, router.examples = Phase.OBSERVE, {}
+        for variant in variants:
+            self._serve_variant(variant)
+        for name, router in self._routers.items():
+            assert router.examples is not None
+            for plan in aot.plan(list(router.examples.values())):
+                yield name, plan
+
+
+def main(config_path: Path, root: Path, folder: Path) -> None:
+    config = ModelConfig.load(config_path)
+    device = pick_device(None if config.deviceType == "cpu" else 0)
+    if device.type == "cpu":
+        share_cpu(config.minWorkers)
+    rehearsal = Rehearsal(config, root, device, status=StatusFile(None, config_path.stem))
+    rehearsal.build(folder)
+
+
+def _progress() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+    )
+
+
+if __name__ == "__main__":
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    set_logs(inductor=logging.ERROR)
+    try:
+        main(*(Path(argument) for argument in sys.argv[1:4]))
+    except PreheatError as error:
+        print(f"preheat: {error}", file=sys.stderr)
+        sys.exit(1)

@@ -1,0 +1,313 @@
+"""Packages on a tiny module: exported, compiled, loaded, compared, and refused."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from preheat import aot
+from preheat.compilation import Inputs, Phase, Router, build_router
+from preheat.config import ModelConfig, Pt2Config
+from preheat.errors import ConfigError
+from preheat.trust import Trust
+from preheat.watch import CompileWatch, forbid_compiling
+
+CPU, OWNER = torch.device("cpu"), Trust("owner")
+FINGERPRINT = "f" * 64
+MOST_ROWS = 6
+
+
+class Toy(nn.Module):
+    """Called as a UNet is: positional and keyword tensors, a nested dict, constants, a tuple back; a bias of four numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.embed = nn.Linear(8, 512)
+        self.down = nn.Linear(512, 4)
+        self.register_buffer("shift", torch.ones(4), persistent=False)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        cond: dict[str, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> tuple[torch.Tensor]:
+        assert cond is not None and mask is None and not return_dict
+        shift = self.down(torch.relu(self.embed(text))) + self.shift + cond["size"] * timestep
+        return (self.conv(sample) + shift[:, :, None, None],)
+
+
+def inputs(rows: int, side: int = 8) -> Inputs:
+    cond = {"size": torch.randn(rows, 4)}
+    kwargs = {"text": torch.randn(rows, 8), "cond": cond, "mask": None, "return_dict": False}
+    return (torch.randn(rows, 4, side, side), torch.tensor(0.5)), kwargs
+
+
+def made(watch: CompileWatch | None, *, compile: bool = True, **pt2: Any) -> tuple[Toy, Router]:
+    torch.manual_seed(0)
+    module = Toy().eval()
+    config = Pt2Config.model_validate({"compile": {"enable": compile, "kwargs": {"backend": "eager"}}} | pt2)
+    return module, build_router("toy", module, config, torch.float32, CPU)
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the one package that serves a Toy with any number of rows up to MOST_ROWS, signed with nothing."""
+    module, router = made(None)
+    router.phase, router.examples = Phase.OBSERVE, {}
+    with torch.inference_mode():
+        for rows in (1, 2, MOST_ROWS):
+            args, kwargs = inputs(rows)
+            module(*args, **kwargs)
+            module(*args, **kwargs)
+    assert len(router.examples) == 3, "one example a signature"
+    (plan,) = aot.plan(list(router.examples.values()))
+    folder = tmp_path_factory.mktemp("archive") / aot.FOLDER
+    folder.mkdir()
+    aot.build(module, plan, folder / "toy.pt2", {})
+    assert module.forward is router, "the router is put back"
+    aot.write_index(folder, FINGERPRINT, [aot.describe(folder / "toy.pt2", "toy", ["64x64"], plan)], OWNER)
+    return folder
+
+
+@pytest.fixture
+def folder(built: Path, tmp_path: Path) -> Path:
+    """A copy that a test may spoil."""
+    return Path(shutil.copytree(built, tmp_path / aot.FOLDER))
+
+
+def attached(
+    watch: CompileWatch, folder: Path, *, fingerprint: str = FINGERPRINT, trust: Trust = OWNER, **made_with: Any
+) -> tuple[Toy, Router]:
+    module, router = made(watch, **made_with)
+    aot.attach({"toy": router}, {"toy": module}, folder, fingerprint, trust, CPU)
+    return module, router
+
+
+def warm(module: Toy, *rows: int) -> None:
+    with torch.inference_mode():
+        for number in rows:
+            args, kwargs = inputs(number)
+            module(*args, **kwargs)
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    document = json.loads((folder / aot.INDEX).read_text())
+    change(document)
+    (folder / aot.INDEX).write_text(json.dumps(document))
+
+
+def test_every_batch_size_equals_eager_and_nothing_is_compiled(watch: CompileWatch, folder: Path) -> None:
+    module, router = attached(watch, folder)
+    eager, _ = made(watch, compile=False)
+    warm(module, MOST_ROWS, 1)
+    forbid_compiling()
+    router.phase = Phase.SERVE
+    router.start_run()
+    for rows in range(1, MOST_ROWS + 1):
+        args, kwargs = inputs(rows)
+        with torch.inference_mode():
+            torch.testing.assert_close(module(*args, **kwargs), eager(*args, **kwargs))
+    assert router.run.engines == {"aot"} and router.run.incidents == 0
+    assert watch.num_events == 0
+    warm(module, MOST_ROWS + 1)
+    assert router.run.incidents == 1 and router.run.engines == {"aot", "eager"}
+
+
+def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> None:
+    module, router = attached(watch, folder)
+    (package,) = router.ahead
+    assert isinstance(package, aot.Package)
+    own = dict(module.named_parameters()) | dict(module.named_buffers())
+    assert {name: tensor.data_ptr() for name, tensor in package._constants.items()} == {
+        name: tensor.data_ptr() for name, tensor in own.items()
+    }
+    warm(module, 2)
+    args, kwargs = inputs(2)
+    with torch.inference_mode():
+        before = module(*args, **kwargs)[0]
+        for tensor in own.values():  # the bias of four numbers and the buffer too: nothing is written into the code
+            tensor.detach().mul_(2)
+        after, expected = module(*args, **kwargs)[0], router._forward(*args, **kwargs)[0]
+    torch.testing.assert_close(after, expected)
+    assert (after - before).abs().max() > 0.1
+
+
+def test_a_package_holds_no_weights(built: Path) -> None:
+    weights = b"".join(tensor.numpy().tobytes() for tensor in made(None)[0].state_dict().values())
+    content = (built / "toy.pt2").read_bytes()
+    assert weights[:64] not in content and (built / aot.INDEX).stat().st_size < 4000
+
+
+def other_fingerprint(folder: Path) -> None:
+    edit_index(folder, lambda index: index.update(fingerprint="0" * 64, torch="1.0"))
+
+
+def truncated(folder: Path) -> None:
+    (folder / "toy.pt2").write_bytes((folder / "toy.pt2").read_bytes()[:-1])
+
+
+def altered(folder: Path) -> None:
+    content = bytearray((folder / "toy.pt2").read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / "toy.pt2").write_bytes(content)
+
+
+def writable_by_others(folder: Path) -> None:
+    (folder / "toy.pt2").chmod(0o666)
+
+
+def linked(folder: Path) -> None:
+    (folder / "toy.pt2").rename(folder / "real.pt2")
+    (folder / "toy.pt2").symlink_to(folder / "real.pt2")
+
+
+def leaving(folder: Path) -> None:
+    edit_index(folder, lambda index: index["packages"][0].update(file="../aot/toy.pt2"))
+
+
+def no_json(folder: Path) -> None:
+    (folder / aot.INDEX).write_text("{")
+
+
+def odd_json(folder: Path) -> None:
+    (folder / aot.INDEX).write_text("[]")
+
+
+def other_format(folder: Path) -> None:
+    edit_index(folder, lambda index: index.update(format=0))
+
+
+def no_library(folder: Path) -> None:
+    """A genuine index over something that is no package."""
+    (folder / "toy.pt2").write_bytes(b"PK nonsense")
+    digest = hashlib.sha256(b"PK nonsense").hexdigest()
+    edit_index(folder, lambda index: index["packages"][0].update(sha256=digest))
+
+
+SPOILT: list[tuple[Callable[[Path], None], str]] = [
+    (other_fingerprint, "fingerprint 000000000000 (torch 1.0)"),
+    (truncated, "altered or truncated"),
+    (altered, "altered or truncated"),
+    (writable_by_others, "written by others"),
+    (linked, "symbolic link"),
+    (leaving, "leaves the folder"),
+    (no_json, "JSONDecodeError"),
+    (odd_json, "TypeError"),
+    (other_format, "format 0"),
+    (no_library, "toy.pt2"),
+    (shutil.rmtree, "--aot"),
+]
+
+
+@pytest.mark.parametrize(("spoil", "words"), SPOILT, ids=[spoil.__name__ for spoil, _ in SPOILT])
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
+def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
+    watch: CompileWatch,
+    folder: Path,
+    spoil: Callable[[Path], None],
+    words: str,
+    compile: bool,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spoil(folder)
+    with caplog.at_level(logging.ERROR):
+        module, router = attached(watch, folder, compile=compile)
+    assert words in str(router.ahead_reason) and words in caplog.text
+    warm(module, 2)
+    if compile:
+        (route,) = router.routes.values()
+        assert route.engine == "compiled" and words in str(route.reason)
+    else:
+        assert router.idle
+
+
+KEY, OTHER_KEY = b"k" * 16, b"o" * 16
+
+
+@pytest.mark.parametrize(
+    ("signed_with", "words"), [(KEY, None), (OTHER_KEY, "signature is wrong"), (None, "not signed")]
+)
+def test_an_index_counts_under_its_signature_alone(
+    watch: CompileWatch, folder: Path, signed_with: bytes | None, words: str | None
+) -> None:
+    if signed_with:
+        Trust("signed", signed_with).sign_file(folder / aot.INDEX, aot.CONTEXT)
+    _, router = attached(watch, folder, trust=Trust("signed", KEY))
+    assert len(router.ahead) == (words is None)
+    assert (router.ahead_reason is None) if words is None else (words in str(router.ahead_reason))
+
+
+def test_a_signed_index_that_is_changed_afterwards_is_refused(watch: CompileWatch, folder: Path) -> None:
+    Trust("signed", KEY).sign_file(folder / aot.INDEX, aot.CONTEXT)
+    edit_index(folder, lambda index: index["packages"][0].update(sha256="0" * 64))
+    _, router = attached(watch, folder, trust=Trust("signed", KEY))
+    assert not router.ahead and "signature is wrong" in str(router.ahead_reason)
+
+
+@pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
+def test_a_package_that_computes_something_else_is_found_out_before_it_serves(
+    watch: CompileWatch, folder: Path, compile: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    module, router = attached(watch, folder, compile=compile)
+    with torch.no_grad():  # one weight, a percent off, behind the package's back
+        package = router.ahead[0]
+        assert isinstance(package, aot.Package)
+        package._constants["conv.weight"] = module.conv.weight.detach() * 1.01
+        package._model.load_constants(package._constants, check_full_update=True, user_managed=True)
+    with caplog.at_level(logging.ERROR):
+        warm(module, 2, 3, 1)
+    routes = list(router.routes.values())
+    assert {route.engine for route in routes} == {"compiled" if compile else "eager"}
+    assert all("differs from eager by 0.00" in str(route.reason) for route in routes)
+    assert caplog.text.count("is not used") == 1
+    forbid_compiling()
+    router.phase = Phase.SERVE
+    router.start_run()
+    warm(module, 2)
+    assert "aot" not in router.run.engines
+
+
+def test_nan_is_no_small_difference(watch: CompileWatch, folder: Path) -> None:
+    _, router = attached(watch, folder)
+    whole, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
+    package = router.ahead[0]
+    assert package.fault((whole,), (whole,)) is None
+    assert "differs" in str(package.fault((broken,), (whole,)))
+    assert "returns" in str(package.fault((whole[:2],), (whole,))) and "returns" in str(package.fault((), (whole,)))
+
+
+def test_a_shape_without_a_package_is_compiled_alone(watch: CompileWatch, folder: Path) -> None:
+    module, router = attached(watch, folder)
+    warm(module, 2)
+    with torch.inference_mode():
+        args, kwargs = inputs(2, side=16)
+        module(*args, **kwargs)
+    engines = [(route.engine, route.reason) for route in router.routes.values()]
+    assert engines == [("aot", None), ("compiled", "aot: no package for this signature")]
+
+
+def test_calls_that_differ_in_more_than_the_batch_get_packages_of_their_own() -> None:
+    assert len(aot.plan([inputs(2), inputs(4), inputs(2, side=16)])) == 2
+    (args, kwargs), (other_args, other_kwargs) = inputs(2), inputs(4)
+    independent = aot.plan([(args, kwargs), (other_args, {**other_kwargs, "text": kwargs["text"]}), inputs(3)])
+    assert [plan.dims.ranges for plan in independent] == [{}, {}, {}]
+
+
+@pytest.mark.parametrize("strategy", ["dynamic", "exact"])
+def test_a_strategy_without_a_list_of_shapes_is_refused(strategy: str) -> None:
+    with pytest.raises(ConfigError, match="pt2.export.aot_compile"):
+        ModelConfig.parse({"pt2": {"export": {"aot_compile": True}, "shapes": {"strategy": strategy}}})
