@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 from preheat.errors import ConfigError
 from preheat.pt2_forms import CompileConfig, normalized
 from preheat.schema import BatchSizes, BucketPair, Count, FrozenMapping, Listed, Positive, Section, Text
+from preheat.trust import TrustMode
 from preheat.yaml_errors import explained, refuse_twice, shown
 
 __all__ = [
@@ -104,7 +105,12 @@ class CacheConfig(Section):
 
     key: Text | None = None
     shared: Text | None = None
-    """A folder. Whoever can write to it can run code in the workers."""
+    """A folder that workers share, on this machine or a network. `trust` decides which of its files are believed."""
+    trust: TrustMode | None = None
+    """`signed`: bundles carry an HMAC made with the key in PREHEAT_CACHE_KEY_FILE or PREHEAT_CACHE_KEY. `owner`: bundles and
+    their folder belong to the worker's uid and are not group- or world-writable. Default: signed where there is a key."""
+    max_bytes: Positive = 10_000_000_000
+    """Of all bundles in `shared`; past it those unused for longest go."""
 
 
 class ExportConfig(Section):

@@ -9,7 +9,8 @@
     │   └── PipelineFailure      500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    └── PipelineError    a pipeline folder cannot be served
+    ├── PipelineError    a pipeline folder cannot be served
+    └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
 Anything else that is raised is a bug, or the machine's doing.
 """
@@ -89,3 +90,7 @@ class WarmupError(PreheatError):
 
 class PipelineError(PreheatError):
     """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""
+
+
+class Untrusted(PreheatError):
+    """A compiled file that must not be run: unsigned, altered, made for something else, or open to others."""
