@@ -112,6 +112,16 @@ class CacheConfig(Section):
     max_bytes: Positive = 10_000_000_000
     """Of all bundles in `shared`; past it those unused for longest go."""
 
+    @field_validator("shared")
+    @classmethod
+    def _absolute(cls, shared: str | None) -> str | None:
+        if shared is not None and not Path(shared).is_absolute():
+            raise ConfigError(
+                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; use an absolute path",
+                "pt2.cache.shared",
+            )
+        return shared
+
 
 class ExportConfig(Section):
     """TorchServe's `pt2.export`."""

@@ -56,6 +56,9 @@ class Metrics:
             seconds[f"{height}x{width}", row["cache"]] += row["warm_seconds"]
         for (bucket, cache), spent in seconds.items():
             self._sink("gauge", "preheat_warm_seconds", round(spent, 3), "s", {"Bucket": bucket, "Cache": cache})
+        if state.shared_cache:
+            outcome = str(state.shared_cache["outcome"])
+            self._sink("counter", "preheat_shared_cache_total", 1, "count", {"Outcome": outcome})
         self._sink("gauge", "preheat_ready_seconds", state.ready_seconds, "s", {})
 
     def run(self, run: RunReport) -> None:

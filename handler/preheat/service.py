@@ -9,7 +9,8 @@ import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from PIL import Image
 import preheat
 from preheat import images
 from preheat.buckets import Bucket, round_up
-from preheat.cache import fingerprint
+from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
 from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
 from preheat.config import ModelConfig, ShapesConfig
 from preheat.debugging import debugging
@@ -31,6 +32,7 @@ from preheat.metrics import Metrics, discard
 from preheat.pipelines import DiffusionPipeline
 from preheat.request import DEADLINE_HEADER, ImageRequest, parse_deadline, parse_row
 from preheat.state import ServerState, StatusFile
+from preheat.trust import Trust
 from preheat.warmup import Record, Step, Variant, Warmup, plan_variants
 from preheat.watch import CompileWatch, raise_recompile_limits
 
@@ -69,6 +71,7 @@ class Service:
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
         _log_compile_config(config)
+        trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
         self._pipeline = DiffusionPipeline.load(_model_path(config.pipeline.path, model_dir), config.pipeline, device)
         self._shapes = _resolved_shapes(config, self._pipeline)
         _refuse_dynamic_cuda_graphs(config, device)
@@ -83,8 +86,8 @@ class Service:
             report=self._report,
         )
         self.state.fingerprint = self._fingerprint()
-        with debugging(config.pt2.debug):
-            self._heat(leave_out)
+        with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as own_folder:
+            self._heat(leave_out, own_folder)
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
@@ -146,7 +149,31 @@ class Service:
         compiled["batchSize"] = self.config.batchSize
         return fingerprint(self._device, compiled, self._pipeline.structure())
 
-    def _heat(self, leave_out: Collection[Variant]) -> None:
+    @contextmanager
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
+        """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
+        cache = self.config.pt2.cache
+        if cache.shared is None or not self.config.pt2.compile.enable or self._shapes.strategy == "exact":
+            yield None
+            return
+        shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
+        # Half of the time, so that a worker that has waited in vain can still compile.
+        patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
+        with synchronized_inductor_cache(
+            cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
+        ) as use:
+            yield use.folder
+            fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
+            if fallen:
+                use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
+        self.state.shared_cache = use.document()
+
+    def _show_waiting(self, message: str) -> None:
+        text = f"{message} (half of startupTimeout, {self.config.startupTimeout or 120} s)"
+        logger.info("shared compile cache: %s", text)
+        self._status.write("loading", text)
+
+    def _heat(self, leave_out: Collection[Variant], own_folder: Path | None) -> None:
         """Warm-up and proof. `exact` has neither: it is plain torch.compile, kept for comparison."""
         if self._shapes.strategy == "exact":
             logger.warning("strategy exact: nothing is warmed, requests will wait for the compiler")
@@ -164,6 +191,7 @@ class Service:
             on_failure=self.config.pt2.on_failure,
             progress=self._show,
             leave_out=leave_out,
+            own_folder=own_folder,
         )
         warmup.observe(self._extremes(variants))
         warmup.warm(variants)
