@@ -32,7 +32,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load clean
+.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -76,6 +76,9 @@ bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFI
 
 bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }
