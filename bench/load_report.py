@@ -90,14 +90,14 @@ def line(row: Mapping[str, Any]) -> str:
 
 def table(document: Mapping[str, Any]) -> Table:
     """The result for a terminal of 120 columns. Times in milliseconds; those from "model" on are per request."""
-    table = Table(title=f"{document['profile']}: {headline(document)}", box=SIMPLE)
+    table = Table(title=f"{document['profile']}: {headline(document)}", box=SIMPLE, padding=(0, 1, 0, 0))
     table.add_column("load", no_wrap=True)
     headings = (
         "req/s",
         "p50 / p95 / p99",
         "rows/run",
-        "padding: rows",
-        "pixels",
+        "pad rows",
+        "pad px",
         "model",
         "parse",
         "encode",

@@ -74,8 +74,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
             for name, value in response.headers.items():
                 self.context.set_response_header(index, name, value)
-            # A unary gRPC answer has no url_path; without this header TorchServe 0.12 takes it for a stream and the worker dies.
-            if self.context.get_request_header(index, "url_path") is None:
+            # A gRPC call has no url_path; without this header TorchServe 0.12 takes its answer for a part of a stream, and the
+            # worker dies. A client's own input of that name is a dict.
+            if not isinstance(self.context.get_request_header(index, "url_path"), str):
                 self.context.set_response_header(index, "ts_stream_next", "false")
         return [response.body for response in encoded]
 
