@@ -57,8 +57,21 @@ def program(name: str, *arguments: object) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
-    """Four workers that started cold together: the folder they share and what each says."""
-    shared = tmp_path_factory.mktemp("cold") / "shared"
+    """Four workers that started cold together: the folder they share and what each says.
+
+    Before, another one was killed in the middle of Inductor's work: nothing that it had started may hold them up.
+    """
+    folder = tmp_path_factory.mktemp("cold")
+    shared = folder / "shared"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder / "killed"))
+        first = program("cold_worker.py", shared)
+    while not list(folder.glob("killed/*/??/*.main.cpp")):
+        assert first.poll() is None, first.communicate()
+        time.sleep(0.01)
+    first.kill()
+    first.communicate()
+    assert list(shared.glob("*.writer")) and not list(shared.glob("*.bundle"))
     workers = [program("cold_worker.py", shared, 4) for _ in range(4)]
     told = [worker.communicate(timeout=300) for worker in workers]
     assert [worker.returncode for worker in workers] == [0] * 4, told

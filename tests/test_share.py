@@ -106,6 +106,10 @@ def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
         place._beside(".writer").write_bytes(content)
         with pytest.raises(GaveUp, match="another worker"):
             place.lock()
+    place.unmark()
+    os.mkfifo(place._beside(".writer"))
+    with pytest.raises(GaveUp, match="another worker"):
+        place.lock()
     lock.release()
 
 

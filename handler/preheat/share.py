@@ -192,7 +192,10 @@ class Share:
 
     def _writer(self) -> str:
         try:
-            mark = json.loads(self._beside(_MARK).read_bytes()[:_LONGEST_MARK])
+            # Anybody may have put it there: not a link, not a pipe that is waited for, not a gigabyte.
+            descriptor = os.open(self._beside(_MARK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            with os.fdopen(descriptor, "rb") as file:
+                mark = json.loads(file.read(_LONGEST_MARK))
             return f"pid {int(mark['pid'])} on {str(mark['host'])[:64]!r}"
         except (OSError, ValueError, KeyError, TypeError):
             return "another worker"
