@@ -119,7 +119,7 @@ def test_labels_are_those_the_metric_has() -> None:
             assert set(re.findall(WORD, grouping)) <= known, expression
 
 
-def test_counters_are_read_as_rates_but_for_the_four_that_are_totals() -> None:
+def test_counters_are_read_as_rates_but_for_the_five_that_are_totals() -> None:
     metrics, bare = declared(), set()
     for expression in expressions():
         rated = set(re.findall(rf"\b(?:rate|increase)\(({WORD})", expression))
@@ -129,6 +129,7 @@ def test_counters_are_read_as_rates_but_for_the_four_that_are_totals() -> None:
         "preheat_incidents_total",
         "preheat_eager_fallbacks_total",
         "preheat_planned_eager_total",
+        "preheat_shared_cache_total",
     }
 
 

@@ -31,7 +31,7 @@ from filelock import BaseFileLock
 from preheat import bundle
 from preheat.errors import Untrusted
 from preheat.fingerprint import fingerprint
-from preheat.share import GaveUp, Share
+from preheat.share import GaveUp, NothingPublished, Share
 from preheat.trust import Trust
 
 __all__ = [
@@ -125,7 +125,8 @@ def synchronized_inductor_cache(
         digest, lock = _load_or_lead(share, local, patience, report)
     except (OSError, Untrusted, GaveUp) as error:
         use.withhold(_text(error))
-        logger.warning("no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason)
+        level = logging.INFO if isinstance(error, NothingPublished) else logging.WARNING
+        logger.log(level, "no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason)
     use.waited_seconds = round(time.monotonic() - began, 3)
     try:
         yield use
@@ -217,7 +218,7 @@ def _load_or_lead(
             # A writer that was killed leaves its mark, and somebody takes over. One that ended in order takes it away; if it
             # could not publish neither could we, and one after the other would be the slowest way to find out.
             if waited and not share.marked:
-                raise GaveUp("the worker that was waited for has ended without a bundle")
+                raise NothingPublished("the worker that was waited for has ended without a bundle")
             share.mark()
             return "", lock
     except BaseException:

@@ -71,8 +71,7 @@ class Service:
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
         _log_compile_config(config)
-        # A key that cannot be used shows before anything is loaded.
-        trust = Trust.resolve(config.pt2.cache.trust) if config.pt2.cache.shared else None
+        trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
         self._pipeline = DiffusionPipeline.load(_model_path(config.pipeline.path, model_dir), config.pipeline, device)
         self._shapes = _resolved_shapes(config, self._pipeline)
         _refuse_dynamic_cuda_graphs(config, device)
@@ -158,15 +157,10 @@ class Service:
         aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     @contextmanager
-    def _sharing_compiles(self, trust: Trust | None, started: float) -> Iterator[Path | None]:
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
-        if (
-            cache.shared is None
-            or trust is None
-            or not self.config.pt2.compile.enable
-            or self._shapes.strategy == "exact"
-        ):
+        if cache.shared is None or not self.config.pt2.compile.enable or self._shapes.strategy == "exact":
             yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)

@@ -39,6 +39,10 @@ class GaveUp(Exception):
     """There is no point in waiting for a bundle; the text says why."""
 
 
+class NothingPublished(GaveUp):
+    """The worker that was waited for has ended without a bundle: it compiled nothing, or could not publish and said so."""
+
+
 @dataclass(frozen=True, slots=True)
 class Share:
     """One bundle's place in a shared folder.
