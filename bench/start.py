@@ -235,7 +235,7 @@ def table(document: Mapping[str, Any]) -> Table:
     """The result for a terminal."""
     made = Table(title=f"{document['profile']}: {report.headline(document)}")
     made.add_column("start", no_wrap=True)
-    for heading in ("READY s", "first image s", "initialize s", "first request ms", "engine", "hit/partial/miss"):
+    for heading in ("READY s", "image s", "initialize s", "request ms", "engine", "hit/part/miss"):
         made.add_column(heading, justify="right", no_wrap=True)
     for scenario, row in document["starts"].items():
         if "ready_seconds" not in row:
