@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 import torch
 
-import cold_worker
 from preheat import cache as preheat_cache
 from preheat.cache import (
     SharedCache,
@@ -90,24 +89,34 @@ def test_a_bundle_hits_in_another_folder_and_is_not_published_again(cold: tuple[
     shared, _ = cold
     (path,) = shared.glob("*.bundle")
     before = path.stat().st_ino
-    with synchronized_inductor_cache("tiny", cold_worker.cache(shared)) as use:
-        assert cold_worker.compile_and_run(use.folder) == "hit"
-    assert use.outcome == "loaded" and path.stat().st_ino == before
+    output, errors = program("cold_worker.py", shared).communicate(timeout=300)
+    assert output, errors
+    said = json.loads(output)
+    assert (said["cache"], said["outcome"]) == ("hit", "loaded") and path.stat().st_ino == before
+
+
+WITHOUT_OBJECTS = """
+import os, sys
+from pathlib import Path
+import torch
+import cold_worker
+from preheat.cache import load_inductor_cache
+
+torch.set_num_threads(1)
+digest = load_inductor_cache("tiny", cold_worker.cache(Path(sys.argv[1])))
+local = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+objects = list(local.glob("??/*.so"))
+assert digest and objects
+for path in objects:
+    path.unlink()
+print(cold_worker.compile_and_run(local))
+"""
 
 
 def test_records_without_their_shared_objects_are_no_hit(cold: tuple[Path, list[dict[str, Any]]]) -> None:
-    shared, _ = cold
-    digest = load_inductor_cache("tiny", cold_worker.cache(shared))
-    local = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-    objects = list(local.glob("??/*.so"))
-    assert digest and objects
-    for path in objects:
-        path.unlink()
-    from torch._inductor.codecache import CppCodeCache, CppPythonBindingsCodeCache
-
-    for each in (CppCodeCache, CppPythonBindingsCodeCache):
-        each.cache_clear()
-    assert cold_worker.compile_and_run(local) == "partial"
+    command = [sys.executable, "-c", WITHOUT_OBJECTS, str(cold[0])]
+    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "partial", done.stderr
 
 
 def test_the_two_halves_share_and_skip_what_has_not_changed(place: SharedCache, base: Path) -> None:
