@@ -167,9 +167,7 @@ class Service:
             leave_out=leave_out,
         )
         warmup.observe(self._extremes(variants))
-        variants = self._warm(warmup, variants)
-        if all(router.idle for router in self._routers.values()):
-            variants = ()  # eager code is what it was the first time
+        variants = self._to_replay(self._warm(warmup, variants))
         num_faults = warmup.prove(variants)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(variants), num_faults)
@@ -187,6 +185,16 @@ class Service:
             if not any(router.compiles for router in self._routers.values()):
                 return chosen
         return variants
+
+    def _to_replay(self, warmed: Sequence[Variant]) -> Sequence[Variant]:
+        """What the proof runs again. Only compiled code can be asked for a guard that it did not meet in warm-up: of packages, whose
+        second step of each run went the way of a request already, one run a bucket is enough, and eager code has nothing to prove.
+        """
+        if any(router.compiles for router in self._routers.values()):
+            return warmed
+        if all(router.idle for router in self._routers.values()):
+            return ()
+        return list({variant.bucket: variant for variant in warmed}.values())  # the last of each bucket: the smallest
 
     def _plan_variants(self) -> tuple[Variant, ...]:
         sizes = self._shapes.batch_sizes
