@@ -12,6 +12,11 @@ FORMAT ?= zip-store
 EXTERNAL ?=
 AOT ?=
 WAIT ?= 1800
+PROFILE ?= tiny
+CSV ?=
+COUNT ?= 10000
+SEED ?=
+BENCH_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -27,10 +32,10 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint serve ready stop archive clean
+.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start clean
 
 help: ## show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 # An existing .venv is kept; pip runs again whenever what is asked for has changed.
 $(STAMP): pyproject.toml constraints.txt
@@ -47,7 +52,10 @@ test: lint ## lint, types and every test
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict handler tests
+	$(BIN)/mypy --strict handler tests bench
+
+fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
+	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
 serve: $(STAMP) ## start TorchServe: CONFIG=model-config/x.yaml [MODEL=folder-or-hub-id] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
@@ -62,6 +70,15 @@ stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 
 archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
 	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+
+bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)
+
+bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }

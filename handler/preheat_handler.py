@@ -14,7 +14,7 @@ from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import pick_device, share_cpu
 from preheat.engine import Answer, Job
-from preheat.errors import RequestError
+from preheat.errors import OutOfMemory, RequestError
 from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
@@ -43,7 +43,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         try:
             config = ModelConfig.parse(context.model_yaml_config or {})
             if self.device.type == "cpu":
-                share_cpu(config.minWorkers or 1)
+                share_cpu(config.minWorkers)
             self.service = Service(
                 config,
                 Path(properties["model_dir"]),
@@ -74,8 +74,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
             for name, value in response.headers.items():
                 self.context.set_response_header(index, name, value)
-            # A unary gRPC answer has no url_path; without this header TorchServe 0.12 takes it for a stream and the worker dies.
-            if self.context.get_request_header(index, "url_path") is None:
+            # A gRPC call has no url_path; without this header TorchServe 0.12 takes its answer for a part of a stream, and the
+            # worker dies. A client's own input of that name is a dict.
+            if not isinstance(self.context.get_request_header(index, "url_path"), str):
                 self.context.set_response_header(index, "ts_stream_next", "false")
         return [response.body for response in encoded]
 
@@ -91,10 +92,12 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
-            return self.service.parse(row, headers.get("content-type"))
+            return self.service.parse(row, headers)
+        except MemoryError:
+            return responses.from_error(OutOfMemory("the request's images do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
-            return responses.json_response(error.code, error.body())
+            return responses.from_error(error)
 
     def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
+import random
+import re
 import urllib.request
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import psutil
+import yaml
+from PIL import Image
 
 from preheat import server
 from preheat.client import Client
 
 CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
+BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]]
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
 
 
@@ -37,7 +45,54 @@ class Served:
         assert all(psutil.pid_exists(pid) for pid in pids)
         return pids
 
+    def metric(self, name: str, **labels: str) -> float:
+        """The sum of a metric's samples with these labels on the metrics port; 0.0 where none is exported."""
+        wanted = [f'{key}="{value}"' for key, value in labels.items()]
+        lines = [line for line in self.exported() if re.match(rf"{name}[{{ ]", line)]
+        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
+
+    def exported(self) -> list[str]:
+        """What the metrics port says, a line each: samples, and `# TYPE` lines of what has no sample yet."""
+        with urllib.request.urlopen(f"{self.running.metrics}/metrics", timeout=60) as answer:
+            return list(answer.read().decode().splitlines())
+
     def state(self) -> dict[str, Any]:
         (model,) = self.management(f"/models/{self.client.model}?customized=true")
         state: dict[str, Any] = model["customizedMetadata"]["preheat"]
         return state
+
+
+def opened(body: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(body))
+    image.load()
+    return image
+
+
+def noise(height: int, width: int, mode: str = "RGB") -> str:
+    """A picture nobody could have guessed, as base64."""
+    pixels = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).convert(mode).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+def random_request(rng: random.Random) -> dict[str, Any]:
+    """A legal request of any size that a bucket covers: text, image or mask, with and without guidance, 1 to 6 steps."""
+    most_height, most_width = rng.choice(BUCKETS)
+    height, width = rng.randint(16, most_height), rng.randint(16, most_width)
+    request: dict[str, Any] = {
+        "prompt": "word " * rng.randint(0, 120),
+        "height": height,
+        "width": width,
+        "seed": rng.randrange(2**63),
+        "num_inference_steps": rng.randint(1, 6),
+        "guidance_scale": rng.choice([0.0, 1.0, 3.0, 7.5]),
+    }
+    if rng.random() < 0.3:
+        request["negative_prompt"] = "blurry"
+    if rng.random() < 0.4:
+        least = 1.0 if request["num_inference_steps"] == 1 else 0.5
+        request |= {"image": noise(height, width), "strength": rng.uniform(least, 1.0)}
+        if rng.random() < 0.5:
+            request["mask_image"] = noise(height, width, "L")
+    return request

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preheat.buckets import Bucket, batch_size_for, covering, nearest_aspect, round_up
+from preheat.buckets import Bucket, covering, nearest_aspect, round_up, split_rows
 
 SDXL = [Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152), Bucket(1344, 768), Bucket(768, 1344)]
 
@@ -81,15 +81,26 @@ def test_round_up_is_the_smallest_aligned_size_that_covers(height: int, width: i
     assert size.width - multiple < width <= size.width
 
 
-@settings(max_examples=500, deadline=None)
-@given(st.lists(st.integers(1, 64), max_size=6), st.integers(1, 64))
-def test_batch_size_is_the_smallest_that_holds_the_rows(sizes: list[int], rows: int) -> None:
-    fitting = [size for size in sizes if size >= rows]
-    if fitting:
-        assert batch_size_for(sizes, rows) == min(fitting)
-    else:
-        with pytest.raises(ValueError, match=f"{rows} rows"):
-            batch_size_for(sizes, rows)
+def every_split(sizes: set[int], rows: int) -> list[tuple[int, ...]]:
+    """Every multiset of batch sizes that holds the rows and from which no run can be left out."""
+    if rows <= 0:
+        return [()]
+    return [tuple(sorted((size, *rest))) for size in sizes for rest in every_split(sizes, rows - size)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sets(st.integers(1, 8), min_size=1, max_size=4), st.integers(1, 9))
+def test_rows_are_split_with_the_least_filler_in_the_fewest_runs(sizes: set[int], rows: int) -> None:
+    split = split_rows(sorted(sizes), rows)
+    assert list(split) == sorted(split, reverse=True) and set(split) <= sizes
+    assert (sum(split), len(split)) == min((sum(one), len(one)) for one in every_split(sizes, rows))
+
+
+def test_nothing_can_be_split_into_nothing() -> None:
+    with pytest.raises(ValueError, match="3 rows"):
+        split_rows([], 3)
+    with pytest.raises(ValueError, match="0 rows"):
+        split_rows([1], 0)
 
 
 @pytest.mark.parametrize(

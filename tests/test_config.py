@@ -308,6 +308,10 @@ BAD = [
     ("torchrun: 2", "torchrun", "must be a mapping (key: value), got 2"),
     ("minWorkers: 2\nmaxWorkers: 1", "minWorkers", "2 is over maxWorkers (1)"),
     ("startupTimeout: 600\nmaxRetryTimeoutInSec: 600", "maxRetryTimeoutInSec", "600 must exceed startupTimeout (600)"),
+    # The cache.
+    ("pt2: {cache: {shared: cache}}", "pt2.cache.shared", "'cache' is relative"),
+    ("pt2: {cache: {trust: everybody}}", "pt2.cache.trust", "must be 'signed' or 'owner', got 'everybody'"),
+    ("pt2: {cache: {max_bytes: 0}}", "pt2.cache.max_bytes", "must be greater than 0, got 0"),
     # The pipeline.
     ("pipeline: {dtype: fp16}", "pipeline.dtype", "must be 'float32', 'float16' or 'bfloat16', got 'fp16'"),
     ("pipeline: {path: ''}", "pipeline.path", "must not be empty"),

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -13,7 +15,7 @@ from PIL import Image
 from preheat.buckets import Bucket
 from preheat.config import LimitsConfig, ShapesConfig
 from preheat.engine import Engine, Job, RunReport
-from preheat.errors import RequestError
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
 from preheat.pipelines import Batch
 from preheat.request import ImageRequest
 
@@ -28,11 +30,14 @@ class Canvas:
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
+        self.most_rows = 1000
 
     def paint(self, batch: Batch) -> NDArray[np.uint8]:
         self.batches.append(batch)
         if any(row.prompt == "explode" for row in batch.rows):
             raise ArithmeticError("boom")
+        if len(batch.rows) > self.most_rows:
+            raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         y, x = np.mgrid[: batch.bucket.height, : batch.bucket.width]
         rows = [np.stack([y, x, np.full_like(x, row.seed % 251)], axis=-1) for row in batch.rows]
         return np.stack(rows).astype(np.uint8)
@@ -67,7 +72,9 @@ class Bench:
     def __init__(self, **shapes: Any) -> None:
         self.canvas, self.reports = Canvas(), list[RunReport]()
         config = ShapesConfig.model_validate({"buckets": BUCKETS, "batch_sizes": (1, 2, 4)} | shapes)
-        self.engine = Engine(self.canvas, {}, config, max_rows=4, report=self.reports.append)
+        self.engine = Engine(
+            self.canvas, {}, config, max_rows=4, device=torch.device("cpu"), report=self.reports.append
+        )
 
     def job(self, **changes: Any) -> Job:
         return self.engine.prepare(make_request(**changes), limits=LimitsConfig(min_side=1), default=BUCKETS[0])
@@ -113,11 +120,11 @@ def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(wishes
 
 
 def test_requests_that_agree_share_a_run_and_filler_rows_carry_nobodys_text() -> None:
-    bench = Bench()
+    bench = Bench(batch_sizes=(4,))
     bench.engine.run([bench.job(prompt="secret", seed=seed) for seed in range(3)])
     (batch,) = bench.canvas.batches
     assert [row.prompt for row in batch.rows] == ["secret"] * 3 + [""]
-    assert (bench.reports[0].num_real_rows, bench.reports[0].num_requests) == (3, 3)
+    assert bench.reports[0].num_real_rows == 3
 
 
 def test_with_dynamic_batch_sizes_nothing_is_filled_up() -> None:
@@ -129,8 +136,37 @@ def test_with_dynamic_batch_sizes_nothing_is_filled_up() -> None:
 def test_a_group_that_fails_takes_only_its_own_requests_with_it() -> None:
     bench = Bench()
     answers = bench.engine.run([bench.job(), bench.job(prompt="explode", num_inference_steps=1), bench.job(seed=8)])
-    assert [type(answer.error) for answer in answers] == [type(None), ArithmeticError, type(None)]
+    assert [type(answer.error) for answer in answers] == [type(None), PipelineFailure, type(None)]
     assert all(answer.pictures for answer in (answers[0], answers[2]))
+
+
+@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
+def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(most_rows: int, runs: list[int]) -> None:
+    bench = Bench()
+    bench.canvas.most_rows = most_rows
+    answers = bench.engine.run([bench.job(seed=seed) for seed in range(4)])
+    assert [len(batch.rows) for batch in bench.canvas.batches] == runs
+    tops = [answer.job.plan.crop for answer in answers]
+    assert [answer.pictures[0].getpixel((0, 0)) for answer in answers] == [
+        (crop.top, crop.left, seed) for seed, crop in enumerate(tops)
+    ]
+
+
+def test_what_does_not_fit_alone_is_a_507_and_its_neighbours_live() -> None:
+    bench = Bench()
+    bench.canvas.most_rows = 0
+    (answer,) = bench.engine.run([bench.job()])
+    assert isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
+    bench.canvas.most_rows = 1000
+    assert bench.engine.run([bench.job()])[0].error is None
+
+
+def test_a_request_whose_deadline_has_passed_is_not_painted() -> None:
+    bench = Bench()
+    late, punctual = (replace(bench.job(seed=1), deadline=deadline) for deadline in (1.0, 1e12))
+    answers = bench.engine.run([late, punctual])
+    assert isinstance(answers[0].error, DeadlinePassed) and answers[0].error.code == 504
+    assert answers[1].error is None and [len(batch.rows) for batch in bench.canvas.batches] == [1]
 
 
 def test_the_image_sets_the_size_that_the_request_leaves_out() -> None:

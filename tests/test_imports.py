@@ -12,11 +12,12 @@ HANDLER = Path(__file__).parent.parent / "handler"
 # Each layer may import itself and what stands before it. The third column is what it may take from outside.
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
-        {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state", "trust"},
-        {"pydantic", "pydantic_core", "yaml"},
+        {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
+        | {"trust", "bundle", "share"},
+        {"pydantic", "pydantic_core", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
-    ({"device", "compilation", "warmup", "watch", "cache", "aot"}, {"torch"}),
+    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot"}, {"torch"}),
     ({"pipelines"}, {"diffusers"}),
     ({"engine", "metrics", "responses", "service"}, set()),
     ({"preheat_handler"}, {"ts"}),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from preheat import responses, tiny
+from preheat.buckets import Bucket
 from preheat.config import ModelConfig
 from preheat.engine import Answer
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
@@ -116,6 +118,18 @@ def test_neighbours_never_change_a_picture(watch: CompileWatch, models: Path, ne
     assert np.abs(alone - pixels(in_company[2])).max() <= 1
 
 
+def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(watch: CompileWatch, models: Path) -> None:
+    service = start(models / "sdxl", batchSize=4, shapes={"batch_sizes": [1, 4], "invariant": True}, pipeline=TEXT_ONLY)
+    assert {row["batch_size"] for row in service.state.buckets} == {4}
+    mine = {"seed": 5, "height": 50}
+    (alone,) = ask(service, mine)
+    for company in ([mine, {"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}, mine]):
+        answers = ask(service, *company)
+        mates = [answer for answer in answers if answer.job.request.seed == 5]
+        assert [(pixels(mate) == pixels(alone)).all() for mate in mates] == [True]
+        assert {answer.exact for answer in answers} == {"bitwise"}
+
+
 def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
     unet, seen = service._pipeline.target("unet"), []
@@ -127,8 +141,6 @@ def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path)
 
 
 def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(watch: CompileWatch, models: Path) -> None:
-    from preheat.buckets import Bucket
-
     forgotten = [Variant(Bucket(64, 64), 2, True, task) for task in ("text-to-image", "image-to-image", "inpainting")]
     service = start(models / "sdxl", leave_out=forgotten, shapes={"buckets": TWO})
     engines = {(row["height"], row["batch_size"]): row["engine"] for row in service.state.buckets}
@@ -162,6 +174,31 @@ def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -
     state = service.current_state()
     assert answer.engine == "eager" and answer.pictures[0].size == (100, 100)
     assert (state.planned_eager, state.incidents, state.eager_fallbacks) == (1, 0, 0)
+
+
+def test_the_dynamic_strategy_needs_only_one_bucket_to_learn_from(watch: CompileWatch, models: Path) -> None:
+    service = start(models / "sdxl", shapes={"strategy": "dynamic", "batch_sizes": [1]}, pipeline=TEXT_ONLY)
+    answers = ask(service, *({"height": height, "width": width} for height, width in [(64, 64), (30, 40), (17, 64)]))
+    assert {answer.engine for answer in answers} == {"compiled"} and service.current_state().incidents == 0
+
+
+def test_the_fingerprint_is_the_models_and_not_its_folders(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "sdxl", tmp_path / "copy")
+    one, same = (start(folder, compile=False).state.fingerprint for folder in (models / "sdxl", tmp_path / "copy"))
+    other = start(models / "sdxl", compile=False, shapes={"buckets": TWO}).state.fingerprint
+    assert one == same != other
+
+
+def test_a_request_of_many_pictures_is_one_request_in_every_counter(watch: CompileWatch, models: Path) -> None:
+    forgotten = [Variant(Bucket(64, 64), size, True, "text-to-image") for size in (1, 2)]
+    service = start(models / "sdxl", leave_out=forgotten, pipeline=TEXT_ONLY)
+    ask(service, {"num_images": 3, "response_format": "b64_json"})
+    assert (service.current_state().requests, service.current_state().eager_fallbacks) == (1, 1)
+
+
+def test_a_bucket_that_no_request_could_ask_for_is_refused(watch: CompileWatch, models: Path) -> None:
+    with pytest.raises(ConfigError, match=r"pt2.shapes.buckets\[0\]: 64x64 is over pipeline.limits"):
+        start(models / "sdxl", pipeline={"limits": {"max_side": 56}})
 
 
 def test_two_targets_are_compiled_side_by_side(watch: CompileWatch, models: Path) -> None:
@@ -247,6 +284,41 @@ def test_each_scheduler_is_warmed_as_it_serves(watch: CompileWatch, models: Path
     assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
 
 
+def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionXLPipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    pipe = StableDiffusionXLPipeline.from_pretrained(models / "sdxl" / "model")
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    pipe.save_lora_weights(tmp_path, unet_lora_layers=get_peft_model_state_dict(pipe.unet))
+    settings = TEXT_ONLY | {"fused_lora": str(tmp_path)}
+    service = start(models / "sdxl", pipeline=settings, shapes={"batch_sizes": [1]})
+    fused = pixels(ask(service, {"seed": 1})[0])
+    assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
+    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
+    torch.compiler.set_stance("default")
+    eager = pixels(ask(start(models / "sdxl", pipeline=settings, compile=False), {"seed": 1})[0])
+    without = pixels(ask(start(models / "sdxl", pipeline=TEXT_ONLY, compile=False), {"seed": 1})[0])
+    assert np.abs(fused - eager).max() <= 1 and np.abs(fused - without).max() > 1
+
+
+def test_compile_traces_land_in_a_folder_that_stays_bounded(
+    watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", "elsewhere")
+    folder = tmp_path / "preheat-traces"
+    stale = folder / "run_old" / "stale.py"
+    stale.parent.mkdir(parents=True)
+    foreign = tmp_path / "foreign.txt"
+    foreign.write_bytes(b"x" * 1000)
+    stale.write_bytes(b"x" * 1000)
+    os.utime(stale, (0, 0))
+    debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
+    start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
+    assert not stale.exists() and foreign.exists() and torch._dynamo.config.debug_dir_root == str(folder)
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 999
+
+
 def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", pt2={"attention": "math"}, pipeline=TEXT_ONLY)
     seen: list[bool] = []
@@ -267,6 +339,7 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
         "x-preheat-engine": "eager",
         "x-preheat-seed": "3",
         "x-preheat-padding": "0.2500",
+        "x-preheat-exact": "rounding",
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
     job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -61,12 +62,16 @@ class Rehearsal(Service):
                 progress.update(bars[bucket], advance=1, description=bucket)
         aot.write_index(folder, self.state.fingerprint, entries, Trust.resolve(self.config.pt2.cache.trust))
 
-    def _attach_packages(self, folder: Path) -> None:
+    def _attach_packages(self, folder: Path, trust: Trust) -> None:
         """They are about to be made."""
 
-    def _heat(self, leave_out: Collection[Variant]) -> None:
+    @contextmanager
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
+        yield None  # packages are made anew, whatever others have compiled
+
+    def _heat(self, leave_out: Collection[Variant], own_folder: Path | None) -> None:
         made: dict[tuple[str, str], Wanted] = {}
-        for bucket, variants in groupby(self._plan_variants(), key=lambda variant: variant.bucket):
+        for bucket, variants in groupby(self._plan_variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
             for target, plan in self._rehearse(variants):
                 wanted = made.setdefault((target, plan.key), Wanted(target, plan, []))
                 wanted.buckets.append(str(bucket))
@@ -87,7 +92,7 @@ def main(config_path: Path, root: Path, folder: Path) -> None:
     config = ModelConfig.load(config_path)
     device = pick_device(None if config.deviceType == "cpu" else 0)
     if device.type == "cpu":
-        share_cpu(config.minWorkers or 1)
+        share_cpu(config.minWorkers)
     rehearsal = Rehearsal(config, root, device, status=StatusFile(None, config_path.stem))
     rehearsal.build(folder)
 

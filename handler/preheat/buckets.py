@@ -77,13 +77,19 @@ def round_up(size: Bucket | tuple[int, int], multiple: int) -> Bucket:
     return Bucket(-(-height // multiple) * multiple, -(-width // multiple) * multiple)
 
 
-def batch_size_for(batch_sizes: Sequence[int], rows: int) -> int:
-    """The smallest of `batch_sizes` that holds `rows` rows.
+def split_rows(batch_sizes: Sequence[int], rows: int) -> tuple[int, ...]:
+    """The batch sizes of the runs that paint `rows` rows, largest first.
+
+    The fewest rows are painted in vain; among equals, in the fewest runs.
 
     Raises:
-        ValueError: even the largest is too small.
+        ValueError: there is no batch size, or nothing to paint.
     """
-    fitting = [size for size in batch_sizes if size >= rows]
-    if not fitting:
-        raise ValueError(f"no batch size among {list(batch_sizes)} holds {rows} rows")
-    return min(fitting)
+    if rows < 1 or not batch_sizes:
+        raise ValueError(f"cannot split {rows} rows into runs of {list(batch_sizes)}")
+    # best[n]: (rows painted, runs) and the runs for at least n rows; every n is reached from a smaller one by one more run.
+    best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
+    for num in range(1, rows + 1):
+        fewer = ((size, *best[max(0, num - size)]) for size in batch_sizes)
+        best.append(min((painted + size, runs + 1, (size, *sizes)) for size, painted, runs, sizes in fewer))
+    return tuple(sorted(best[rows][2], reverse=True))

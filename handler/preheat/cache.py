@@ -1,57 +1,275 @@
-"""The fingerprint: everything a compiled artifact depends on, as one digest."""
+"""The shared compile cache: the first worker compiles, every later one loads what it made.
+
+Each worker has an Inductor folder of its own. Around compile and warm-up, `synchronized_inductor_cache` fills it from the shared
+bundle or, where there is none, elects one worker that compiles and publishes while the others wait. Whatever goes wrong with the
+share costs a warning and a compile, never a request.
+
+    cache = SharedCache(Path("/mnt/cache"), Trust.resolve())
+    with synchronized_inductor_cache("sdxl/v1", cache):
+        compile_and_warm_up()
+"""
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
+import atexit
+import fcntl
 import json
-import platform
-from collections.abc import Mapping
+import logging
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from filelock import BaseFileLock
 
-_PACKAGES = ("torch", "triton", "diffusers", "transformers")
+from preheat import bundle
+from preheat.errors import Untrusted
+from preheat.fingerprint import fingerprint
+from preheat.share import GaveUp, NothingPublished, Share
+from preheat.trust import Trust
+
+__all__ = [
+    "CacheUse",
+    "SharedCache",
+    "fingerprint",
+    "load_inductor_cache",
+    "own_inductor_folder",
+    "sync_inductor_cache",
+    "synchronized_inductor_cache",
+]
+
+logger = logging.getLogger(__name__)
+
+_FOLDER, _TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
+_PREFIX = "preheat-inductor-"
+_NEWBORN_SECONDS = 60.0
+
+Outcome = Literal["loaded", "published", "unchanged", "unshared"]
 
 
-def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapping[str, Any]) -> str:
-    """Digest of machine, versions, compile config and model structure; weights do not count.
+@dataclass(frozen=True, slots=True)
+class SharedCache:
+    """A shared folder and what its bundles must fit.
 
     Args:
-        device: where the code runs.
-        config: the part of the model YAML that decides what is compiled, as plain data.
-        structure: classes and configs of the pipeline's components.
+        folder: `pt2.cache.shared`.
+        trust: which bundles are believed.
+        fingerprint: of machine, versions, compile config and model structure; default: of machine and versions alone.
+        device: where the compiled code runs.
+        max_bytes: of all bundles in the folder.
     """
-    facts = {
-        "device": _device_facts(device),
-        "versions": {name: _version(name) for name in _PACKAGES} | {"cuda": torch.version.cuda},
-        "python": platform.python_version(),
-        "config": config,
-        "structure": structure,
-    }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    folder: Path
+    trust: Trust
+    fingerprint: str = ""
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    max_bytes: int = 10_000_000_000
+
+    def share(self, key: str) -> Share:
+        """The place of the bundle `key`. Inductor's code is for one GPU index, and on a CPU for one number of threads."""
+        context = {
+            "kind": "inductor",
+            "key": key,
+            "fingerprint": self.fingerprint or fingerprint(self.device, {}, {}),
+            "device": str(self.device),
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else 0,
+        }
+        return Share(self.folder, json.dumps(context, sort_keys=True), self.trust, self.max_bytes)
 
 
-def _device_facts(device: torch.device) -> list[str]:
-    if device.type == "cuda":
-        return ["cuda", torch.cuda.get_device_name(device), str(torch.cuda.get_device_capability(device))]
-    return [device.type, platform.machine(), *_cpu_features()]
+@dataclass(slots=True)
+class CacheUse:
+    """What became of sharing, for the log and the state.
+
+    Args:
+        folder: this process's Inductor folder.
+        outcome: `loaded`: a bundle was found, and nothing could be added to it. `published`: this worker compiled, and others need
+            not. `unchanged`: nothing was compiled, so there was nothing to share. `unshared`: see `reason`.
+        waited_seconds: until the bundle was there, or it was clear that this worker has to compile.
+    """
+
+    folder: Path
+    outcome: Outcome = "unshared"
+    reason: str = ""
+    waited_seconds: float = 0.0
+
+    def withhold(self, reason: str) -> None:
+        """Warm-up was no success: what it compiled is not for others."""
+        self.reason = reason
+
+    def document(self) -> dict[str, Any]:
+        return {"outcome": self.outcome, "reason": self.reason, "waited_seconds": self.waited_seconds}
 
 
-def _cpu_features() -> list[str]:
-    """Instruction sets, sorted (Linux); code compiled for more than a machine has crashes it."""
-    info = Path("/proc/cpuinfo")
-    if not info.is_file():
-        return []
-    for line in info.read_text().splitlines():
-        if line.startswith(("flags", "Features")):
-            return sorted(line.partition(":")[2].split())
-    return []
+@contextmanager
+def synchronized_inductor_cache(
+    key: str, cache: SharedCache, *, patience: float = 600.0, report: Callable[[str], None] = logger.info
+) -> Iterator[CacheUse]:
+    """Run the block, which compiles and warms up, with what other workers have compiled; share what it adds, if it succeeds.
 
-
-def _version(package: str) -> str | None:
+    Without a usable bundle one worker runs the block while the others wait up to `patience` seconds, telling `report`, and then
+    load. Only what the block raises is raised. The process keeps an Inductor folder of its own afterwards.
+    """
+    local, share, began = own_inductor_folder(), cache.share(key), time.monotonic()
+    use = CacheUse(local)
+    lock: BaseFileLock | None = None
+    digest = ""
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+        share.prepare()
+        digest, lock = _load_or_lead(share, local, patience, report)
+    except (OSError, Untrusted, GaveUp) as error:
+        use.withhold(_text(error))
+        level = logging.INFO if isinstance(error, NothingPublished) else logging.WARNING
+        logger.log(level, "no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason)
+    use.waited_seconds = round(time.monotonic() - began, 3)
+    try:
+        yield use
+        if use.reason:
+            logger.info("the shared compile cache gets nothing from this worker: %s", use.reason)
+        else:
+            use.outcome, use.reason = _sync(share, local, digest, lock)
+    finally:
+        if lock is not None:
+            _resign(share, lock)
+
+
+def load_inductor_cache(key: str, cache: SharedCache) -> str:
+    """Give this process an Inductor folder of its own, filled from the shared bundle; returns the digest of its contents.
+
+    The digest is empty where there was no bundle, or none that could be used (with a warning). Waits for nobody.
+    """
+    local = own_inductor_folder()
+    return _load(cache.share(key), local)
+
+
+def sync_inductor_cache(key: str, digest: str, cache: SharedCache) -> bool:
+    """Publish this process's Inductor folder, if it holds something else than `digest` (from `load_inductor_cache`) says.
+
+    Call it after a successful warm-up only. Tells whether a bundle was published; what went wrong is a warning.
+    """
+    share = cache.share(key)
+    try:
+        share.prepare()
+    except (OSError, Untrusted) as error:
+        logger.warning("no shared compile cache in %s: %s", cache.folder, _text(error))
+        return False
+    outcome, _ = _sync(share, Path(os.environ[_FOLDER]), digest, None)
+    return outcome == "published"
+
+
+def own_inductor_folder() -> Path:
+    """Make an empty folder for Inductor and Triton that no other process uses; gone when this process ends.
+
+    Inductor reads the variable each time, so it may have compiled before; TORCHINDUCTOR_CACHE_DIR, where it was set, names
+    the parent. Folders of workers that were killed are removed on the way.
+    """
+    parent = Path(os.environ.get(_FOLDER) or tempfile.gettempdir())
+    if parent.name.startswith(_PREFIX):
+        parent = parent.parent  # a second start in the same process
+    parent.mkdir(parents=True, exist_ok=True)
+    _remove_orphans(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
+    # Held, never released: it says that the folder's owner lives. Compile workers are spawned and do not inherit it.
+    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_EX)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    os.environ[_FOLDER] = str(folder)
+    # Triton's default has the GPU's number in it, and the same contents would get another digest on each GPU.
+    os.environ[_TRITON_FOLDER] = str(folder / "triton")
+    return folder
+
+
+def _remove_orphans(parent: Path) -> None:
+    for path in parent.glob(f"{_PREFIX}*"):
+        with suppress(OSError):
+            # A folder is locked right after it is made; give that moment time.
+            if path.is_symlink() or time.time() - path.lstat().st_ctime < _NEWBORN_SECONDS:
+                continue
+            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(path, ignore_errors=True)
+            finally:
+                os.close(descriptor)
+
+
+def _load_or_lead(
+    share: Share, local: Path, patience: float, report: Callable[[str], None]
+) -> tuple[str, BaseFileLock | None]:
+    """The digest of what was loaded, or the held lock of the one who is to compile.
+
+    Raises:
+        GaveUp, OSError: neither; compile alone, side by side with the others.
+    """
+    before = share.stamp()
+    digest = _load(share, local)
+    if digest:
+        return digest, None
+    lock, waited = share.lock(patience, report)
+    try:
+        if share.stamp() != before:  # not what was refused a moment ago
+            digest = _load(share, local)
+        if not digest:
+            # A writer that was killed leaves its mark, and somebody takes over. One that ended in order takes it away; if it
+            # could not publish neither could we, and one after the other would be the slowest way to find out.
+            if waited and not share.marked:
+                raise NothingPublished("the worker that was waited for has ended without a bundle")
+            share.mark()
+            return "", lock
+    except BaseException:
+        lock.release()
+        raise
+    lock.release()
+    return digest, None
+
+
+def _load(share: Share, local: Path) -> str:
+    """The digest of what was loaded; empty, with a warning where there is a reason, if nothing was."""
+    began = time.monotonic()
+    try:
+        if not share.load(local):
+            return ""
+        digest = bundle.content_digest(local)
+    except Untrusted as error:
+        logger.warning("refused the compile cache %s: %s; compiling instead", share.path, error)
+        return ""
+    except OSError as error:
+        logger.warning("cannot read the compile cache %s: %s; compiling instead", share.path, _text(error))
+        return ""
+    logger.info("loaded the compile cache %s in %.1f s", share.path, time.monotonic() - began)
+    return digest
+
+
+def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> tuple[Outcome, str]:
+    """Publish what is in `local` unless it is what `digest` says. Without the lock, and while another writes, leave it to them."""
+    own: BaseFileLock | None = None
+    try:
+        now = bundle.content_digest(local)
+        if now == digest:
+            return ("loaded" if digest else "unchanged"), ""
+        if lock is None:
+            own, _ = share.lock()
+        share.publish(local)
+    except (OSError, GaveUp) as error:
+        logger.warning("cannot publish the compile cache %s: %s", share.path, _text(error))
+        return ("loaded" if digest else "unshared"), _text(error)
+    finally:
+        if own is not None:
+            own.release()
+    logger.info("published the compile cache %s", share.path)
+    return "published", ""
+
+
+def _resign(share: Share, lock: BaseFileLock) -> None:
+    share.unmark()
+    with suppress(OSError):
+        lock.release()
+
+
+def _text(error: Exception) -> str:
+    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)

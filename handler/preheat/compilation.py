@@ -42,11 +42,12 @@ class Phase(Enum):
     """What a router does with a call.
 
     OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
-    OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
+    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
     """
 
     OBSERVE = auto()
     WARM = auto()
+    PROVE = auto()
     SERVE = auto()
     OPEN = auto()
 
@@ -194,7 +195,7 @@ class Run:
     planned_eager: bool = False  # outside every bucket on purpose (`oversize: eager`)
     engines: set[EngineName] = field(default_factory=set)
     incidents: int = 0  # calls with an unforeseen shape or guard, served eagerly
-    fallen: int = 0  # calls in a variant whose compile had failed in warm-up
+    fallen: int = 0  # calls that warm-up had found no engine for
 
 
 class Router:
@@ -228,7 +229,7 @@ class Router:
         self.phase = Phase.WARM
         self.dims = DynamicDims()
         self.routes: dict[Signature, Route] = {}
-        self.visited: dict[Signature, Route] = {}  # since the last `start_variant`
+        self.visited: dict[Signature, Route] = {}  # in warm-up and proof, since the last `start_variant`
         self.run = Run()  # since the last `start_run`
         self.observed: list[Shapes] = []
         self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
@@ -259,6 +260,7 @@ class Router:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.idle and self.phase is not Phase.OBSERVE:
+            self.run.fallen += self.reason is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
             return self._run_fast(args, kwargs)
@@ -360,7 +362,7 @@ class Router:
         if route is None:
             route = self._proven_ahead(key, args, kwargs)
         if route is not None:
-            self.visited[key] = route
+            self._visit(key, route)
         if route is not None and route.call is not None:
             return self._run_ahead(route.call, args, kwargs)
         if route is None and self._shape_bound:
@@ -389,7 +391,11 @@ class Router:
         if not self.run.incidents:  # once a run, not once a step
             logger.error("incident: %s runs eagerly: %s; input shapes %s", self.name, why, tensor_shapes(args, kwargs))
         self.run.incidents += 1
-        self.visited[key] = Route("eager", why)
+        self._visit(key, Route("eager", why))
+
+    def _visit(self, key: Signature, route: Route) -> None:
+        if self.phase is Phase.PROVE:  # later the shapes are clients' own, and would pile up
+            self.visited[key] = route
 
 
 def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.dtype, device: torch.device) -> Router:

@@ -66,6 +66,8 @@ class ShapesConfig(Section):
     """Ascending; "dynamic" is one graph per bucket for all of them."""
     fit: Fit = "pad"
     oversize: Oversize = "reject"
+    invariant: bool = False
+    """Paint always the one largest batch size, so that a picture is the same to the last bit in any company."""
 
     @model_validator(mode="before")
     @classmethod
@@ -110,6 +112,16 @@ class CacheConfig(Section):
     max_bytes: Positive = 10_000_000_000
     """Of all bundles in `shared`; past it those unused for longest go."""
 
+    @field_validator("shared")
+    @classmethod
+    def _absolute(cls, shared: str | None) -> str | None:
+        if shared is not None and not Path(shared).is_absolute():
+            raise ConfigError(
+                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; use an absolute path",
+                "pt2.cache.shared",
+            )
+        return shared
+
 
 class ExportConfig(Section):
     """TorchServe's `pt2.export`."""
@@ -119,11 +131,15 @@ class ExportConfig(Section):
 
 
 class DebugConfig(Section):
-    """What torch logs about compiling (the artifacts of TORCH_LOGS)."""
+    """What torch tells about compiling: log artifacts as TORCH_LOGS names them, and files as TORCH_COMPILE_DEBUG writes them."""
 
     recompiles: bool = False
     guards: bool = False
     graph_breaks: bool = False
+    trace_dir: Text | None = None
+    """Folder for Inductor's graphs and generated code, a subfolder per process."""
+    trace_bytes: Positive = 500_000_000
+    """Most that `trace_dir` may hold after a start; the oldest files go first."""
 
 
 class Pt2Config(Section):
@@ -165,7 +181,7 @@ class LimitsConfig(Section):
     """Of an input image as sent, after base64 is undone."""
     max_image_pixels: Positive = 16_777_216
     min_side: Positive = 16
-    max_side: Positive = 4_096
+    max_side: Annotated[int, Field(gt=0, le=16_383)] = 4_096
     """Pixels, of the picture asked for."""
     max_images: Positive = 4
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
@@ -45,24 +46,27 @@ def pick_device(gpu_id: int | str | None) -> torch.device:
     return device
 
 
-def share_cpu(num_workers: int) -> None:
+def share_cpu(num_workers: int | None) -> None:
     """Give this worker its share of the cores, once and before anything is compiled.
 
     Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores are many times slower than
     one. Dynamo guards on the number of threads, so it must not change later. OMP_NUM_THREADS has the last word.
     """
     if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // max(1, num_workers)))
+        num_cores = len(os.sched_getaffinity(0))
+        # A YAML that names no number of workers gets one per core from TorchServe.
+        torch.set_num_threads(max(1, num_cores // max(1, num_workers or num_cores)))
 
 
 def missing_compiler(device: torch.device, backend: str) -> str | None:
-    """Why Inductor cannot compile here, or None. Only the C++ road needs a look: Triton brings its own compiler."""
-    if backend != "inductor" or device.type != "cpu":
+    """Why Inductor cannot compile here, or None: the CPU road needs a C++ compiler, Triton a C compiler for its launchers."""
+    if backend != "inductor":
         return None
-    compiler = os.environ.get("CXX", "g++")  # what Inductor itself looks for on Linux
-    if shutil.which(compiler) is None:
-        return f"no C++ compiler: {compiler!r} is not on PATH"
-    return None
+    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
+    names = [os.environ[variable]] if variable in os.environ else names
+    if any(shutil.which(name) for name in names):
+        return None
+    return f"no compiler: {' or '.join(map(repr, names))} is not on PATH"
 
 
 def ipex_requested() -> bool:
@@ -77,6 +81,23 @@ def import_ipex() -> ModuleType | None:
     except ImportError:
         logger.warning("ipex_enable is set, but intel-extension-for-pytorch is not installed: serving without it")
         return None
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the device or the machine had no memory left; torch's CPU allocator raises a plain RuntimeError."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+
+
+def is_device_lost(error: BaseException) -> bool:
+    """Whether the device's context is broken (illegal address, device assert): every later call would fail too."""
+    return isinstance(error, getattr(torch, "AcceleratorError", ())) and not is_out_of_memory(error)
+
+
+def release_memory(device: torch.device) -> None:
+    """Give back what a failed run has left; call it outside the `except` block, whose traceback holds the tensors."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
 
 
 def peak_memory_bytes(device: torch.device) -> int:

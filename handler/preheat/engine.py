@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 import torch
@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat import geometry, images
-from preheat.buckets import Bucket, batch_size_for, round_up
+from preheat.buckets import Bucket, round_up, split_rows
 from preheat.compilation import EngineName, Router, slowest
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.device import attention_backend
-from preheat.errors import RequestError
+from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
 from preheat.geometry import Plan
 from preheat.pipelines import Batch, Row
 from preheat.request import ImageRequest
@@ -50,6 +50,8 @@ class Job:
     plan: Plan
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    deadline: float | None = None
+    """Unix time in seconds after which nobody waits for the answer."""
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -83,7 +85,23 @@ class Answer:
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
     engine: EngineName = "eager"
-    error: Exception | None = None
+    exact: Literal["bitwise", "rounding"] = "rounding"
+    """How equal the pictures are to those of the same request alone: to the last bit, or within rounding (1/255)."""
+    incident: bool = False
+    """Met a shape or guard that warm-up had not foreseen."""
+    fell_back: bool = False
+    """Ran eagerly because warm-up had found no engine."""
+    error: RunError | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether it ran eagerly although compiled code was wanted."""
+        return self.incident or self.fell_back
+
+    @property
+    def is_planned_eager(self) -> bool:
+        """Whether it ran eagerly on purpose (`oversize: eager`)."""
+        return self.job.plan.engine_hint == "eager"
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -92,21 +110,15 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class RunReport:
-    """One pipeline call, for metrics: real rows out of painted rows, its engine, and what went wrong with it."""
+    """One pipeline call: its pixels (rows, height, width, 3), how many rows are real, and how it ran."""
 
     batch: Batch
-    num_requests: int
+    pixels: NDArray[np.uint8]
     num_real_rows: int
     engine: EngineName
     seconds: float
-    planned_eager: bool
     incident: bool
     fell_back: bool
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether it ran eagerly although compiled code was wanted."""
-        return self.incident or self.fell_back
 
 
 class Engine:
@@ -117,6 +129,7 @@ class Engine:
         routers: what stands in for its targets, by target name.
         shapes: the strategy, buckets (resolved, not empty unless `exact`) and batch sizes.
         max_rows: most rows of one run where `batch_sizes: dynamic` names none.
+        device: where it runs.
         attention: `pt2.attention`, the same in warm-up and serving because both come through here.
         report: told of every run.
     """
@@ -128,15 +141,22 @@ class Engine:
         shapes: ShapesConfig,
         *,
         max_rows: int,
+        device: torch.device,
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
     ) -> None:
         self._painter, self._routers, self._shapes = painter, routers, shapes
-        self._report, self._attention = report, attention
-        self.batch_sizes: tuple[int, ...] | None = None if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
-        self._max_rows = max_rows if self.batch_sizes is None else max(self.batch_sizes)
+        self._report, self._device, self._attention = report, device, attention
+        # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
+        self._batch_sizes: Sequence[int] = (
+            range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
+        )
+        if shapes.invariant:
+            self._batch_sizes = (max(self._batch_sizes),)
 
-    def prepare(self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket) -> Job:
+    def prepare(
+        self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket, deadline: float | None = None
+    ) -> Job:
         """Decode the request's images and plan its geometry.
 
         A side that the request leaves out comes from its image (in proportion, where the other side is given), else from `default`.
@@ -156,14 +176,13 @@ class Engine:
             image = images.lay(images.fit_to(image, height, width), plan)
         if mask is not None:
             mask = images.lay(images.fit_to(mask, height, width), plan)
-        return Job(request, plan, image, mask)
+        return Job(request, plan, image, mask, deadline)
 
     def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
         """The geometry of one request; sizes in pixels."""
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
-            multiple = self._painter.grid if shapes.strategy == "dynamic" else self._painter.multiple
-            own = round_up(Bucket(height, width), multiple)
+            own = self._own_size(height, width)
             if shapes.strategy == "exact" or any(bucket.covers(own.height, own.width) for bucket in shapes.buckets):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
@@ -176,33 +195,68 @@ class Engine:
             has_image=has_image,
         )
 
+    def _own_size(self, height: int, width: int) -> Bucket:
+        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a dynamic graph off size 1."""
+        if self._shapes.strategy == "exact":
+            return round_up(Bucket(height, width), self._painter.multiple)
+        grid = self._painter.grid
+        return round_up(Bucket(max(height, 2 * grid), max(width, 2 * grid)), grid)
+
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
-        answers = [Answer(job) for job in jobs]
-        for group in _grouped(jobs):
+        answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
+        for group in _grouped(answers):
             try:
-                self._run_group(group, jobs, answers)
+                self._run_group(group)
             except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
                 logger.exception("a group of %d request(s) failed", len(group))
-                for index in group:
-                    answers[index] = Answer(jobs[index], error=error)
+                if is_device_lost(error):
+                    raise SystemExit("the device is lost; TorchServe starts a new worker") from error
+                text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
+                for answer in group:
+                    answer.error = PipelineFailure(text)
         return answers
 
-    def _run_group(self, group: Sequence[int], jobs: Sequence[Job], answers: Sequence[Answer]) -> None:
-        expanded = [(index, row) for index in group for row in jobs[index].rows()]
-        first = jobs[group[0]]
-        for start in range(0, len(expanded), self._max_rows):
-            chunk = expanded[start : start + self._max_rows]
-            pixels, engine = self._paint(first, [row for _, row in chunk], len({index for index, _ in chunk}))
-            for (index, _), painted in zip(chunk, pixels, strict=True):
-                answer = answers[index]
-                answer.pictures.append(images.finish(painted, answer.job.plan))
-                # A request whose pictures took several runs is as slow as the slowest of them.
-                answer.engine = "eager" if answer.pictures[1:] and answer.engine == "eager" else engine
+    def _run_group(self, group: Sequence[Answer]) -> None:
+        for answer in group:
+            if answer.job.deadline is not None and time.time() > answer.job.deadline:
+                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+        rows = [(answer, row) for answer in group if answer.error is None for row in answer.job.rows()]
+        if rows:
+            self._run_rows(rows, self._batch_sizes)
 
-    def _paint(self, job: Job, rows: list[Row], num_requests: int) -> tuple[NDArray[np.uint8], EngineName]:
-        """Paint real rows, filled up to a warmed batch size; the filler's pictures are dropped."""
-        size = len(rows) if self.batch_sizes is None else batch_size_for(self.batch_sizes, len(rows))
+    def _run_rows(self, rows: Sequence[tuple[Answer, Row]], batch_sizes: Sequence[int]) -> None:
+        """Paint rows in runs of these batch sizes; a run that does not fit into memory is retried in smaller ones."""
+        start = 0
+        for size in split_rows(batch_sizes, len(rows)):
+            chunk = rows[start : start + size]
+            start += size
+            try:
+                self._run_chunk(chunk, size)
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("a run of %d rows ran out of memory", size)
+            release_memory(self._device)
+            smaller = [other for other in batch_sizes if other < size]
+            if smaller:
+                self._run_rows(chunk, smaller)
+            for answer, _ in () if smaller else chunk:
+                answer.error = OutOfMemory(f"painting {answer.job.plan.bucket} does not fit into memory")
+
+    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
+        run = self._paint(chunk[0][0].job, [row for _, row in chunk], size)
+        self._report(run)
+        for (answer, _), painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
+            # A request whose pictures took several runs is as slow as the slowest of them.
+            answer.engine = slowest({run.engine, answer.engine}) if answer.pictures else run.engine
+            answer.pictures.append(images.finish(painted, answer.job.plan))
+            answer.incident |= run.incident
+            answer.fell_back |= run.fell_back
+
+    def _paint(self, job: Job, rows: list[Row], size: int) -> RunReport:
+        """Paint real rows, filled up to `size`."""
         # The filler repeats nobody's text; its images are dropped with its pictures.
         filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
         request = job.request
@@ -214,29 +268,22 @@ class Engine:
             guidance_scale=request.guidance_scale,
             strength=request.strength,
         )
-        planned_eager = job.plan.engine_hint == "eager"
         for router in self._routers.values():
-            router.start_run(planned_eager=planned_eager)
+            router.start_run(planned_eager=job.plan.engine_hint == "eager")
         started = time.perf_counter()
         # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
         with torch.inference_mode(), attention_backend(self._attention):
             pixels = self._painter.paint(batch)
-        seconds = time.perf_counter() - started
         runs = [router.run for router in self._routers.values()]
-        engine = slowest({engine for run in runs for engine in run.engines})
-        self._report(
-            RunReport(
-                batch=batch,
-                num_requests=num_requests,
-                num_real_rows=len(rows),
-                engine=engine,
-                seconds=seconds,
-                planned_eager=planned_eager,
-                incident=any(run.incidents for run in runs),
-                fell_back=any(run.fallen for run in runs),
-            )
+        return RunReport(
+            batch=batch,
+            pixels=pixels,
+            num_real_rows=len(rows),
+            engine=slowest({engine for run in runs for engine in run.engines}),
+            seconds=time.perf_counter() - started,
+            incident=any(run.incidents for run in runs),
+            fell_back=any(run.fallen for run in runs),
         )
-        return pixels[: len(rows)], engine
 
 
 def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:
@@ -256,15 +303,15 @@ def _in_proportion(side: int, part: int, whole: int) -> int:
 
 
 def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
-    """Sides that come from an image are held to the limits of those that a request names."""
+    """Sides that come from an image are held to the limits of those that a request names (buckets always meet them)."""
     for field_name, side in (("height", height), ("width", width)):
         if not limits.min_side <= side <= limits.max_side:
             span = f"{limits.min_side} to {limits.max_side}"
             raise RequestError(f"would be {side} pixels by the image; name a size of {span}", field_name)
 
 
-def _grouped(jobs: Sequence[Job]) -> Iterator[list[int]]:
-    groups: dict[tuple[object, ...], list[int]] = {}
-    for index, job in enumerate(jobs):
-        groups.setdefault(job.group_key, []).append(index)
+def _grouped(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+    groups: dict[tuple[object, ...], list[Answer]] = {}
+    for answer in answers:
+        groups.setdefault(answer.job.group_key, []).append(answer)
     yield from groups.values()

@@ -3,6 +3,10 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
+    ├── RunError         a legal request that could not be painted; becomes a 5xx answer
+    │   ├── DeadlinePassed       504: it waited longer than its client would
+    │   ├── OutOfMemory          507: not even alone does it fit
+    │   └── PipelineFailure      500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
     ├── WarmupError      a variant could not be warmed where the config insists on it
     ├── PipelineError    a pipeline folder cannot be served
@@ -48,6 +52,32 @@ class RequestError(PreheatError):
     def body(self) -> dict[str, int | str | None]:
         """The JSON object the client receives, the same over REST and gRPC."""
         return {"code": self.code, "type": "InvalidRequest", "message": self.message, "field": self.field}
+
+
+class RunError(PreheatError):
+    """A legal request that got no picture; `code` is the answer's HTTP status."""
+
+    code = 500
+
+    def body(self) -> dict[str, int | str | None]:
+        """The JSON object the client receives, in the form of `RequestError.body`."""
+        return {"code": self.code, "type": type(self).__name__, "message": str(self), "field": None}
+
+
+class DeadlinePassed(RunError):
+    """The client's deadline was over before the request's turn came; nothing was painted."""
+
+    code = 504
+
+
+class OutOfMemory(RunError):
+    """The request does not fit into memory, at the smallest batch size there is."""
+
+    code = 507
+
+
+class PipelineFailure(RunError):
+    """The pipeline raised on this request's group; the log has the traceback."""
 
 
 class ArchiveError(PreheatError):

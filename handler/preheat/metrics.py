@@ -14,8 +14,7 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from preheat.buckets import Bucket
-from preheat.engine import RunReport
-from preheat.geometry import Plan
+from preheat.engine import Answer, RunReport
 from preheat.request import FIELDS
 from preheat.state import ServerState
 
@@ -23,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class Sink(Protocol):
-    """One declared metric family; `dimensions` are (name, value) pairs in the declared order."""
+    """Where a sample goes; `dimensions` are label names and values in the declared order."""
 
     def __call__(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None: ...
 
@@ -50,11 +49,16 @@ class Metrics:
             "preheat_pixels_cropped_total",
         ):
             self._sink("counter", name, 0, "count", {})
+        # The rows of several targets in one bucket and batch size share the time of their warm-up.
+        distinct = {(row["height"], row["width"], row["batch_size"]): row for row in state.buckets}
         seconds: Counter[tuple[str, str]] = Counter()
-        for row in state.buckets:
-            seconds[f"{row['height']}x{row['width']}", row["cache"]] += row["warm_seconds"]
+        for (height, width, _), row in distinct.items():
+            seconds[f"{height}x{width}", row["cache"]] += row["warm_seconds"]
         for (bucket, cache), spent in seconds.items():
             self._sink("gauge", "preheat_warm_seconds", round(spent, 3), "s", {"Bucket": bucket, "Cache": cache})
+        if state.shared_cache:
+            outcome = str(state.shared_cache["outcome"])
+            self._sink("counter", "preheat_shared_cache_total", 1, "count", {"Outcome": outcome})
         self._sink("gauge", "preheat_ready_seconds", state.ready_seconds, "s", {})
 
     def run(self, run: RunReport) -> None:
@@ -63,16 +67,17 @@ class Metrics:
         self._sink("histogram", "preheat_inference_seconds", round(run.seconds, 6), "s", {})
         self._count("preheat_rows_painted_total", num_rows)
         self._count("preheat_rows_filled_total", num_rows - run.num_real_rows)
-        self._count("preheat_incidents_total", run.num_requests * run.incident)
-        self._count("preheat_eager_fallbacks_total", run.num_requests * run.is_fallback)
-        self._count("preheat_planned_eager_total", run.num_requests * run.planned_eager)
 
-    def answered(self, plan: Plan, num_pictures: int, engine: str) -> None:
+    def answered(self, answer: Answer) -> None:
         """One request that got its pictures."""
+        plan, num_pictures = answer.job.plan, len(answer.pictures)
+        self._count("preheat_incidents_total", answer.incident)
+        self._count("preheat_eager_fallbacks_total", answer.is_fallback)
+        self._count("preheat_planned_eager_total", answer.is_planned_eager)
         # A size that is no bucket is a client's own: as a label it would be one more time series each.
         bucket = str(plan.bucket) if plan.bucket in self._buckets else "none"
         painted = plan.scaled[0] * plan.scaled[1]
-        self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": engine})
+        self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": answer.engine})
         self._count("preheat_pixels_painted_total", num_pictures * painted)
         self._count("preheat_pixels_cropped_total", num_pictures * (painted - plan.height * plan.width))
 
@@ -97,7 +102,7 @@ class Metrics:
 
     def _count(self, name: str, value: int, dimensions: Mapping[str, str] | None = None) -> None:
         if value:  # each emission is a line through TorchServe's log
-            self._sink("counter", name, value, "count", dimensions or {})
+            self._sink("counter", name, int(value), "count", dimensions or {})
 
 
 def discard(kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,13 +22,11 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config import PipelineConfig
+from preheat.config import PipelineConfig, Task
 from preheat.device import DTYPES
 from preheat.errors import PipelineError
 
 logger = logging.getLogger(__name__)
-
-Task = Literal["text-to-image", "image-to-image", "inpainting"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +86,12 @@ class DiffusionPipeline:
         self.family = family
         self.guidance_variants = _guidance_variants(family, config)
         self._pipe = pipe
-        self._tasks: dict[Task, Any] = {"text-to-image": pipe}
-        if "image-to-image" in config.tasks:
-            self._tasks["image-to-image"] = AutoPipelineForImage2Image.from_pipe(pipe)
-        if "inpainting" in config.tasks:
-            self._tasks["inpainting"] = AutoPipelineForInpainting.from_pipe(pipe)
+        makers: dict[Task, Callable[[Any], Any]] = {
+            "text-to-image": lambda base: base,
+            "image-to-image": AutoPipelineForImage2Image.from_pipe,
+            "inpainting": AutoPipelineForInpainting.from_pipe,
+        }
+        self._tasks: dict[Task, Any] = {task: make(pipe) for task, make in makers.items() if task in config.tasks}
         for task_pipe in self._tasks.values():
             task_pipe.set_progress_bar_config(disable=True)
         self._accepted = {
@@ -173,10 +172,9 @@ class DiffusionPipeline:
         for name, component in sorted(self._pipe.components.items()):
             if isinstance(component, nn.Module):
                 config = getattr(component, "config", {})
-                facts = getattr(config, "to_dict", lambda c=config: dict(c))()
-                # Where it was loaded from is no part of what it is: TorchServe unpacks a .mar into a new folder at each start.
-                facts = {key: value for key, value in facts.items() if key != "_name_or_path"}
-                parts[name] = [type(component).__name__, facts]
+                settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
+                settings.pop("_name_or_path", None)  # where the folder lies today
+                parts[name] = [type(component).__name__, settings]
             elif component is not None:
                 parts[name] = type(component).__name__
         return parts
@@ -189,7 +187,7 @@ class DiffusionPipeline:
         """
         arguments = self._arguments(batch)
         images = self._tasks[batch.task](**arguments).images  # (rows, 3, height, width) in 0..1
-        pixels = (images * 255).round().clamp(0, 255).to(torch.uint8)
+        pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         array: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
         return array
 

@@ -28,6 +28,7 @@ Choice = TypeVar("Choice", bound=str)
 OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
 TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
+DEADLINE_HEADER = "x-preheat-deadline"
 NUM_SEEDS = 2**63
 """Seeds run from 0 to one less: what a torch.Generator takes without wrapping."""
 
@@ -111,6 +112,19 @@ def parse_row(
     )
     _check_together(request, guidance, tasks)
     return request
+
+
+def parse_deadline(text: str | None) -> float | None:
+    """The header `x-preheat-deadline`, Unix time in milliseconds, as seconds; None where there is none.
+
+    Raises:
+        RequestError: it is no whole number.
+    """
+    if text is None:
+        return None
+    if not re.fullmatch(r"[0-9]{1,15}", text.strip(), re.ASCII):
+        raise RequestError("must be a Unix time in milliseconds", DEADLINE_HEADER)
+    return int(text) / 1000
 
 
 def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection[Task]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from preheat import images
 from preheat.engine import Answer
+from preheat.errors import RequestError, RunError
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +31,15 @@ def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, 
     return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
 
 
+def from_error(error: RequestError | RunError) -> Response:
+    return json_response(error.code, error.body())
+
+
 def from_answer(answer: Answer) -> Response:
     """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
     request, plan = answer.job.request, answer.job.plan
     if answer.error is not None:
-        message = f"the pipeline failed on this request ({type(answer.error).__name__}); the server's log says more"
-        return json_response(500, {"code": 500, "type": "PipelineFailure", "message": message, "field": None})
+        return from_error(answer.error)
     encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
     headers = _headers(answer)
     if request.response_format == "image":
@@ -51,6 +55,7 @@ def from_answer(answer: Answer) -> Response:
         "bucket": [plan.bucket.height, plan.bucket.width],
         "engine": answer.engine,
         "padding": round(plan.padding, 4),
+        "exact": answer.exact,
         "output_format": request.output_format,
     }
     return json_response(200, document, headers)
@@ -63,4 +68,5 @@ def _headers(answer: Answer) -> dict[str, str]:
         "x-preheat-engine": answer.engine,
         "x-preheat-seed": str(request.seed),
         "x-preheat-padding": f"{plan.padding:.4f}",
+        "x-preheat-exact": answer.exact,
     }

@@ -24,12 +24,12 @@ import psutil
 from preheat import processes, readiness
 from preheat.errors import PreheatError
 from preheat.readiness import Status
+from preheat.state import STATUS_DIR_VARIABLE as STATUS
 
 ROOT = Path(__file__).resolve().parents[2]
 DEMO_PROPERTIES = ROOT / "archive" / "config-demo.properties"
 METRICS = ROOT / "archive" / "metrics.yaml"
 HOST = "127.0.0.1"
-STATUS = "PREHEAT_STATUS_DIR"
 LONGEST_SOCKET_FOLDER = 80
 """Characters. A Unix socket's path ends at 107, and TorchServe adds a name; longer folders lie in /tmp instead."""
 
@@ -179,6 +179,9 @@ def start(
         raise ServerError(f"a server already runs from {run_dir} (pid {running.pid}); stop it first")
     if ports.taken():
         raise ServerError(f"port {', '.join(map(str, ports.taken()))} on {HOST} is taken; choose another")
+    left = recall(run_dir)
+    if left is not None:
+        left.stop()  # its Java died; its workers and temporary files may have not
     temp = _prepare(run_dir)
     names = _fill_store(archives, run_dir / "store")
     settings = {**read_properties(base), **_own_properties(ports, names), **(properties or {})}
@@ -186,7 +189,11 @@ def start(
     pid = _launch(run_dir, temp, cache, env or {})
     server = TorchServe(run_dir, ports, pid, psutil.Process(pid).create_time(), tuple(names), temp)
     _remember(server)
-    _await_management(server, seconds)
+    try:
+        _await_management(server, seconds)
+    except BaseException:  # Ctrl-C too: nobody else knows of this server yet
+        server.stop()
+        raise
     return server
 
 

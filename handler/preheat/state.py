@@ -15,7 +15,8 @@ from typing import Any, Literal
 
 STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
 
-Phase = Literal["loading", "warming", "hot", "failed"]
+Phase = Literal["loading", "warming", "hot", "cold", "failed"]
+"""`cold`: serving without warm-up (`strategy: exact`)."""
 
 
 @dataclass(slots=True)
@@ -26,6 +27,8 @@ class ServerState:
     strategy: str
     state: Phase = "loading"
     fingerprint: str = ""
+    shared_cache: Mapping[str, Any] = field(default_factory=dict)
+    """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without `pt2.cache.shared`."""
     buckets: list[Mapping[str, Any]] = field(default_factory=list)
     """One row per bucket, batch size and target: height, width (pixels), batch_size, target, engine, warm_seconds, cache, reason."""
     compiles_at_boot: int = 0

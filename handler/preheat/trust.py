@@ -100,6 +100,16 @@ class Trust:
         finally:
             os.close(folder)
 
+    def check_folder(self, folder: Path) -> None:
+        """Nothing, if files in `folder` could be believed; in `signed` mode anybody may write there.
+
+        Raises:
+            Untrusted: `owner` mode, and it is not ours alone to write.
+            OSError: it is not there.
+        """
+        if self.mode == "owner":
+            _refuse_foreign("the folder", folder.stat())
+
     def sign_file(self, path: Path, context: str) -> None:
         """Write the signature of the file at `path` beside it, as `<name>.sig`; nothing where there is no key."""
         if self.key is None:

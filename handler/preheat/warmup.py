@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Literal
 
 from preheat.buckets import Bucket
@@ -104,6 +105,7 @@ class Warmup:
         on_failure: `eager` gives up the shapes at fault; `fail` raises.
         progress: told after each variant.
         leave_out: variants that are not warmed although they are proven: how tests show that the proof can fail.
+        own_folder: see `watch.cache_counters`.
     """
 
     def __init__(
@@ -115,9 +117,11 @@ class Warmup:
         on_failure: Literal["eager", "fail"],
         progress: Callable[[Step], None] = lambda _: None,
         leave_out: Collection[Variant] = (),
+        own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
+        self._own_folder = own_folder
         self._records: dict[tuple[Bucket, int, str], Record] = {}
 
     @property
@@ -171,7 +175,7 @@ class Warmup:
             self._fail_if_asked(variant)
 
     def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
-        started, counters = time.perf_counter(), cache_counters()
+        started, counters = time.perf_counter(), cache_counters(self._own_folder)
         for router in self._routers.values():
             router.start_variant()
         for _ in range(_MAX_PASSES):
@@ -179,7 +183,7 @@ class Warmup:
             self._serve(variant)
             if self._watch.num_events == events:
                 break
-        return time.perf_counter() - started, cache_outcome(counters, cache_counters())
+        return time.perf_counter() - started, cache_outcome(counters, cache_counters(self._own_folder))
 
     def prove(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
@@ -191,7 +195,7 @@ class Warmup:
             WarmupError: there is a fault and `on_failure` is `fail`.
         """
         forbid_compiling()
-        self._enter(Phase.SERVE)
+        self._enter(Phase.PROVE)
         num_faults = 0
         for variant in variants:
             for router in self._routers.values():
@@ -204,6 +208,7 @@ class Warmup:
                 logger.error("proof: %s was not hot after warm-up", variant)
                 self._note(variant, 0.0, None)
                 self._fail_if_asked(variant)
+        self._enter(Phase.SERVE)
         return num_faults
 
     def _enter(self, phase: Phase) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ _REFUSAL = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
 
 
 class CompileWatch:
-    """Counts compile events of this process: Dynamo traces, runtime autotuning, CUDA graph recordings.
+    """Counts compile events of this process: Dynamo traces, lazy backward compiles, CUDA graph recordings.
 
     Nested events count once (torch reports the outermost). Cache hits still trace, so they count too: the watch answers
     "did a request wait for the compiler", not "was machine code made".
@@ -80,12 +81,17 @@ def num_graphs() -> int:
     return int(dynamo_counters["stats"]["unique_graphs"])
 
 
-def cache_counters() -> tuple[int, int]:
-    """(hits, misses) of the compiler's caches so far, as the compiler counts them."""
+def cache_counters(own_folder: Path | None = None) -> tuple[int, int]:
+    """(hits, misses) of the compiler's caches so far, as the compiler counts them.
+
+    On a CPU it counts a hit when it finds its own records, even if it then builds shared objects that were not there. Every one
+    in `own_folder`, the Inductor folder that no other process writes to, counts as a miss.
+    """
     autograd, inductor = dynamo_counters["aot_autograd"], dynamo_counters["inductor"]
     hits = autograd["autograd_cache_hit"] + inductor["fxgraph_cache_hit"]
     # An AOTAutograd miss asks the FX graph cache next, so only the latter's miss means that Inductor worked.
-    return hits, inductor["fxgraph_cache_miss"]
+    built = sum(1 for _ in own_folder.glob("??/*.so")) if own_folder else 0
+    return hits, inductor["fxgraph_cache_miss"] + built
 
 
 def cache_outcome(before: tuple[int, int], after: tuple[int, int]) -> str | None:

@@ -115,7 +115,9 @@ def test_a_body_that_is_no_request_is_a_400(served: Served, request_: dict[str, 
     assert reply.error is not None and reply.error["message"] and reply.error["field"] in ("body", "prompt")
 
 
-@pytest.mark.parametrize("fields", [{}, {"data": b""}, {"data": b"\xff\xfe"}, {"data": b'{"prompt"'}, {"other": b"x"}])
+@pytest.mark.parametrize(
+    "fields", [{}, {"data": b""}, {"data": b"\xff\xfe"}, {"data": b'{"prompt"'}, {"other": b"x"}, {"url_path": b"x"}]
+)
 def test_an_input_map_that_is_no_request_is_an_error_body(served: Served, fields: dict[str, bytes]) -> None:
     reply = served.client.call_grpc(fields)
     assert reply.error is not None and reply.error["code"] == 400

@@ -1,0 +1,117 @@
+"""The bare diffusers pipeline in a loop: compiled, batched, cropped and encoded, with nobody asking over a network.
+
+    python -m bench.bare < spec.json > result.json
+
+What the served pipeline is held against. It is compiled as anybody would do it, one static graph per bucket and batch size;
+none of Preheat's routing, planning or padding of rows is on this road.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionXLPipeline
+
+from bench.bare_spec import Spec
+from preheat import images
+from preheat.buckets import Bucket, covering
+from preheat.device import DTYPES, pick_device, share_cpu
+
+WARM_CALLS = 2
+
+
+class BareLoop:
+    """The pipeline and what its calls have in common."""
+
+    def __init__(self, spec: Spec) -> None:
+        self._spec = spec
+        self._buckets = [Bucket(*size) for size in spec.buckets]
+        device = pick_device(0 if spec.on_gpu else None)
+        if device.type == "cpu":
+            share_cpu(1)
+        pipe = StableDiffusionXLPipeline.from_pretrained(
+            spec.model, torch_dtype=DTYPES[spec.dtype], use_safetensors=True, local_files_only=True
+        )
+        pipe.set_progress_bar_config(disable=True)
+        self._pipe = pipe.to(device)
+        torch._dynamo.config.recompile_limit = 10 + 2 * len(self._buckets) * len(spec.batch_sizes)
+        self._pipe.unet = torch.compile(self._pipe.unet, backend=spec.backend, dynamic=False)
+
+    def run(self) -> dict[str, Any]:
+        """Requests per second, by traffic and batch size."""
+        begun = time.perf_counter()
+        for size in self._spec.batch_sizes:
+            for bucket in self._buckets:
+                for _ in range(WARM_CALLS):
+                    self._paint([(bucket.height, bucket.width)] * size, bucket)
+        warm_seconds = time.perf_counter() - begun
+        rates = {
+            name: {str(size): self._rate(sizes, size) for size in self._spec.batch_sizes}
+            for name, sizes in self._spec.traffics.items()
+        }
+        return {
+            "warm_seconds": round(warm_seconds, 1),
+            "num_threads": torch.get_num_threads(),
+            "requests_per_second": rates,
+        }
+
+    def _rate(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> float:
+        batches = list(full_batches(sizes, self._buckets, batch_size))
+        begun, num_done = time.perf_counter(), 0
+        while time.perf_counter() - begun < self._spec.seconds:
+            for bucket, batch in batches:
+                self._paint(batch, bucket)
+                num_done += len(batch)
+        return round(num_done / (time.perf_counter() - begun), 3)
+
+    @torch.inference_mode()
+    def _paint(self, sizes: Sequence[tuple[int, int]], bucket: Bucket) -> list[bytes]:
+        spec = self._spec
+        painted = self._pipe(
+            prompt=[spec.prompts[index % len(spec.prompts)] for index in range(len(sizes))],
+            height=bucket.height,
+            width=bucket.width,
+            num_inference_steps=spec.num_steps,
+            guidance_scale=spec.guidance_scale,
+            generator=[torch.Generator("cpu").manual_seed(index) for index in range(len(sizes))],
+        ).images
+        return [
+            images.encode(picture.crop((0, 0, width, height)), "png")
+            for picture, (height, width) in zip(painted, sizes, strict=True)
+        ]
+
+
+def full_batches(
+    sizes: Iterable[tuple[int, int]], buckets: Sequence[Bucket], batch_size: int
+) -> Iterable[tuple[Bucket, list[tuple[int, int]]]]:
+    """The requests sorted into batches of one bucket, as no server that must answer in order could: what is left over of a
+    bucket fills its last batch with requests it has had before, so that every batch is full.
+    """
+    by_bucket: dict[Bucket, list[tuple[int, int]]] = {}
+    for height, width in sizes:
+        bucket = covering(buckets, height, width)
+        if bucket is None:
+            raise ValueError(f"no bucket covers {height}x{width}")
+        by_bucket.setdefault(bucket, []).append((height, width))
+    for bucket, own in by_bucket.items():
+        for start in range(0, len(own), batch_size):
+            batch = own[start : start + batch_size]
+            yield bucket, [*batch, *[own[0]] * (batch_size - len(batch))]
+
+
+def main() -> None:
+    result = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # whatever libraries print is no result
+    spec = Spec(**json.load(sys.stdin))
+    json.dump(BareLoop(spec).run(), result)
+    result.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,317 @@
+"""Load from real clients on a real TorchServe, against the bare diffusers pipeline in a loop on the same machine.
+
+    python -m bench.load [--profile tiny|sdxl] ...
+
+Both paint the same sizes with the same steps through the same compiler, and both encode every picture; what is left between
+them is the road. The bare loop goes first, then a server with batching and one without.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import httpx
+import typer
+import yaml
+from rich.console import Console
+
+from bench import load_report, sizes
+from bench.bare_spec import Spec
+from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
+from bench.machine import machine, versions
+from bench.profiles import PROFILES, Profile, model_yaml
+from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
+from preheat import server
+from preheat.archiving import build_archive
+from preheat.client import Client
+from preheat.errors import PreheatError
+from preheat.server import ServerError
+
+CACHE = STATE / "cache" / "inductor"
+GUIDANCE_SCALE = 5.0
+NUM_MIXED = 48
+SCRAPE_SECONDS = 5
+"""How long the metrics of the last request may take through TorchServe's log."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One load. `share` is that of the throughput which the same server has shown in its busiest closed loop."""
+
+    loop: Literal["closed", "open"]
+    traffic: Literal["mixed", "uniform"]
+    protocol: Protocol = "rest"
+    num_clients: int = 0
+    share: float = 0.0
+
+    @property
+    def name(self) -> str:
+        how = f"{self.num_clients} clients" if self.loop == "closed" else f"open at {self.share:.0%}"
+        return f"{self.traffic}, {self.protocol}, {how}"
+
+
+def runs(batch: int) -> dict[str, list[Run]]:
+    """By server: its batch size, and the loads in their order. Open loops come after the closed ones that they refer to."""
+    full = 2 * batch  # while one batch is painted, the next one is there
+    batching = [
+        *(Run("closed", "uniform", num_clients=clients) for clients in (batch, full)),
+        *(Run("closed", "mixed", num_clients=clients) for clients in (1, batch, full, 2 * full)),
+        Run("closed", "mixed", "grpc", num_clients=full),
+        *(Run("open", "mixed", share=share) for share in (0.5, 0.8)),
+        Run("open", "mixed", "grpc", share=0.8),
+    ]
+    single = [
+        Run("closed", "uniform", num_clients=2),
+        *(Run("closed", "mixed", num_clients=clients) for clients in (1, full)),
+        Run("open", "mixed", share=0.8),
+    ]
+    return {"batching": batching, "no batching": single}
+
+
+def served_yaml(profile: Profile, batch: int, *, backend: str, max_delay: int) -> dict[str, Any]:
+    """The model YAML of a server that batches up to `batch` requests, in graphs for 1, 2, 4, ... rows."""
+    data = model_yaml(profile, "buckets", backend=backend)
+    data |= {"batchSize": batch, "maxBatchDelay": max_delay if batch > 1 else 0}
+    data["pt2"]["shapes"]["batch_sizes"] = warmed_sizes(batch)
+    return data
+
+
+def warmed_sizes(batch: int) -> list[int]:
+    """The powers of two below `batch`, and `batch`."""
+    return sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
+
+
+def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payload]:
+    return [
+        {
+            "prompt": PROMPTS[index % len(PROMPTS)],
+            "height": height,
+            "width": width,
+            "seed": index,
+            "num_inference_steps": profile.num_steps,
+            "guidance_scale": GUIDANCE_SCALE,
+        }
+        for index, (height, width) in enumerate(requests)
+    ]
+
+
+def run_bare(spec: Spec) -> dict[str, Any]:
+    """`bench.bare` in a process of its own, which gives its memory back.
+
+    Raises:
+        PreheatError: it failed.
+    """
+    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
+    env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.bare"], input=spec.to_json(), check=False, capture_output=True, text=True, env=env
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PreheatError(f"the bare loop failed: {said[-1]}")
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+@contextmanager
+def serving(profile: Profile, config: Mapping[str, Any], model: Path) -> Iterator[tuple[server.TorchServe, float]]:
+    """A server of that YAML, warm, and the seconds it took to be so."""
+    run_dir = STATE / "run" / "bench-load"
+    run_dir.parent.mkdir(parents=True, exist_ok=True)
+    left = server.recall(run_dir)
+    if left is not None:
+        left.stop()  # of an earlier run that was killed
+    with tempfile.TemporaryDirectory(prefix="bench-", dir=STATE / "bench") as folder:
+        path = Path(folder, f"{profile.name}.yaml")
+        path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
+        archive = build_archive(path, model, output=Path(folder), archive_format="no-archive", external=True)
+        begun = time.monotonic()
+        running = server.start([archive], run_dir, ports=server.Ports.free(), cache=CACHE)
+        try:
+            running.wait_ready(READY_SECONDS)
+            yield running, time.monotonic() - begun
+        finally:
+            running.stop()
+
+
+def measure(
+    running: server.TorchServe, run: Run, requests: Sequence[Payload], rate: float, seconds: float
+) -> dict[str, Any]:
+    """One load's row of the result."""
+    before = scrape(running)
+    if run.loop == "closed":
+        traffic = closed_loop(running, requests, run.protocol, run.num_clients, seconds)
+    else:
+        traffic = open_loop(running, requests, run.protocol, rate, seconds, seed=0)
+    after = scraped_after(running, traffic, before)
+    counted = {name: after[name] - before.get(name, 0.0) for name in after}
+    return {
+        "name": run.name,
+        **asdict(run),
+        "rate": round(rate, 3) if run.loop == "open" else None,
+        **load_report.summary(traffic, counted, saturated=run.loop == "closed"),
+    }
+
+
+def scrape(running: server.TorchServe) -> dict[str, float]:
+    """Every Preheat metric on the metrics port, summed over its labels."""
+    totals: dict[str, float] = defaultdict(float)
+    with urllib.request.urlopen(f"{running.metrics}/metrics", timeout=60) as answer:
+        for line in answer.read().decode().splitlines():
+            if line.startswith("preheat_"):
+                name, value = line.split("{")[0].split(" ")[0], line.rsplit(" ", 1)[1]
+                totals[name] += float(value)
+    return dict(totals)
+
+
+def scraped_after(running: server.TorchServe, traffic: Traffic, before: Mapping[str, float]) -> dict[str, float]:
+    """The metrics once they have caught up with the answers, which TorchServe sends first."""
+    name, until = "preheat_requests_total", time.monotonic() + SCRAPE_SECONDS
+    while True:
+        after = scrape(running)
+        if after.get(name, 0.0) - before.get(name, 0.0) >= traffic.num_good or time.monotonic() > until:
+            return after
+        time.sleep(0.05)
+
+
+@app.command()
+def bench(
+    profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")] = "tiny",
+    seconds: Annotated[float, typer.Option(help="Of each load.")] = 10,
+    batch: Annotated[int, typer.Option(min=2, help="Most requests of a batch.")] = 4,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps per request.")] = None,
+    buckets: Annotated[
+        int | None, typer.Option(min=1, help="How many of the profile's buckets; the first ones.")
+    ] = None,
+    max_delay: Annotated[int, typer.Option(help="Milliseconds that a batch waits to be full.")] = 20,
+    backend: Annotated[str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")] = "inductor",
+    output: Annotated[Path, typer.Option(help="Folder for load.json and load.png.")] = RESULTS,
+) -> None:
+    """Load a real TorchServe in closed and open loops, and hold it against the bare pipeline."""
+    if profile not in PROFILES:
+        raise PreheatError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
+    chosen = PROFILES[profile]
+    chosen = replace(chosen, num_steps=steps or chosen.num_steps, buckets=chosen.buckets[:buckets])
+    traffics = mix(chosen)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    begun = time.monotonic()
+    document: dict[str, Any] = {
+        "profile": profile,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "on_gpu": chosen.on_gpu,
+        "versions": versions(),
+        "steps": chosen.num_steps,
+        "backend": backend,
+        "batch": batch,
+        "max_delay_ms": max_delay,
+        "seconds_per_load": seconds,
+        "buckets": [[bucket.height, bucket.width] for bucket in chosen.buckets],
+        "mixed_sizes": [f"{height}x{width}" for height, width in traffics["mixed"]],
+        "seconds": 0.0,
+        "bare": {},
+        "served": {},
+    }
+    (STATE / "bench").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="model-", dir=STATE / "bench") as folder:
+        console.print(f"making the pipeline of profile {profile} ...")
+        model = chosen.build(Path(folder, "pipeline"))
+        console.print("bare pipeline: compiling, then painting in a loop ...")
+        document["bare"] = run_bare(bare_spec(chosen, model, traffics, batch=batch, backend=backend, seconds=seconds))
+        console.print(f"bare pipeline: {document['bare']['requests_per_second']} requests/s", markup=False)
+        for name, loads in runs(batch).items():
+            console.print(f"{name}: starting a server ...")
+            config = served_yaml(chosen, batch if name == "batching" else 1, backend=backend, max_delay=max_delay)
+            with serving(chosen, config, model) as (running, ready_seconds):
+                rows = load_all(
+                    running, loads, {key: payloads(mixed, chosen) for key, mixed in traffics.items()}, seconds, console
+                )
+                with Client.to(running) as client:
+                    state = client.state()
+            document["served"][name] = {
+                "ready_seconds": round(ready_seconds, 1),
+                **{key: state[key] for key in ("compiles_since_ready", "incidents", "eager_fallbacks")},
+                "loads": rows,
+            }
+            document["throughput_over_bare"] = load_report.over_bare(document)
+            document["seconds"] = round(time.monotonic() - begun, 1)
+            load_report.write(document, output)
+    console.print(load_report.table(document))
+    console.print(load_report.verdict(document), markup=False)
+    console.print(f"{document['seconds']:.0f} s; load.json and load.png are in {output}/")
+
+
+def load_all(
+    running: server.TorchServe,
+    loads: Sequence[Run],
+    requests: Mapping[str, Sequence[Payload]],
+    seconds: float,
+    console: Console,
+) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = []
+    for run in loads:
+        busiest = max((row["requests_per_second"] for row in rows if row["traffic"] == run.traffic), default=0.0)
+        rows.append(measure(running, run, requests[run.traffic], run.share * busiest, seconds))
+        console.print(f"  {load_report.line(rows[-1])}", markup=False)
+    return rows
+
+
+def mix(profile: Profile) -> dict[str, list[tuple[int, int]]]:
+    """Sizes (height, width) in pixels: `mixed` as bench.traffic has them, and `uniform`, the first bucket's own."""
+    mixed = sizes.generate(profile.buckets, num_requests=NUM_MIXED, num_distinct=NUM_MIXED // 2, seed=0)
+    first = profile.buckets[0]
+    return {"uniform": [(first.height, first.width)] * 16, "mixed": [(one.height, one.width) for one in mixed]}
+
+
+def bare_spec(
+    profile: Profile,
+    model: Path,
+    traffics: Mapping[str, Sequence[tuple[int, int]]],
+    *,
+    batch: int,
+    backend: str,
+    seconds: float,
+) -> Spec:
+    return Spec(
+        model=str(model),
+        dtype=profile.dtype,
+        on_gpu=profile.on_gpu,
+        backend=backend,
+        buckets=[(bucket.height, bucket.width) for bucket in profile.buckets],
+        batch_sizes=[1, batch],
+        num_steps=profile.num_steps,
+        guidance_scale=GUIDANCE_SCALE,
+        prompts=PROMPTS,
+        traffics=traffics,
+        seconds=seconds,
+    )
+
+
+def main() -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    try:
+        app()
+    except (PreheatError, ServerError, httpx.HTTPError) as error:
+        print(f"bench: {error}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

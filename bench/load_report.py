@@ -1,0 +1,169 @@
+"""The load bench's result: numbers per load, a JSON file, a picture and a table."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from bench.clients import Traffic
+from bench.report import BLUE, RED, headline, on_one_line, percentile
+
+TARGET = 0.95
+"""Of the bare loop's throughput: what serving must reach."""
+
+
+def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) -> dict[str, Any]:
+    """One load's numbers, from what its clients saw and what the metrics `counted` meanwhile.
+
+    Latencies and throughput are those of good answers. The overhead per request is the time in which the model did not run:
+    all of it by the clock, and of that what the handler spent parsing and encoding.
+    """
+    took = [one.milliseconds for one in traffic.seen if one.good]
+    runs, painted = counted.get("preheat_inference_seconds_count", 0.0), counted.get("preheat_rows_painted_total", 0.0)
+    filled, pixels = counted.get("preheat_rows_filled_total", 0.0), counted.get("preheat_pixels_painted_total", 0.0)
+    model_seconds = counted.get("preheat_inference_seconds_sum", 0.0)
+    row: dict[str, Any] = {
+        "answered": len(took),
+        "failed": len(traffic.seen) - len(took),
+        "requests_per_second": round(len(took) / traffic.seconds, 3),
+    }
+    if not took or not painted:
+        return row
+    row |= {f"p{percent}_ms": round(percentile(took, percent), 1) for percent in (50, 95, 99)}
+    row |= {
+        "rows_per_run": round((painted - filled) / runs, 2),
+        "padded_rows": round(filled / painted, 4),
+        "padded_pixels": round(counted.get("preheat_pixels_cropped_total", 0.0) / pixels, 4),
+        "model_ms": round(1000 * model_seconds / len(took), 2),
+        "parse_ms": round(1000 * counted.get("preheat_preprocess_seconds_sum", 0.0) / len(took), 2),
+        "encode_ms": round(1000 * counted.get("preheat_encode_seconds_sum", 0.0) / len(took), 2),
+    }
+    if saturated:
+        row["outside_model_ms"] = round(1000 * (traffic.seconds - model_seconds) / len(took), 2)
+    return row
+
+
+def over_bare(document: Mapping[str, Any]) -> dict[str, float]:
+    """The served throughput over the bare loop's at the same batch size: the best closed loop of each traffic."""
+    found = {}
+    for name, size in (("batching", document["batch"]), ("no batching", 1)):
+        loads = document["served"].get(name, {}).get("loads", [])
+        for traffic, rates in document["bare"]["requests_per_second"].items():
+            best = max(
+                (row["requests_per_second"] for row in loads if row["traffic"] == traffic and row["loop"] == "closed"),
+                default=None,
+            )
+            if best is not None:
+                found[f"{traffic}, batches of {size}"] = round(best / rates[str(size)], 3)
+    return found
+
+
+def verdict(document: Mapping[str, Any]) -> str:
+    shares = document["throughput_over_bare"]
+    said = ", ".join(f"{name}: {share:.1%}" for name, share in shares.items())
+    uniform = shares.get(f"uniform, batches of {document['batch']}", 0.0)
+    return (
+        f"served over bare: {said}; {TARGET:.0%} {'reached' if uniform >= TARGET else 'missed'} at the same batch size"
+    )
+
+
+def write(document: Mapping[str, Any], folder: Path) -> None:
+    """`load.json` and `load.png`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    text = re.sub(r"\[\n[^][{}]*\]", on_one_line, json.dumps(document, indent=1))
+    (folder / "load.json").write_text(text + "\n", encoding="utf-8")
+    draw(document, folder / "load.png")
+
+
+def line(row: Mapping[str, Any]) -> str:
+    if "p50_ms" not in row:
+        return f"{row['name']}: nothing answered, {row['failed']} failed"
+    latency = f"p50 {row['p50_ms']} ms, p95 {row['p95_ms']}, p99 {row['p99_ms']}"
+    return f"{row['name']}: {row['requests_per_second']} requests/s, {latency}, {row['rows_per_run']} rows a run"
+
+
+def table(document: Mapping[str, Any]) -> Table:
+    """The result for a terminal of 120 columns. Times in milliseconds; those from "model" on are per request."""
+    table = Table(title=f"{document['profile']}: {headline(document)}", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("load", no_wrap=True)
+    headings = (
+        "req/s",
+        "p50 / p95 / p99",
+        "rows/run",
+        "pad rows",
+        "pad px",
+        "model",
+        "parse",
+        "encode",
+        "outside",
+    )
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    for traffic, rates in document["bare"]["requests_per_second"].items():
+        for size, rate in rates.items():
+            table.add_row(f"{traffic}, bare loop, {size} a batch", f"{rate:.2f}")
+    for name, served in document["served"].items():
+        table.add_section()
+        table.add_row(f"[bold]{name}")
+        for row in served["loads"]:
+            failed = f", {row['failed']} failed" if row["failed"] else ""
+            table.add_row(row["name"] + failed, f"{row['requests_per_second']:.2f}", *_cells(row))
+    return table
+
+
+def _cells(row: Mapping[str, Any]) -> list[str]:
+    if "p50_ms" not in row:
+        return []
+    outside = row.get("outside_model_ms")
+    return [
+        " / ".join(f"{row[f'p{percent}_ms']:.0f}" for percent in (50, 95, 99)),
+        f"{row['rows_per_run']:.2f}",
+        f"{row['padded_rows']:.0%}",
+        f"{row['padded_pixels']:.0%}",
+        *(f"{row[key]:.1f}" for key in ("model_ms", "parse_ms", "encode_ms")),
+        "-" if outside is None else f"{outside:.1f}",
+    ]
+
+
+def draw(document: Mapping[str, Any], path: Path) -> None:
+    """Two panels, a row per load: throughput against the bare loop's, and latency percentiles."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    rows = [(name, row) for name, served in document["served"].items() for row in served["loads"] if "p50_ms" in row]
+    figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
+    rate, latency = figure.subplots(1, 2, sharey=True)
+    for place, (name, row) in enumerate(rows):
+        bare = document["bare"]["requests_per_second"][row["traffic"]][
+            "1" if name == "no batching" else str(document["batch"])
+        ]
+        bars = rate.barh([place], [row["requests_per_second"]], 0.7, color=BLUE)
+        rate.bar_label(
+            bars, labels=[f" {row['requests_per_second']:.1f} ({row['requests_per_second'] / bare:.0%})"], fontsize=8
+        )
+        rate.plot([bare] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=1.6)
+        latency.plot([row["p50_ms"], row["p99_ms"]], [place] * 2, color=BLUE, linewidth=3, solid_capstyle="butt")
+        for percent, colour in ((50, "#222222"), (95, "#777777"), (99, RED)):
+            latency.plot([row[f"p{percent}_ms"]], [place], "|", color=colour, markersize=12, markeredgewidth=1.8)
+    rate.set_xlabel("requests per second (red: bare pipeline at the same batch size; in brackets: share of it)")
+    rate.set_yticks(range(len(rows)), [f"{name}: {row['name']}" for name, row in rows], fontsize=8)
+    rate.invert_yaxis()
+    rate.margins(x=0.2)
+    latency.set_xscale("log")
+    latency.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    latency.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    latency.xaxis.set_minor_formatter(NullFormatter())
+    latency.set_xlabel("milliseconds, logarithmic (black: p50, grey: p95, red: p99)")
+    for axes in (rate, latency):
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.label.set_fontsize(8)
+    title = f"{document['profile']}: {document['steps']} steps, batches of up to {document['batch']}, pictures encoded as PNG"
+    figure.suptitle(f"{title}\n{headline(document)}", fontsize=10)
+    FigureCanvasAgg(figure).print_png(str(path))

@@ -1,0 +1,125 @@
+"""What is benched: a model, its buckets, how much traffic, and the model YAML that each strategy is served with."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from preheat import server
+from preheat.buckets import Bucket
+from preheat.demo import build_tiny
+from preheat.errors import PreheatError
+
+STRATEGIES = ("eager", "buckets", "fixed", "dynamic", "exact")
+"""In the order they run: what the others are compared with comes first, what takes the longest last."""
+LOAD = "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """One model and its traffic. Sizes in pixels."""
+
+    name: str
+    """The stem of the model YAML that the served ones are made from."""
+    buckets: tuple[Bucket, ...]
+    canonical: Bucket
+    """The one size of the strategy `fixed`."""
+    num_requests: int
+    num_distinct: int
+    num_steps: int
+    build: Callable[[Path], Path]
+    """Makes the pipeline in a folder."""
+    dtype: str
+    on_gpu: bool = False
+    """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would be measured."""
+    limit_seconds: float = float("inf")
+    """From the start of the run: after this no request is sent any more, so that a bench always ends."""
+
+
+def model_yaml(profile: Profile, strategy: str, *, backend: str = "inductor") -> dict[str, Any]:
+    """The model YAML, as data, that `strategy` is served with.
+
+    All are alike but for `pt2`: batches of one, text to image with guidance. `eager` is `exact` without the compiler: the
+    asked sizes, rounded up to what the model needs. `exact` leaves out `dynamic: false`, as people do who just compile.
+    """
+    base: dict[str, Any] = yaml.safe_load((server.ROOT / "model-config" / f"{profile.name}.yaml").read_text())
+    compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
+    if strategy not in ("eager", "exact"):
+        compiled["dynamic"] = False
+    buckets = [profile.canonical] if strategy == "fixed" else profile.buckets
+    shapes = {
+        "strategy": "exact" if strategy == "eager" else strategy,
+        "buckets": [[bucket.height, bucket.width] for bucket in buckets],
+        "batch_sizes": [1],
+        "oversize": "downscale",  # a log may hold sizes that no bucket covers
+    }
+    pipeline = {**base["pipeline"], "guidance": "on", "tasks": ["text-to-image"], "dtype": profile.dtype}
+    return {
+        "minWorkers": 1,
+        "maxWorkers": 1,
+        **({} if profile.on_gpu else {"deviceType": "cpu"}),
+        "batchSize": 1,
+        "startupTimeout": 1800,
+        "responseTimeout": 900,  # `exact` compiles inside requests
+        "maxRetryTimeoutInSec": 7200,
+        "pt2": {"compile": compiled, "targets": ["unet"], "shapes": shapes},
+        "pipeline": pipeline,
+    }
+
+
+def build_full_size(folder: Path) -> Path:
+    """`bench.full_size` in a process of its own, which gives the GPU's memory back when it ends.
+
+    Raises:
+        PreheatError: there is no CUDA device, or it failed.
+    """
+    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.full_size", str(folder)],
+        check=False,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": search.rstrip(os.pathsep)},
+    )
+    if done.returncode:
+        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
+        raise PreheatError(f"no SDXL of real size could be made: {said[-1]}")
+    return folder
+
+
+def _tiny(folder: Path) -> Path:
+    return build_tiny("sdxl", folder)
+
+
+PROFILES: Mapping[str, Profile] = {
+    "tiny": Profile(
+        name="tiny-sdxl",
+        buckets=(Bucket(256, 256), Bucket(320, 192), Bucket(192, 320)),
+        canonical=Bucket(256, 256),
+        num_requests=150,
+        num_distinct=30,
+        num_steps=4,
+        build=_tiny,
+        dtype="float32",
+    ),
+    # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to fit into ten minutes.
+    "sdxl": Profile(
+        name="sdxl",
+        buckets=(Bucket(1152, 896), Bucket(896, 1152)),
+        canonical=Bucket(1024, 1024),
+        num_requests=12,
+        num_distinct=6,
+        num_steps=20,
+        build=build_full_size,
+        dtype="bfloat16",
+        on_gpu=True,
+        limit_seconds=500,
+    ),
+}

@@ -1,0 +1,87 @@
+"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed while it writes.
+
+python cached_service.py MODEL_FOLDER SHARED compiling|packing|renaming|published
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import counted_compiler
+from preheat import bundle, share
+from preheat.config import ModelConfig
+from preheat.service import Service
+from preheat.state import StatusFile
+
+
+def start(model: Path, shared: Path, **cache: Any) -> Service:
+    """A hot worker: one bucket, one variant, so one compile where there is no bundle."""
+    counted_compiler.register()
+    torch._dynamo.reset()
+    torch.compiler.set_stance("default")
+    config = {
+        "startupTimeout": 60,
+        "pt2": {
+            "compile": {"enable": True, "backend": counted_compiler.NAME},
+            "shapes": {"buckets": [[64, 64]]},
+            "cache": {"shared": str(shared), "key": "tiny"} | cache,
+        },
+        "pipeline": {"tasks": ["text-to-image"], "guidance": "on", "defaults": {"num_inference_steps": 2}},
+    }
+    return Service(ModelConfig.parse(config), model, torch.device("cpu"), status=StatusFile(None, "tiny"))
+
+
+def is_hot_and_serves(service: Service) -> bool:
+    (answer,) = service.run([service.parse({"body": {"prompt": "a cat", "height": 60, "width": 50}})])
+    answer.raise_if_failed()
+    state = service.current_state()
+    return (state.state, answer.engine, state.compiles_since_ready, state.incidents) == ("hot", "compiled", 0, 0)
+
+
+def caches(service: Service) -> set[str]:
+    return {row["cache"] for row in service.state.buckets}
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _die_at(point: str) -> None:
+    """Replace the step that the writer does not survive; `packing` dies with half a bundle on the share."""
+    if point == "compiling":
+        Service._serve_variant = _half_then_die(Service._serve_variant)  # type: ignore[method-assign]
+    elif point == "packing":
+        whole = bundle.pack
+
+        def half(folder: Path, target: Any, *rest: Any) -> None:
+            whole(folder, target, *rest)
+            target.flush()
+            os.ftruncate(target.fileno(), target.tell() // 2)
+            _die()
+
+        bundle.pack = half  # type: ignore[assignment]
+    elif point == "renaming":
+        Path.replace = _die  # type: ignore[assignment]
+    else:
+        share._sync_folder = _die  # type: ignore[assignment]
+
+
+def _half_then_die(serve: Any) -> Any:
+    def run(self: Service, variant: Any) -> None:
+        serve(self, variant)
+        if self.state.state == "warming":
+            _die()
+
+    return run
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _die_at(sys.argv[3])
+    start(Path(sys.argv[1]), Path(sys.argv[2]))

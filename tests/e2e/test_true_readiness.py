@@ -1,0 +1,125 @@
+"""`preheat ready` tells the truth while /ping does not: two workers, one killed under load."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from preheat import server
+from preheat.archiving import build_archive
+from preheat.client import Client, Reply
+from served import CACHE, Served
+
+PAIR = """
+minWorkers: 2
+maxWorkers: 2
+startupTimeout: 900
+responseTimeout: 120
+maxRetryTimeoutInSec: 3600
+pt2:
+  compile: {enable: true, backend: inductor}
+  shapes: {buckets: [[64, 64]], batch_sizes: [1]}
+pipeline:
+  guidance: "off"
+  tasks: [text-to-image]
+  defaults: {num_inference_steps: 2}
+"""
+REQUEST = {"prompt": "a", "height": 60, "width": 50, "seed": 3}
+
+
+def await_true(condition: Callable[[], bool], what: str, seconds: float = 600) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, f"{what}: not within {seconds} s"
+        time.sleep(0.1)
+
+
+def ready(pair: Served) -> tuple[int, str]:
+    """The exit code of the command as a probe runs it, and what it says is missing."""
+    command = [sys.executable, "-c", "from preheat.cli import main; main()", "ready", "--management"]
+    done = subprocess.run([*command, pair.running.management], capture_output=True, text=True, check=False, timeout=60)
+    return done.returncode, done.stdout
+
+
+def ping(pair: Served) -> str:
+    try:
+        with urllib.request.urlopen(f"{pair.running.inference}/ping", timeout=5) as answer:
+            return str(answer.read().decode())
+    except OSError:
+        return ""
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """A server with two workers, as it is when its management API answers first."""
+    work = tmp_path_factory.mktemp("pair")
+    config = work / "pair.yaml"
+    config.write_text(PAIR)
+    archive = build_archive(config, tiny_sdxl, output=work / "archives")
+    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE)
+    try:
+        with Client.to(running) as client:
+            yield Served(running, client)
+    finally:
+        running.stop()
+
+
+def test_ready_says_no_while_ping_says_healthy_and_yes_once_both_workers_are_warm(pair: Served) -> None:
+    await_true(lambda: "Healthy" in ping(pair), "/ping is Healthy", 60)
+    code, missing = ready(pair)
+    assert code == 1 and "pair" in missing
+    await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes")
+    assert [worker["status"] for worker in pair.workers()] == ["READY", "READY"]
+    states = [path.read_text() for path in pair.running.status_dir.glob("*.json")]
+    assert len(states) == 2 and all('"state": "hot"' in state for state in states)
+
+
+def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers_meanwhile(pair: Served) -> None:
+    await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes")
+    expected = pair.client.predict(REQUEST).body
+    victim, survivor = pair.worker_pids()
+    log = pair.running.logs / "model_log.log"
+    before = log.read_text()
+    replies: list[Reply] = []
+    stop = threading.Event()
+
+    def load() -> None:
+        with Client.to(pair.running) as client:
+            while not stop.is_set():
+                replies.append(client.predict(REQUEST))
+
+    threads = [threading.Thread(target=load) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    try:
+        await_true(lambda: len(replies) > 10, "load runs", 60)
+        os.kill(victim, signal.SIGKILL)
+        await_true(lambda: ready(pair)[0] == 1, "preheat ready says no", 30)
+        during = len(replies)
+        await_true(lambda: len(replies) > during + 10, "the other worker answers meanwhile", 60)
+        assert ready(pair)[0] == 1
+        await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes again")
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+    lost = [reply for reply in replies if reply.status != 200]
+    assert len(lost) <= len(threads), "only what the dead worker held in its hands"
+    assert all(reply.body == expected for reply in replies if reply.status == 200)
+    new = [pid for pid in pair.worker_pids() if pid not in (victim, survivor)]
+    assert len(new) == 1 and survivor in pair.worker_pids()
+    status = (pair.running.status_dir / f"pair-{new[0]}.json").read_text()
+    assert '"state": "hot"' in status
+    since = log.read_text()[len(before) :]
+    assert "cache hit" in since and "cache miss" not in since and "cache partial" not in since, "compiled from scratch"
+    state = pair.state()
+    assert state["compiles_since_ready"] == state["incidents"] == 0

@@ -1,0 +1,245 @@
+"""The manifests are what Kubernetes accepts, and agree with the YAML, the properties and the image they go with."""
+
+from __future__ import annotations
+
+import copy
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import kubernetes_validate
+import pytest
+import yaml
+
+from preheat import cli, server
+from preheat.config import ModelConfig
+
+ROOT = Path(__file__).parent.parent
+ARCHIVE = ROOT / "archive"
+FOLDER = ARCHIVE / "kubernetes"
+VERSIONS = ["1.25", "1.37"]
+"""The oldest and the newest whose schemas are bundled."""
+
+
+def documents(path: Path) -> list[dict[str, Any]]:
+    return [document for document in yaml.safe_load_all(path.read_text()) if document]
+
+
+KUSTOMIZATION = documents(FOLDER / "kustomization.yaml")[0]
+MANIFESTS = {
+    f"{manifest['kind']}/{manifest['metadata']['name']}": manifest
+    for name in KUSTOMIZATION["resources"]
+    for manifest in documents(FOLDER / name)
+}
+DEPLOYMENT = MANIFESTS["Deployment/preheat"]["spec"]
+POD = DEPLOYMENT["template"]["spec"]
+(CONTAINER,) = POD["containers"]
+PROBES = {name: CONTAINER[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
+PROPERTIES = server.read_properties(FOLDER / "config.properties")
+DOCKERFILE = [line.split() for line in (ARCHIVE / "Dockerfile").read_text().replace("\\\n", " ").splitlines()]
+
+
+def served() -> ModelConfig:
+    """The YAML that the probes ask about."""
+    command = PROBES["readinessProbe"]["exec"]["command"]
+    return ModelConfig.load(ROOT / "model-config" / f"{command[command.index('--model') + 1]}.yaml")
+
+
+def startup_budget() -> int:
+    """Seconds until the startup probe gives a pod up."""
+    probe = PROBES["startupProbe"]
+    return int(probe["failureThreshold"] * probe["periodSeconds"] + probe.get("initialDelaySeconds", 0))
+
+
+def mount_of(path: str) -> dict[str, Any] | None:
+    """The mount that `path` lies in."""
+    wanted = PurePosixPath(path)
+    inside = [mount for mount in CONTAINER["volumeMounts"] if wanted.is_relative_to(mount["mountPath"])]
+    return max(inside, key=lambda mount: len(mount["mountPath"]), default=None)
+
+
+def is_writable(path: str) -> bool:
+    mount = mount_of(path)
+    return mount is not None and not mount.get("readOnly")
+
+
+def mistakes() -> Iterator[tuple[str, dict[str, Any]]]:
+    """The Deployment with one thing wrong each."""
+
+    def change(name: str, edit: Any) -> tuple[str, dict[str, Any]]:
+        broken = copy.deepcopy(MANIFESTS["Deployment/preheat"])
+        edit(broken["spec"]["template"]["spec"]["containers"][0])
+        return name, broken
+
+    yield change("a misspelled key", lambda container: container.update(livenesProbe=container["livenessProbe"]))
+    yield change("a word for a number", lambda container: container["startupProbe"].update(failureThreshold="many"))
+    yield change("a missing name", lambda container: container.pop("name"))
+    yield change(
+        "a capability that is no list",
+        lambda container: container["securityContext"]["capabilities"].update(drop="ALL"),
+    )
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("manifest", MANIFESTS.values(), ids=MANIFESTS)
+def test_every_manifest_is_what_kubernetes_accepts(manifest: dict[str, Any], version: str) -> None:
+    assert kubernetes_validate.validate(manifest, version, strict=True) == version
+
+
+@pytest.mark.parametrize(("mistake", "manifest"), list(mistakes()), ids=[name for name, _ in mistakes()])
+def test_a_mistake_would_be_seen(mistake: str, manifest: dict[str, Any]) -> None:
+    with pytest.raises(kubernetes_validate.ValidationError):
+        kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
+
+
+def test_every_file_is_applied() -> None:
+    assert {path.name for path in FOLDER.glob("*.yaml")} == {*KUSTOMIZATION["resources"], "kustomization.yaml"}
+    for generated in KUSTOMIZATION["configMapGenerator"]:
+        assert all((FOLDER / name).is_file() for name in generated["files"])
+    assert {image["name"] for image in KUSTOMIZATION["images"]} == {CONTAINER["image"]}
+
+
+def test_the_startup_budget_outlasts_a_cold_start() -> None:
+    timeout = served().startupTimeout
+    assert timeout is not None and startup_budget() >= 1.1 * timeout, "a pod would be killed in the middle of a compile"
+    assert DEPLOYMENT["progressDeadlineSeconds"] > startup_budget(), "a rollout that still compiles would have failed"
+
+
+def test_ping_is_asked_for_life_and_for_nothing_else() -> None:
+    assert PROBES["livenessProbe"]["httpGet"] == {"path": "/ping", "port": "http"}
+    for name in ("startupProbe", "readinessProbe"):
+        assert set(PROBES[name]) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"exec"}
+        assert PROBES[name]["exec"]["command"][:2] == ["preheat", "ready"]
+        assert PROBES[name]["timeoutSeconds"] > 5, "`preheat ready` gives the management API 5 seconds"
+
+
+def test_a_kubelet_can_ask_ping_which_has_no_token() -> None:
+    assert PROPERTIES["disable_token_authorization"] == "true"
+    assert "NetworkPolicy/preheat" in MANIFESTS, "without tokens something else must say who may ask"
+
+
+@pytest.mark.parametrize("name", ["startupProbe", "readinessProbe"])
+def test_the_exec_probes_are_commands_that_exist(name: str, tmp_path: Path) -> None:
+    command = PROBES[name]["exec"]["command"]
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "from preheat.cli import main; main()",
+            *command[1:],
+            "--management",
+            "http://127.0.0.1:1",
+        ],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "handler")},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert "does not answer" in done.stdout
+
+
+def test_what_is_mounted_exists_and_what_exists_is_mounted() -> None:
+    volumes = {volume["name"]: volume for volume in POD["volumes"]}
+    assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == set(volumes)
+    claims = {
+        volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume
+    }
+    assert claims == {name.partition("/")[2] for name in MANIFESTS if name.startswith("PersistentVolumeClaim/")}
+    maps = {volume["configMap"]["name"] for volume in volumes.values() if "configMap" in volume}
+    assert maps == {generated["name"] for generated in KUSTOMIZATION["configMapGenerator"]}
+
+
+def test_the_compile_cache_is_shared_and_outlives_a_pod() -> None:
+    environment = {entry["name"]: entry.get("value") for entry in CONTAINER["env"]}
+    mount = mount_of(str(environment["TORCHINDUCTOR_CACHE_DIR"]))
+    assert mount is not None and not mount.get("readOnly")
+    (volume,) = [volume for volume in POD["volumes"] if volume["name"] == mount["name"]]
+    claim = MANIFESTS[f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}"]
+    assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_a_pod_may_do_nothing_but_serve() -> None:
+    pod, container = POD["securityContext"], CONTAINER["securityContext"]
+    assert pod["runAsNonRoot"] is True and pod["runAsUser"] > 0
+    assert pod["seccompProfile"] == {"type": "RuntimeDefault"}
+    assert container["allowPrivilegeEscalation"] is False
+    assert container["readOnlyRootFilesystem"] is True
+    assert container["capabilities"] == {"drop": ["ALL"]}
+    assert POD["automountServiceAccountToken"] is False
+    assert not {"hostNetwork", "hostPID", "hostIPC"} & set(POD)
+    assert not any("hostPath" in volume for volume in POD["volumes"])
+
+
+def test_everything_that_is_written_has_a_place_on_a_read_only_root() -> None:
+    environment = {entry["name"]: entry.get("value") for entry in CONTAINER["env"]}
+    for path in (CONTAINER["workingDir"], "/tmp", environment["HOME"], environment["TORCHINDUCTOR_CACHE_DIR"]):
+        assert is_writable(str(path)), path
+    assert not is_writable(PROPERTIES["model_store"]), "what lies there is run"
+
+
+def test_the_properties_are_those_of_production_but_for_the_tokens() -> None:
+    production = server.read_properties(ARCHIVE / "config.properties")
+    assert production.pop("token_expiration_min")
+    assert production.pop("disable_token_authorization") == "false"
+    assert PROPERTIES == production | {"disable_token_authorization": "true"}
+
+
+def test_the_server_finds_its_files() -> None:
+    arguments = CONTAINER["args"]
+    config = mount_of(arguments[arguments.index("--ts-config") + 1])
+    assert config is not None and config["name"] == "config"
+    assert arguments[-1].endswith("/config.properties") and "--foreground" in arguments
+    store = mount_of(PROPERTIES["model_store"])
+    assert store is not None and store["name"] == "models"
+    metrics = PurePosixPath(PROPERTIES["metrics_config"])
+    assert ["COPY", "archive/metrics.yaml", f"{metrics.parent}/"] in DOCKERFILE and mount_of(str(metrics)) is None
+
+
+def test_ports_are_those_that_the_server_opens() -> None:
+    ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
+    assert PROPERTIES["inference_address"] == f"http://0.0.0.0:{ports['http']}"
+    assert PROPERTIES["management_address"] == cli.MANAGEMENT, "where the probes ask, inside the pod alone"
+    assert PROPERTIES["metrics_address"] == f"http://0.0.0.0:{ports['metrics']}"
+    assert (PROPERTIES["grpc_inference_address"], PROPERTIES["grpc_inference_port"]) == ("0.0.0.0", str(ports["grpc"]))
+    assert DEPLOYMENT["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
+    used = {port["targetPort"] for port in MANIFESTS["Service/preheat"]["spec"]["ports"]}
+    used |= {port["port"] for rule in MANIFESTS["NetworkPolicy/preheat"]["spec"]["ingress"] for port in rule["ports"]}
+    assert used == set(ports)
+
+
+def test_every_selector_means_these_pods() -> None:
+    labels = DEPLOYMENT["template"]["metadata"]["labels"].items()
+    selectors = [
+        DEPLOYMENT["selector"]["matchLabels"],
+        MANIFESTS["Service/preheat"]["spec"]["selector"],
+        MANIFESTS["NetworkPolicy/preheat"]["spec"]["podSelector"]["matchLabels"],
+        MANIFESTS["PodDisruptionBudget/preheat"]["spec"]["selector"]["matchLabels"],
+        *(spread["labelSelector"]["matchLabels"] for spread in POD["topologySpreadConstraints"]),
+    ]
+    assert all(selector and selector.items() <= labels for selector in selectors)
+
+
+def test_a_pod_ends_after_its_longest_batch() -> None:
+    command = CONTAINER["lifecycle"]["preStop"]["exec"]["command"]
+    assert command[0] == "sleep"
+    assert int(command[1]) > (served().responseTimeout or 120)
+    assert POD["terminationGracePeriodSeconds"] >= int(command[1]) + 15
+
+
+def test_every_worker_has_a_gpu() -> None:
+    assert CONTAINER["resources"]["limits"]["nvidia.com/gpu"] == served().maxWorkers
+
+
+def test_the_image_is_built_from_what_is_here() -> None:
+    ignored = (ARCHIVE / "Dockerfile.dockerignore").read_text().splitlines()
+    sources = [source for line in DOCKERFILE if line[:1] == ["COPY"] for source in line[1:-1]]
+    assert sources
+    for source in sources:
+        assert (ROOT / source).exists(), source
+        assert f"!{source.partition('/')[0]}" in ignored, f"{source} would not reach the builder"
+    assert ["USER", str(POD["securityContext"]["runAsUser"])] in DOCKERFILE
