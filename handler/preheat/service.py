@@ -160,7 +160,8 @@ class Service:
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
-        if cache.shared is None or not self.config.pt2.compile.enable or self._shapes.strategy == "exact":
+        compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
+        if cache.shared is None or not compiles or self._shapes.strategy == "exact":
             yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
