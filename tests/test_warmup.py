@@ -13,7 +13,7 @@ from preheat.buckets import Bucket
 from preheat.compilation import Phase, Router, build_router
 from preheat.config import Pt2Config
 from preheat.errors import WarmupError
-from preheat.warmup import Step, Variant, Warmup, plan_variants
+from preheat.warmup import Step, Variant, Warmup, covering, plan_variants
 from preheat.watch import CompileWatch
 
 SMALL, WIDE = Bucket(8, 8), Bucket(8, 16)
@@ -68,6 +68,27 @@ def test_the_plan_holds_every_variant_once_and_the_largest_first(buckets: set[Bu
     areas = [variant.bucket.area for variant in plan]
     assert areas == sorted(areas, reverse=True)
     assert plan[0].batch_size == max(sizes) and plan[0].guidance
+
+
+@given(
+    st.sets(st.integers(1, 8), min_size=1, max_size=4),
+    st.sets(st.booleans(), min_size=1),
+    st.sets(st.sampled_from(["text-to-image", "image-to-image", "inpainting"]), min_size=1),
+)
+def test_a_few_variants_meet_every_shape_that_a_target_can_be_given(
+    sizes: set[int], guidance: set[bool], tasks: set[str]
+) -> None:
+    plan = plan_variants([SMALL, WIDE], sizes, guidance, sorted(tasks))
+    few = covering(plan)
+    assert set(few) <= set(plan) and list(few) == sorted(few, key=plan.index)
+
+    def shapes(variants: tuple[Variant, ...]) -> set[tuple[object, ...]]:
+        denoiser = {(v.bucket, "denoiser", v.batch_size * (1 + v.guidance)) for v in variants}
+        decoder = {(v.bucket, "decoder", v.batch_size) for v in variants}
+        encoder = {(v.bucket, "encoder", v.batch_size) for v in variants if v.task != "text-to-image"}
+        return denoiser | decoder | encoder | {(v.bucket, v.task) for v in variants}
+
+    assert shapes(few) == shapes(plan)
 
 
 def test_after_warm_up_the_replay_compiles_nothing_and_every_variant_is_compiled(

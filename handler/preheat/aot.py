@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import io
 import json
 import logging
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from preheat.compilation import DynamicDims, Inputs, Router, leaves, map_tensors, signature, tensor_shapes
 from preheat.errors import Untrusted
@@ -81,18 +82,22 @@ class Package:
 
     def __init__(self, entry: Entry, content: bytes, module: nn.Module, device: torch.device) -> None:
         self.name, self.dims, self._key = entry.file, entry.dims, entry.key
-        # One thread serves, and without run_single_threaded each call waits on the GPU for the call before it.
-        self._model = torch._inductor.aoti_load_package(
-            io.BytesIO(content), run_single_threaded=True, device_index=-1 if device.index is None else device.index
-        )
-        self._constants = _constants(module, self._model.get_constant_fqns())  # user-managed: kept alive here
-        self._model.load_constants(self._constants, check_full_update=True, user_managed=True)
+        self._loader = _load(content, device)
+        self._returns = pytree.treespec_loads(self._loader.get_call_spec()[1])
+        self._constants = _constants(module, self._loader.get_constant_fqns())  # not copied, so kept alive here
+        self.use_constants()
+
+    def use_constants(self) -> None:
+        """Compute with the tensors in `_constants` from now on."""
+        self._loader.load_constants(self._constants, False, True, True)  # active ones, all of them, user-managed
 
     def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return _key(args, kwargs, self.dims) == self._key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._model(*args, **kwargs)
+        # The flattened tensors in the order of the export: the signature that was matched holds it.
+        outputs = self._loader.boxed_run(list(_tensors(args, kwargs)))
+        return pytree.tree_unflatten(outputs, self._returns)
 
     def fault(self, result: Any, expected: Any) -> str | None:
         """Why `result` is not what eager gave, or None where it is within the dtype's tolerance."""
@@ -108,6 +113,18 @@ class Package:
             if not error <= tolerance:  # NaN is a fault too
                 return f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
         return None
+
+
+def _load(content: bytes, device: torch.device) -> Any:
+    """What `torch._inductor.aoti_load_package` gives, less what that costs: it imports the compiler and runs g++ to learn which
+    instructions the CPU has, a second that the fingerprint has made needless, and none of it works without a compiler.
+    """
+    index = -1 if device.index is None else device.index
+    with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
+        file.write(content)
+        file.flush()
+        # One runner, on one thread: otherwise each call waits on the GPU for the call before it.
+        return torch._C._aoti.AOTIModelPackageLoader(file.name, "model", True, 1, index)
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:

@@ -13,6 +13,7 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
@@ -415,7 +416,8 @@ def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.d
     if config.compile.enable:
         engine, reason = "compiled", missing_compiler(device, kwargs.get("backend", "inductor"))
         if reason is None:
-            fast, reason = _try_compile(name, module, kwargs, regional=config.scope == "regional")
+            deferred = config.export.aot_compile
+            fast, reason = _try_compile(name, module, kwargs, regional=config.scope == "regional", deferred=deferred)
     elif ipex_requested() and device.type == "cpu":
         engine, fast = "ipex", _optimize_with_ipex(module, dtype)
         reason = None if fast is not None else "intel-extension-for-pytorch is not installed"
@@ -436,13 +438,20 @@ def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.d
 
 
 def _try_compile(
-    name: str, module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool
+    name: str, module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool, deferred: bool
 ) -> tuple[Callable[..., Any] | None, str | None]:
-    """The compiled callable, or None and the reason. Nothing is compiled yet, so only bad arguments fail here."""
+    """The compiled callable, or None and the reason. Nothing is compiled yet, so only bad arguments fail here.
+
+    Where packages are expected to serve, `torch.compile` itself is `deferred` to the first call: it imports all of Inductor.
+    """
     if regional and not getattr(module, "_repeated_blocks", None):
         raise ConfigError(f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope")
+    forward: Callable[..., Any] = module.forward  # now, before a router stands in for it
+    if deferred:
+        compiled = cache(lambda: compile_target(module, forward, kwargs, regional=regional))
+        return lambda *args, **kwargs: compiled()(*args, **kwargs), None
     try:
-        return compile_target(module, kwargs, regional=regional), None
+        return compile_target(module, forward, kwargs, regional=regional), None
     except (TypeError, ValueError, RuntimeError) as error:
         return None, f"torch.compile refused its arguments: {error}"
 
@@ -463,12 +472,16 @@ def uses_cuda_graphs(kwargs: Mapping[str, Any], device: torch.device) -> bool:
     return device.type == "cuda" and bool(recorded)
 
 
-def compile_target(module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool) -> Callable[..., Any]:
-    """The compiled callable for a target, or for diffusers' repeated blocks in it. torch.compile is lazy: nothing runs yet."""
+def compile_target(
+    module: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str, Any], *, regional: bool
+) -> Callable[..., Any]:
+    """`forward`, which is the module's own, compiled, or with diffusers' repeated blocks in it compiled.
+
+    torch.compile is lazy: nothing runs yet.
+    """
     if not regional:
-        compiled: Callable[..., Any] = torch.compile(module.forward, **kwargs)
+        compiled: Callable[..., Any] = torch.compile(forward, **kwargs)
         return compiled
     compile_blocks: Callable[..., None] = module.compile_repeated_blocks  # type: ignore[assignment]
     compile_blocks(**kwargs)
-    forward: Callable[..., Any] = module.forward
     return forward

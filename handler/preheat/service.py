@@ -160,7 +160,8 @@ class Service:
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
-        if cache.shared is None or not self.config.pt2.compile.enable or self._shapes.strategy == "exact":
+        compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
+        if cache.shared is None or not compiles or self._shapes.strategy == "exact":
             yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
@@ -224,7 +225,9 @@ class Service:
         if all(router.idle for router in self._routers.values()):
             return ()  # eager code is what it was the first time
         if not any(router.compiles for router in self._routers.values()):
-            return warmed
+            # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages, whose second step of each
+            # run went the way of a request already, one run a bucket is enough: the last, which is the smallest.
+            return list({variant.bucket: variant for variant in warmed}.values())
         served = list(self._plan_variants(self._served_sizes()))
         if self._shapes.strategy == "dynamic":
             served += {self._between(variant): None for variant in served}

@@ -59,8 +59,9 @@ def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
 
     def met(variant: Variant) -> set[tuple[object, ...]]:
         rows = variant.batch_size * (2 if variant.guidance else 1)
-        takes_image = variant.task != "text-to-image"
-        facts = ("rows", rows), ("task", variant.task), ("batch", variant.batch_size, takes_image)
+        facts = {("rows", rows), ("task", variant.task), ("pictures", variant.batch_size)}
+        if variant.task != "text-to-image":
+            facts.add(("images", variant.batch_size))
         return {(variant.bucket, *fact) for fact in facts}
 
     missing = set[tuple[object, ...]]().union(*map(met, variants))
@@ -130,12 +131,12 @@ class Warmup:
     def observe(self, variants: Iterable[Variant]) -> None:
         """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those.
 
-        Packages that were compiled ahead of time know them already.
+        Packages that were compiled ahead of time know them already, and eager code does not care.
         """
         variants = list(variants)
-        if variants and all(router.ahead for router in self._routers.values()):
+        if variants and all(router.ahead or router.idle for router in self._routers.values()):
             for router in self._routers.values():
-                router.dims = DynamicDims(router.ahead[0].dims.ranges)
+                router.dims = DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
             return
         self._enter(Phase.OBSERVE)
         for variant in variants:
