@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.compilation import Phase, Router, build_router
+from preheat.compilation import Phase, Router
 from preheat.config import Pt2Config
 from preheat.errors import WarmupError
+from preheat.roads import build_router
 from preheat.warmup import Step, Variant, Warmup, covering, plan_variants
 from preheat.watch import CompileWatch
 
