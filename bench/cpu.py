@@ -33,6 +33,7 @@ from bench.machine import machine, versions
 from bench.report import on_one_line, percentile
 from preheat import server
 from preheat.device import share_cpu
+from preheat.errors import PreheatError
 from preheat.watch import raise_recompile_limits
 
 RESULTS = server.ROOT / "bench" / "results"
@@ -54,10 +55,9 @@ def measure(model: str, dtype: str, rounds: int, until: float, say: Console) -> 
                 continue
             try:
                 engines[name] = build(name, model, dtype)
-            except Exception as error:  # a compiler's failure is of any type, and a cell of the table
-                cells[name] = {
-                    "failed": str(error).strip().splitlines()[0][:200] if str(error).strip() else repr(error)
-                }
+            except (PreheatError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, OSError) as error:
+                said = str(error).strip() or type(error).__name__
+                cells[name] = {"failed": said.splitlines()[0][:200]}
                 say.print(f"{model} {dtype} {name}: {cells[name]['failed']}")
                 continue
             stack.callback(engines[name].close)

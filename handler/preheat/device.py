@@ -8,8 +8,10 @@ import logging
 import os
 import shutil
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -26,12 +28,19 @@ _ATTENTION = {
 }
 
 
-def attention_backend(name: str) -> AbstractContextManager[None]:
-    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch."""
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch.
+
+    The choice is compiled in, but torch 2.13 leaves it out of the keys of its compile caches: what was compiled under another one would
+    be found and run. Hence the tag.
+    """
     if name == "default":
-        return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel(_ATTENTION[name])
-    return context
+        yield
+        return
+    caches: Any = importlib.import_module("torch.compiler.config")
+    with sdpa_kernel(_ATTENTION[name]), caches.patch(cache_key_tag=f"{caches.cache_key_tag}attention-{name}"):
+        yield
 
 
 def pick_device(gpu_id: int | str | None) -> torch.device:
