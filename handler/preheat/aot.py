@@ -157,8 +157,12 @@ def plan(examples: Sequence[Inputs]) -> list[Plan]:
 
 def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str, Any]) -> None:
     """Export and compile one package of `module` to `path`."""
+    from torch._inductor import config as inductor_config  # the compiler, which a worker on packages never imports
+
     exported = export(module, made.inputs, made.dims)
-    with torch.no_grad(), eagerly():
+    # torch 2.8 leaves what it notes there, and with it another key for every later compile.
+    noted = inductor_config.patch({"aot_inductor.metadata": {}})
+    with torch.no_grad(), eagerly(), noted:
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs=_options(compile_kwargs)
         )
