@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from preheat import openvino_models
+from preheat import openvino_models, server
 from preheat.compilation import DynamicDims, Inputs, Phase, Router
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
@@ -209,7 +210,8 @@ def test_nothing_is_reported_over_the_network() -> None:
     """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
     script = "import sys; from preheat.device import import_openvino; import_openvino(); "
     script += "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in sys.modules)"
-    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)
+    env = {**os.environ, "PYTHONPATH": str(server.ROOT / "handler")}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)
 
 
 def test_options_go_over_the_properties_and_name_the_cache() -> None:
