@@ -25,21 +25,20 @@ from preheat.roads import build_router
 
 IPEX_PYTHON = server.ROOT / ".venv-ipex" / "bin" / "python"
 CPU = torch.device("cpu")
-TUNED = {"freezing": True, "max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"}
 TITLES = {
     "eager": "eager",
     "channels_last": "eager, channels_last",
     "ipex": "IPEX (torch 2.8)",
     "inductor": "Inductor",
     "frozen": "Inductor, frozen",
-    "tuned": "Inductor, frozen, tuned GEMMs",
     "aot": "AOTInductor",
     "openvino": "OpenVINO",
 }
+SLOW = ("inductor", "frozen", "aot")
+"""They run a C++ compiler for up to a minute."""
 COMPILE: Mapping[str, Mapping[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "frozen": {"backend": "inductor", "options": {"freezing": True}},
-    "tuned": {"backend": "inductor", "options": TUNED},
     "openvino": {"backend": "openvino"},
 }
 """Arguments of `pt2.compile`."""

@@ -13,7 +13,6 @@ from ts.torch_handler.base_handler import BaseHandler
 from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import pick_device, share_cpu
-from preheat.engine import Answer, Job
 from preheat.errors import OutOfMemory, RequestError
 from preheat.metrics import Metrics
 from preheat.responses import Response
@@ -24,8 +23,8 @@ from preheat.state import StatusFile
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """Adapts TorchServe's contexts and rows to `preheat.service.Service`.
 
-    `preprocess`, `inference` and `postprocess` hand over one entry per row: a job while it is good, a response once its fate is
-    known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
+    `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or answer while it is good, a
+    `Response` once its fate is known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
     """
 
     def initialize(self, context: Any) -> None:
@@ -56,20 +55,20 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             raise
         self.initialized = True
 
-    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Job | Response]:
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Any]:
         """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 
-    def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Answer | Response]:
-        """Paint the jobs, in as few pipeline calls as their differences allow."""
-        answers = iter(self.service.run([entry for entry in data if isinstance(entry, Job)]))
-        return [next(answers) if isinstance(entry, Job) else entry for entry in data]
+    def inference(self, data: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Serve the jobs, in as few calls of the model as their differences allow."""
+        answers = iter(self.service.run([entry for entry in data if not isinstance(entry, Response)]))
+        return [entry if isinstance(entry, Response) else next(answers) for entry in data]
 
-    def postprocess(self, data: Sequence[Answer | Response]) -> list[bytes]:
-        """Encode the pictures and set each row's status and headers; the bodies are the output."""
+    def postprocess(self, data: Sequence[Any]) -> list[bytes]:
+        """Encode the answers and set each row's status and headers; the bodies are the output."""
         with self.metrics.timed("preheat_encode_seconds"):
-            encoded = [responses.from_answer(entry) if isinstance(entry, Answer) else entry for entry in data]
+            encoded = [entry if isinstance(entry, Response) else self.service.respond(entry) for entry in data]
         for index, response in enumerate(encoded):
             self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
             for name, value in response.headers.items():
@@ -84,7 +83,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
         return self.service.current_state().document()
 
-    def _parse(self, index: int, row: Mapping[str, object]) -> Job | Response:
+    def _parse(self, index: int, row: Mapping[str, object]) -> Any:
         if not row and self.context.get_request_header(index, "describe") == "True":
             return responses.json_response(200, self.describe_handle())
         # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among the headers it keeps a dict
@@ -94,7 +93,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         try:
             return self.service.parse(row, headers)
         except MemoryError:
-            return responses.from_error(OutOfMemory("the request's images do not fit into memory"))
+            return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.from_error(error)

@@ -13,7 +13,7 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share"},
+        | {"trust", "bundle", "share", "variants"},
         {"pydantic", "pydantic_core", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
@@ -23,7 +23,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
         {"torch"},
     ),
     ({"pipelines"}, {"diffusers"}),
-    ({"engine", "metrics", "responses", "service"}, set()),
+    ({"batching", "engine", "metrics", "responses", "work", "pipeline_work", "service"}, set()),
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.

@@ -118,7 +118,15 @@ def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
     module, _ = routed()
     (result, _), (expected, _) = (answer for answer in call(module, 2))
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert openvino_models.cpu_properties({}, torch.bfloat16)["INFERENCE_PRECISION_HINT"] == "bf16"
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        make = routed(dtype=dtype)[1]._make
+        assert make is not None
+        model = make(inputs(2, dtype=dtype), DynamicDims())
+        assert isinstance(model, openvino_models.Model)
+        compiled = model._request.get_compiled_model()
+        said.append(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    assert said[0] == "f32" and said[1] in ("bf16", "f32")  # which it says where the CPU has no bfloat16
 
 
 def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
@@ -129,6 +137,17 @@ def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
     result, expected = call(module, 2, side=16)
     torch.testing.assert_close(result, expected)
     assert router.run.incidents == 1 and router.run.engines == {"eager"} and len(router.ahead) == 1
+
+
+def test_weights_cast_inside_a_request_are_exported_too() -> None:
+    """As diffusers casts an SDXL VAE of half precision."""
+    module, router = routed(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        module.to(torch.float32)
+        module.register_buffer("spare", torch.zeros(1))
+    result, expected = call(module, 2)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert router.run.engines >= {"openvino"}
 
 
 class Unconvertible(Toy):
@@ -216,9 +235,9 @@ def test_nothing_is_reported_over_the_network() -> None:
 
 def test_options_go_over_the_properties_and_name_the_cache() -> None:
     torch_options = {"config": {"INFERENCE_NUM_THREADS": 7}, "model_caching": True, "cache_dir": "/somewhere"}
-    properties = openvino_models.cpu_properties(torch_options, torch.float32)
+    properties = openvino_models.cpu_properties(torch_options)
     assert properties["INFERENCE_NUM_THREADS"] == 7 and properties["CACHE_DIR"] == "/somewhere"
-    assert openvino_models.cpu_properties({}, torch.float32)["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+    assert openvino_models.cpu_properties({})["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
 
 
 @pytest.mark.parametrize(

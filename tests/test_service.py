@@ -23,7 +23,7 @@ from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.pipelines import FAMILIES
 from preheat.service import Service
 from preheat.state import StatusFile
-from preheat.warmup import Variant
+from preheat.variants import Variant
 from preheat.watch import CompileWatch
 
 TWO = [[64, 64], [96, 32]]
@@ -132,7 +132,7 @@ def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(watch: C
 
 def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
-    unet, seen = service._pipeline.target("unet"), []
+    unet, seen = service._work.target("unet"), []
     unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
     )
@@ -322,7 +322,7 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
 def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", pt2={"attention": "math"}, pipeline=TEXT_ONLY)
     seen: list[bool] = []
-    unet = service._pipeline.target("unet")
+    unet = service._work.target("unet")
     unet.register_forward_pre_hook(lambda *_: seen.append(flash_enabled()))
     ask(service, {"seed": 1})
     assert seen and not any(seen) and flash_enabled()

@@ -13,15 +13,16 @@ from torch import nn
 from preheat.compilation import DynamicDims, Inputs, leaves, map_tensors, signature
 from preheat.watch import eagerly
 
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. A few roundings of
-the dtype; other weights or a wrong kernel are off by orders more."""
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
+"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. What roundings of the
+dtype add up to, on both sides (bfloat16 on a small UNet: 0.04); other weights or a wrong kernel are off by more."""
 
 
 def export(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> torch.export.ExportedProgram:
     """The graph of `module` for these inputs, which are left alone; `dims` names at most one number that varies."""
     # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that mode.
     with torch.inference_mode(False), torch.no_grad(), _own_forward(module), eagerly():  # regional blocks are wrapped
+        _leave_inference_mode(module)
         args, kwargs = map_tensors(inputs[0], torch.clone), map_tensors(inputs[1], torch.clone)
         shapes = _dynamic_shapes(module, inputs, dims)
         return torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
@@ -84,6 +85,19 @@ def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dic
     names = list(inspect.signature(module.forward).parameters)
     positional = {names[index]: tree(str(index), value) for index, value in enumerate(args)}
     return positional | {name: tree(name, value) for name, value in kwargs.items()}
+
+
+def _leave_inference_mode(module: nn.Module) -> None:
+    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: diffusers casts an SDXL VAE
+    to float32 in the middle of a request.
+    """
+    for part in module.modules():
+        for name, weight in part.named_parameters(recurse=False):
+            if weight.is_inference():
+                part.register_parameter(name, nn.Parameter(weight.clone(), requires_grad=False))
+        for name, buffer in part.named_buffers(recurse=False):
+            if buffer.is_inference():
+                setattr(part, name, buffer.clone())
 
 
 @contextmanager

@@ -19,8 +19,8 @@ from preheat.compilation import DynamicDims, EngineName, Inputs, tensor_shapes
 from preheat.device import import_openvino
 from preheat.exporting import call_key, export, fault, tensors
 
-PRECISION = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
-"""Said outright: on a CPU with bfloat16 instructions OpenVINO computes in bfloat16 whatever the model's dtype is."""
+PRECISION = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
+"""By the least dtype of a module's weights."""
 
 
 class Model:
@@ -33,7 +33,7 @@ class Model:
         inputs: a call of it.
         dims: the dimensions that vary; static where that is more than a batch size, or where it is 1 in `inputs`, which
             torch.export would hold to be the only one.
-        properties: of OpenVINO's CPU plugin; see `cpu_properties`.
+        properties: of OpenVINO's CPU plugin; see `cpu_properties`. The precision is added: that of the module's weights now.
     """
 
     engine: EngineName = "openvino"
@@ -51,7 +51,9 @@ class Model:
         shapes = [self._bounds(path, shape) for path, shape in tensor_shapes(*inputs).items()]
         model.reshape(dict(enumerate(shapes)))
         self._num_outputs = len(model.outputs)
-        self._request = openvino.Core().compile_model(model, "CPU", dict(properties)).create_infer_request()
+        self._request = (
+            openvino.Core().compile_model(model, "CPU", {**_precision(module), **properties}).create_infer_request()
+        )
 
     def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return call_key(args, kwargs, self.dims) == self._key
@@ -80,8 +82,8 @@ class Model:
         return openvino.Tensor(tensor.view(torch.int16).numpy(), openvino.Shape(tensor.shape), openvino.Type.bf16)
 
 
-def cpu_properties(options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """OpenVINO's properties for a model of this dtype on this worker's share of the cores.
+def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
+    """OpenVINO's properties for a model on this worker's share of the cores.
 
     Args:
         options: `pt2.compile.options` as OpenVINO documents them for torch.compile: `device` (CPU), `config` (properties, which go
@@ -102,10 +104,15 @@ def cpu_properties(options: Mapping[str, Any], dtype: torch.dtype) -> dict[str, 
         "PERFORMANCE_HINT": "LATENCY",  # one stream with all threads: a worker runs one batch at a time
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # each of several workers would pin its threads to the same first cores
-        "INFERENCE_PRECISION_HINT": PRECISION[dtype],
         **cached,
         **(options.get("config") or {}),
     }
+
+
+def _precision(module: nn.Module) -> dict[str, Any]:
+    """Said outright: on a CPU with bfloat16 instructions OpenVINO computes in bfloat16 whatever the model's dtype is."""
+    dtypes = {weight.dtype for weight in module.parameters()}
+    return {"INFERENCE_PRECISION_HINT": next((hint for dtype, hint in PRECISION.items() if dtype in dtypes), "f32")}
 
 
 def _batch_alone(dims: DynamicDims, inputs: Inputs) -> DynamicDims:

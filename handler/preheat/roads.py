@@ -48,7 +48,7 @@ def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.d
     if config.shapes.strategy != "exact":
         kwargs.setdefault("dynamic", False)  # torch's default turns the second bucket into a dynamic graph
     if config.openvino:
-        road = _openvino(name, module, kwargs, dtype, device)
+        road = _openvino(name, module, kwargs, device)
     elif config.compile.enable:
         road = _torch_compile(name, module, kwargs, config, device)
     elif ipex_requested() and device.type == "cpu":
@@ -95,15 +95,13 @@ def _torch_compile(
         return Road(reason=f"torch.compile refused its arguments: {error}")
 
 
-def _openvino(
-    name: str, module: nn.Module, kwargs: Mapping[str, Any], dtype: torch.dtype, device: torch.device
-) -> Road:
+def _openvino(name: str, module: nn.Module, kwargs: Mapping[str, Any], device: torch.device) -> Road:
     """`torch.compile(backend="openvino")` fails on recent torch; this road goes through `torch.export` instead."""
     if device.type != "cpu":
         return Road(reason=f"openvino serves on the CPU, and this worker's device is {device}; use backend: inductor")
     try:
         import_openvino()
-        properties = cpu_properties(kwargs.get("options") or {}, dtype)
+        properties = cpu_properties(kwargs.get("options") or {})
     except (ImportError, ValueError) as error:
         return Road(reason=f"openvino: {error}")
     numbers = count()
