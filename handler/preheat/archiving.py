@@ -19,6 +19,7 @@ import yaml
 
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ArchiveError
+from preheat.yaml_errors import keys_of
 
 ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 
@@ -112,7 +113,7 @@ def _modern(pt2: Any) -> dict[str, Any]:
     """`pt2` as a mapping that has room for `export`: TorchServe's legacy forms are arguments of torch.compile."""
     if isinstance(pt2, str):
         pt2 = {"backend": pt2}
-    if not any(key in Pt2Config.model_fields for key in pt2) and pt2:
+    if not any(key in keys_of(Pt2Config) for key in pt2) and pt2:
         return {"compile": {"enable": True, **pt2}}
     return dict(pt2)
 
