@@ -40,7 +40,19 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.
-TOOLS = {"cli", "archiving", "aot_build", "server", "processes", "readiness", "client", "demo", "progress", "tiny"}
+TOOLS = {
+    "cli",
+    "archiving",
+    "aot_build",
+    "server",
+    "processes",
+    "readiness",
+    "client",
+    "demo",
+    "module_demo",
+    "progress",
+    "tiny",
+}
 STANDARD = __import__("sys").stdlib_module_names
 
 

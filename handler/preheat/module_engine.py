@@ -33,7 +33,9 @@ class Job:
     sizes: Mapping[str, int]
     """Of the bucketed dimensions."""
     bucket: Dims | None
-    """The smallest that holds it; None where it runs as it is: outside every bucket on purpose, or without any."""
+    """The smallest that holds it; None where it runs as it is, by itself."""
+    planned_eager: bool = False
+    """Outside every bucket on purpose (`oversize: eager`)."""
     accept: Accept = "application/json"
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
@@ -54,7 +56,7 @@ class Answer(Outcome):
     @property
     def is_planned_eager(self) -> bool:
         """Whether it ran eagerly on purpose (`oversize: eager`)."""
-        return self.job.bucket is None
+        return self.job.planned_eager
 
     @property
     def bucket(self) -> str:
@@ -104,14 +106,14 @@ class ModuleEngine(Batcher[Answer, Job]):
         Raises:
             RequestError: two inputs disagree about a dimension, or no bucket holds it under `oversize: reject`.
         """
-        if not self._config.inputs:
-            return Job(inputs, {}, None, accept, deadline)
+        if self._shapes.strategy == "exact":
+            return Job(inputs, {}, None, accept=accept, deadline=deadline)
         sizes = sizes_of(inputs, self._config.inputs)
         bucket = covering(self._choices, sizes)
         if bucket is None and self._shapes.oversize == "reject":
             name, dimension, largest = self._too_long(inputs, sizes)
             raise RequestError(f"has {dimension} {sizes[dimension]}, the largest bucket is {largest}", name)
-        return Job(inputs, sizes, bucket, accept, deadline)
+        return Job(inputs, sizes, bucket, bucket is None, accept, deadline)
 
     def _too_long(self, inputs: Tensors, sizes: Mapping[str, int]) -> tuple[str, str, int]:
         """The input, its dimension and that dimension's largest bucket."""
@@ -130,7 +132,7 @@ class ModuleEngine(Batcher[Answer, Job]):
 
     def alone(self, job: Job) -> Answer:
         """The job's answer as the module gives it eagerly and without padding: what a bucket's answer is compared with."""
-        (answer,) = self.run([Job(job.inputs, job.sizes, None)])
+        (answer,) = self.run([Job(job.inputs, job.sizes, None, planned_eager=True)])
         return answer
 
     def _job(self, answer: Answer) -> Job:
@@ -167,7 +169,7 @@ class ModuleEngine(Batcher[Answer, Job]):
             lambda: self._named(self._module(**batch)),
             num_rows=size,
             num_real_rows=len(jobs),
-            planned_eager=bucket is None and bool(self._config.inputs),
+            planned_eager=jobs[0].planned_eager,
         )
         for index, (answer, job) in enumerate(chunk):
             answer.note(run, first=True)

@@ -51,7 +51,9 @@ class ModuleWork:
         assert config.module is not None
         self._module, self._config, self._device = module, config, device
         self._own: ModuleConfig = config.module
-        self.shapes: ShapesConfig = config.pt2.shapes
+        # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own defaults, whenever a request comes.
+        unknown = {} if self._own.inputs else {"strategy": "exact"}
+        self.shapes: ShapesConfig = config.pt2.shapes.model_copy(update=unknown)
         names = _arguments(module, self._own)
         self._reader = Reader(names, self._own.inputs or None, self._own.limits, tokenizer)
         self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
@@ -115,7 +117,7 @@ class ModuleWork:
             attention=self._config.pt2.attention,
             report=report,
         )
-        if not own.inputs:
+        if self.shapes.strategy == "exact":
             return
         for router in routers.values():
             router.phase = Phase.OBSERVE

@@ -81,6 +81,7 @@ class Service:
         self._imports = digest(config.pt2.imports, model_dir)
         self._work = load_work(config, model_dir, manifest or {}, device)
         self._shapes = self._work.shapes
+        self.state.strategy = self._shapes.strategy
         _refuse_dynamic_cuda_graphs(config, device)
         self._routers = self._build_routers(imported)
         self._work.engage(self._routers, self._report)
@@ -130,7 +131,7 @@ class Service:
         return self.state
 
     def _build_routers(self, imported: Iterable[ModuleType]) -> dict[str, Router]:
-        work, pt2 = self._work, self.config.pt2
+        work, pt2 = self._work, self.config.pt2.model_copy(update={"shapes": self._shapes})
         targets = {name: work.target(name) for name in pt2.targets or work.default_targets()}
         for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
             for target in targets.values():
@@ -153,7 +154,7 @@ class Service:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
         compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
-        if cache.shared is None or not compiles or not self._warmable:
+        if cache.shared is None or not compiles or self._shapes.strategy == "exact":
             yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
@@ -175,9 +176,11 @@ class Service:
 
     def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
-        if not self._warmable:
-            # Plain torch.compile: kept for comparison, or because the YAML tells of no shapes.
-            logger.warning("nothing is warmed (%s): requests will wait for the compiler", self._why_cold())
+        if (
+            self._shapes.strategy == "exact"
+        ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
+            why = "strategy exact" if self.config.pt2.shapes.strategy == "exact" else "module.inputs is not declared"
+            logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return "cold"
@@ -200,13 +203,6 @@ class Service:
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self._work.measure_padding())
         return "hot"
-
-    @property
-    def _warmable(self) -> bool:
-        return self._shapes.strategy != "exact" and bool(self._work.sizes)
-
-    def _why_cold(self) -> str:
-        return "strategy exact" if self._shapes.strategy == "exact" else "module.inputs is not declared"
 
     def _warm(self, warmup: Warmup, variants: Sequence[Warmable]) -> Sequence[Warmable]:
         """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
