@@ -49,6 +49,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 self.device,
                 status=status,
                 metrics=self.metrics,
+                manifest=self.manifest,
             )
         except Exception as error:
             status.write("failed", f"{type(error).__name__}: {error}")

@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import torch
 
+from preheat.device import is_device_lost, is_out_of_memory
 from preheat.watch import eagerly, num_graphs, refused_guards
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ class Phase(Enum):
     """What a router does with a call.
 
     OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
-    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
+    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (plain torch.compile:
+    `strategy: exact`, or a module of unknown shapes), until a compile fails.
     """
 
     OBSERVE = auto()
@@ -264,7 +266,7 @@ class Router:
             self.run.fallen += self.reason is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
-            return self._run_fast(args, kwargs)
+            return self._run_open(args, kwargs)
         args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
         if self.phase is Phase.OBSERVE:
             return self._observe(args, kwargs)
@@ -295,6 +297,21 @@ class Router:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             result = map_tensors(self._fast(*args, **kwargs), torch.clone)
         self.run.engines.add(self.engine)
+        return result
+
+    def _run_open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            if self._fast is not None:
+                return self._run_fast(args, kwargs)
+            reason = "its models are made for shapes that the YAML names"
+        except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".strip()
+        result = self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
+        self._fast, self._make, self.reason = None, None, f"{self.engine}: {reason}"
+        self.run.fallen += 1
+        logger.error("%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason)
         return result
 
     def _run_ahead(self, ahead: Ahead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,13 +19,15 @@ import torch
 import preheat
 from preheat import aot
 from preheat.batching import RunReport
-from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
+from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
 from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
 from preheat.device import peak_memory_bytes
 from preheat.errors import ConfigError
+from preheat.importing import INSTALL, digest, load_files
 from preheat.metrics import Metrics, discard
+from preheat.modules import has_model
 from preheat.request import DEADLINE_HEADER, parse_deadline
 from preheat.responses import Response
 from preheat.roads import build_router, uses_cuda_graphs, wants_every_size
@@ -48,9 +51,10 @@ class Service:
         status: where progress is shown.
         metrics: told what was warmed and, after READY, of every call.
         leave_out: see `warmup.Warmup`.
+        manifest: the archive's, where a module may be named.
 
     Raises:
-        ConfigError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
@@ -63,18 +67,24 @@ class Service:
         status: StatusFile,
         metrics: Metrics | None = None,
         leave_out: Collection[Warmable] = (),
+        manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
+        if not config.names_a_family and has_model(manifest or {}):
+            config = config.as_module()  # as BaseHandler: the manifest alone says what is served
         self.config, self._device, self._status = config, device, status
         self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
         _log_compile_config(config)
         trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
-        self._work = load_work(config, model_dir, device)
+        imported = load_files(config.pt2.imports, model_dir)
+        self._imports = digest(config.pt2.imports, model_dir)
+        self._work = load_work(config, model_dir, manifest or {}, device)
         self._shapes = self._work.shapes
+        self.state.strategy = self._shapes.strategy
         _refuse_dynamic_cuda_graphs(config, device)
-        self._routers = self._build_routers()
+        self._routers = self._build_routers(imported)
         self._work.engage(self._routers, self._report)
         self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
         self.state.fingerprint = self._fingerprint()
@@ -121,15 +131,18 @@ class Service:
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 
-    def _build_routers(self) -> dict[str, Router]:
-        work, pt2 = self._work, self.config.pt2
-        names = pt2.targets or work.default_targets()
-        return {name: build_router(name, work.target(name), pt2, work.dtype, self._device) for name in names}
+    def _build_routers(self, imported: Iterable[ModuleType]) -> dict[str, Router]:
+        work, pt2 = self._work, self.config.pt2.model_copy(update={"shapes": self._shapes})
+        targets = {name: work.target(name) for name in pt2.targets or work.default_targets()}
+        for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
+            for target in targets.values():
+                install(target)
+        return {name: build_router(name, target, pt2, work.dtype, self._device) for name, target in targets.items()}
 
     def _fingerprint(self) -> str:
         compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
         compiled["batchSize"] = self.config.batchSize
-        compiled |= self._work.settings()
+        compiled |= {**self._work.settings(), "imports": self._imports}
         return fingerprint(self._device, compiled, self._work.structure())
 
     def _attach_packages(self, folder: Path, trust: Trust) -> None:
@@ -142,8 +155,12 @@ class Service:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
         compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
-        if cache.shared is None or not compiles or not self._warmable:
+        if not compiles or self._shapes.strategy == "exact":
             yield None
+            return
+        if cache.shared is None:
+            with self._headers():
+                yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
         # Half of the time, so that a worker that has waited in vain can still compile.
@@ -151,11 +168,17 @@ class Service:
         with synchronized_inductor_cache(
             cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
         ) as use:
-            yield use.folder
+            with self._headers():
+                yield use.folder
             fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
             if fallen:
                 use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
         self.state.shared_cache = use.document()
+
+    def _headers(self) -> AbstractContextManager[None]:
+        if self.config.pt2.compile.kwargs.get("backend", "inductor") != "inductor":
+            return nullcontext()
+        return without_headers_if_warmed(self.state.fingerprint)
 
     def _show_waiting(self, message: str) -> None:
         text = f"{message} (half of startupTimeout, {self.config.startupTimeout or 120} s)"
@@ -164,9 +187,11 @@ class Service:
 
     def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
-        if not self._warmable:
-            # Plain torch.compile: kept for comparison, or because the YAML tells of no shapes.
-            logger.warning("nothing is warmed (%s): requests will wait for the compiler", self._why_cold())
+        if (
+            self._shapes.strategy == "exact"
+        ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
+            why = "strategy exact" if self.config.pt2.shapes.strategy == "exact" else "module.inputs is not declared"
+            logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return "cold"
@@ -189,13 +214,6 @@ class Service:
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self._work.measure_padding())
         return "hot"
-
-    @property
-    def _warmable(self) -> bool:
-        return self._shapes.strategy != "exact" and bool(self._work.sizes)
-
-    def _why_cold(self) -> str:
-        return "strategy exact" if self._shapes.strategy == "exact" else "module.inputs names no buckets"
 
     def _warm(self, warmup: Warmup, variants: Sequence[Warmable]) -> Sequence[Warmable]:
         """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
@@ -256,8 +274,12 @@ class Service:
         self._metrics.answered(answer)
 
 
-def load_work(config: ModelConfig, model_dir: Path, device: torch.device) -> Work:
+def load_work(config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device) -> Work:
     """The model that the YAML names, loaded; a family's libraries are imported only where it is served."""
+    if config.module is not None:
+        from preheat.module_work import ModuleWork
+
+        return ModuleWork.load(config, model_dir, manifest, device)
     from preheat.pipeline_work import PipelineWork
 
     return PipelineWork.load(config, model_dir, device)
