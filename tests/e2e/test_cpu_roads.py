@@ -16,10 +16,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 import yaml
 from PIL import Image
 
-from preheat import server
+from preheat import server, tiny
 from preheat.archiving import build_archive
 from preheat.client import Client
 from preheat.config import ModelConfig
@@ -33,6 +34,9 @@ COMPILE: dict[str, dict[str, Any]] = {
     "openvino": {"enable": True, "backend": "openvino"},
     "ipex": {"enable": False},
 }
+
+CNN: dict[str, Any] = yaml.safe_load((server.ROOT / "model-config" / "resnet.yaml").read_text())
+CNN["module"]["inputs"]["pixel_values"]["buckets"] = {"height": [32, 48], "width": [32]}
 
 
 def config(engine: str, dtype: str = "float32") -> dict[str, Any]:
@@ -60,6 +64,10 @@ def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             path = work / f"{engine}-{dtype}.yaml"
             path.write_text(yaml.safe_dump(config(engine, dtype)))
             archives.append(build_archive(path, tiny_sdxl, output=work, archive_format="no-archive", external=True))
+        tiny.build("resnet", work / "resnet")
+        path = work / f"{engine}-resnet.yaml"
+        path.write_text(yaml.safe_dump(CNN | {"pt2": {**CNN["pt2"], "compile": COMPILE[engine]}}))
+        archives.append(build_archive(path, work / "resnet", output=work, archive_format="no-archive", external=True))
     if not archives:
         pytest.skip("needs the extra openvino, or IPEX in its own environment: make test-ipex")
     properties = {"ipex_enable": "true"}
@@ -143,3 +151,21 @@ def test_headers_and_metrics_name_the_engine(road: Served, engine: str) -> None:
     reply = road.client.predict({"prompt": "a", "height": 64, "width": 64})
     assert reply.headers["x-preheat-engine"] == engine
     assert road.metric("preheat_requests_total", Engine=engine) >= 1
+
+
+def test_a_convolutional_network_is_served_by_it(running: server.TorchServe, engine: str, tmp_path: Path) -> None:
+    """Of a bucket's own sizes, since a network without a mask sees its padding."""
+    model = transformers.AutoModelForImageClassification.from_pretrained(
+        tiny.build("resnet", tmp_path / "resnet")
+    ).eval()
+    dice = np.random.default_rng(0)
+    with Client.to(running, f"{engine}-resnet") as client, torch.inference_mode():
+        for height in (32, 48, 32, 48):
+            pixels = dice.standard_normal((3, height, 32), dtype=np.float32)
+            document = client.predict({"inputs": {"pixel_values": pixels.tolist()}}).json()
+            assert document["engine"] == engine
+            expected = model(torch.from_numpy(pixels)[None]).logits
+            np.testing.assert_allclose(document["outputs"]["logits"], expected.numpy(), atol=1e-4)
+        state = client.state()
+    assert {row["engine"] for row in state["buckets"]} == {engine} and state["state"] == "hot"
+    assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0
