@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
@@ -19,6 +24,7 @@ from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
 from preheat.state import StatusFile
+from preheat.streaming import Stream
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -54,31 +60,41 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         except Exception as error:
             status.write("failed", f"{type(error).__name__}: {error}")
             raise
+        self.encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode")
         self.initialized = True
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Job | Response]:
         """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
         with self.metrics.timed("preheat_preprocess_seconds"):
-            return [self._parse(index, row) for index, row in enumerate(data)]
+            parsed = [self._parse(index, row) for index, row in enumerate(data)]
+        jobs = {index: entry for index, entry in enumerate(parsed) if isinstance(entry, Job)}
+        self.streams = {index: self._open_stream(index, job) for index, job in jobs.items() if job.request.stream}
+        return parsed
 
     def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Answer | Response]:
-        """Paint the jobs, in as few pipeline calls as their differences allow."""
-        answers = iter(self.service.run([entry for entry in data if isinstance(entry, Job)]))
+        """Paint the jobs, in as few pipeline calls as their differences allow; those that stream are watched."""
+        watched = {index: stream.progress for index, stream in self.streams.items()}
+        jobs = {index: entry for index, entry in enumerate(data) if isinstance(entry, Job)}
+        answers = iter(self.service.run([replace(job, watch=watched.get(index)) for index, job in jobs.items()]))
         return [next(answers) if isinstance(entry, Job) else entry for entry in data]
 
     def postprocess(self, data: Sequence[Answer | Response]) -> list[bytes]:
         """Encode the pictures and set each row's status and headers; the bodies are the output."""
+        answers = {index: entry for index, entry in enumerate(data) if isinstance(entry, Answer)}
         with self.metrics.timed("preheat_encode_seconds"):
-            encoded = [responses.from_answer(entry) if isinstance(entry, Answer) else entry for entry in data]
-        for index, response in enumerate(encoded):
+            files = dict(zip(answers, responses.encoded(list(answers.values()), self.encoders), strict=True))
+            answered = [
+                self._finish(index, entry, files[index]) if isinstance(entry, Answer) else entry
+                for index, entry in enumerate(data)
+            ]
+        for index, response in enumerate(answered):
             self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
             for name, value in response.headers.items():
                 self.context.set_response_header(index, name, value)
-            # A gRPC call has no url_path; without this header TorchServe 0.12 takes its answer for a part of a stream, and the
-            # worker dies. A client's own input of that name is a dict.
-            if not isinstance(self.context.get_request_header(index, "url_path"), str):
+            # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream, and the worker dies.
+            if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
-        return [response.body for response in encoded]
+        return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
@@ -98,6 +114,28 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.from_error(error)
+
+    def _is_grpc(self, index: int) -> bool:
+        """A gRPC call has no url_path; a client's own input of that name is a dict."""
+        return not isinstance(self.context.get_request_header(index, "url_path"), str)
+
+    def _open_stream(self, index: int, job: Job) -> Stream:
+        """A row's events: at once over REST; over gRPC only where every client can stand it."""
+        live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
+        stream = Stream(job, partial(self._send, index) if live else None)
+        for name, value in stream.headers.items():
+            self.context.set_response_header(index, name, value)
+        stream.queued()
+        return stream
+
+    def _send(self, index: int, part: bytes) -> None:
+        """A part of one row's answer, now; TorchServe makes it a chunk (REST) or a message (gRPC)."""
+        ids = {index: self.context.request_ids[index]}
+        send_intermediate_predict_response({index: part}, ids, "Intermediate Prediction success", 200, self.context)
+
+    def _finish(self, index: int, answer: Answer, files: Sequence[bytes]) -> Response:
+        stream = self.streams.get(index)
+        return stream.finish(answer, files) if stream else responses.from_answer(answer, files)
 
     def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]

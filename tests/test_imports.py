@@ -13,13 +13,13 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share"},
+        | {"trust", "bundle", "share", "admission"},
         {"pydantic", "pydantic_core", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
-    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot"}, {"torch"}),
+    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "previews"}, {"torch"}),
     ({"pipelines"}, {"diffusers"}),
-    ({"engine", "metrics", "responses", "service"}, set()),
+    ({"engine", "metrics", "responses", "service", "streaming"}, set()),
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.

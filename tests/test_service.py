@@ -7,6 +7,8 @@ import io
 import json
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from PIL import Image
 from preheat import responses, tiny
 from preheat.buckets import Bucket
 from preheat.config import ModelConfig
-from preheat.engine import Answer
+from preheat.engine import Answer, Job, Progress
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.pipelines import FAMILIES
 from preheat.service import Service
@@ -56,6 +58,13 @@ def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
     for answer in answers:
         answer.raise_if_failed()
     return answers
+
+
+def response_to(service: Service, job: Job) -> responses.Response:
+    (answer,) = service.run([job])
+    with ThreadPoolExecutor(2) as pool:
+        (files,) = responses.encoded([answer], pool)
+    return responses.from_answer(answer, files)
 
 
 def pixels(answer: Answer) -> Any:
@@ -329,10 +338,41 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, 
     assert service.current_state().incidents == 0
 
 
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_streams_and_previews_compile_nothing(watch: CompileWatch, models: Path, family: str) -> None:
+    service = start(models / family, shapes={"buckets": TWO})
+    seen: list[tuple[int, int, int]] = []
+    sizes: set[tuple[int, int]] = set()
+
+    def look(progress: Progress) -> None:
+        seen.append((progress.index, progress.step, progress.of))
+        sizes.add(progress.sketch().size)
+
+    for body in ASKED:
+        seen.clear()
+        asked = {"prompt": "a", "stream": True, "preview_every": 1, "num_inference_steps": 4, "num_images": 3} | body
+        (answer,) = service.run([replace(service.parse({"body": asked}), watch=look)])
+        answer.raise_if_failed()
+        of = seen[0][2]
+        assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
+    assert sizes == {(50 // 8, 60 // 8), (20 // 8, 90 // 8), (40 // 8, 30 // 8)}
+    state = service.current_state()
+    assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
+
+
+def test_what_costs_too_much_is_refused_and_warm_up_is_not(watch: CompileWatch, models: Path) -> None:
+    limits = {"limits": {"max_cost": 64 * 64 * 2 - 1}}
+    service = start(models / "sdxl", compile=False, pipeline=limits)
+    with pytest.raises(RequestError) as caught:
+        service.parse({"body": {"prompt": "a", "num_inference_steps": 2}})
+    assert caught.value.field == "num_inference_steps"
+    ask(service, {"num_inference_steps": 1})
+
+
 def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False)
     job = service.parse({"body": {"prompt": "a", "height": 48, "width": 64, "seed": 3, "output_format": "webp"}})
-    response = responses.from_answer(service.run([job])[0])
+    response = response_to(service, job)
     assert response.code == 200 and response.headers == {
         "content-type": "image/webp",
         "x-preheat-bucket": "64x64",
@@ -343,6 +383,6 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
     job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})
-    document = json.loads(responses.from_answer(service.run([job])[0]).body)
+    document = json.loads(response_to(service, job).body)
     assert [entry["seed"] for entry in document["data"]] == [2**63 - 1, 0, 1]
     assert document["bucket"] == [64, 64] and len({entry["b64_json"] for entry in document["data"]}) == 3

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, Protocol
 
 import numpy as np
@@ -21,10 +22,10 @@ from preheat import geometry, images
 from preheat.buckets import Bucket, round_up, split_rows
 from preheat.compilation import EngineName, Router, slowest
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
+from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory, synchronize
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
 from preheat.geometry import Plan
-from preheat.pipelines import Batch, Row
+from preheat.pipelines import AfterStep, Batch, Row, Step
 from preheat.request import ImageRequest
 
 logger = logging.getLogger(__name__)
@@ -39,7 +40,18 @@ class Painter(Protocol):
     @property
     def grid(self) -> int: ...
 
-    def paint(self, batch: Batch) -> NDArray[np.uint8]: ...
+    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Picture number `index` of a job is through denoising step `step` of `of`, counted from 1."""
+
+    index: int
+    step: int
+    of: int
+    sketch: Callable[[], Image.Image]
+    """What it looks like so far, small; only good until the next step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +64,8 @@ class Job:
     mask: Image.Image | None = None
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
+    watch: Callable[[Progress], None] | None = None
+    """Told of every step of its pictures. After an out-of-memory split their steps begin anew."""
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -106,6 +120,15 @@ class Answer:
     def raise_if_failed(self) -> None:
         if self.error is not None:
             raise self.error
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """One picture to paint: number `index` of its answer's."""
+
+    answer: Answer
+    index: int
+    row: Row
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,15 +244,16 @@ class Engine:
         for answer in group:
             if answer.job.deadline is not None and time.time() > answer.job.deadline:
                 answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
-        rows = [(answer, row) for answer in group if answer.error is None for row in answer.job.rows()]
-        if rows:
-            self._run_rows(rows, self._batch_sizes)
+        waiting = [answer for answer in group if answer.error is None]
+        places = [Place(answer, index, row) for answer in waiting for index, row in enumerate(answer.job.rows())]
+        if places:
+            self._run_places(places, self._batch_sizes)
 
-    def _run_rows(self, rows: Sequence[tuple[Answer, Row]], batch_sizes: Sequence[int]) -> None:
+    def _run_places(self, places: Sequence[Place], batch_sizes: Sequence[int]) -> None:
         """Paint rows in runs of these batch sizes; a run that does not fit into memory is retried in smaller ones."""
         start = 0
-        for size in split_rows(batch_sizes, len(rows)):
-            chunk = rows[start : start + size]
+        for size in split_rows(batch_sizes, len(places)):
+            chunk = places[start : start + size]
             start += size
             try:
                 self._run_chunk(chunk, size)
@@ -241,22 +265,25 @@ class Engine:
             release_memory(self._device)
             smaller = [other for other in batch_sizes if other < size]
             if smaller:
-                self._run_rows(chunk, smaller)
-            for answer, _ in () if smaller else chunk:
-                answer.error = OutOfMemory(f"painting {answer.job.plan.bucket} does not fit into memory")
+                self._run_places(chunk, smaller)
+            for place in () if smaller else chunk:
+                bucket = place.answer.job.plan.bucket
+                place.answer.error = OutOfMemory(f"painting {bucket} does not fit into memory")
 
-    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
-        run = self._paint(chunk[0][0].job, [row for _, row in chunk], size)
+    def _run_chunk(self, chunk: Sequence[Place], size: int) -> None:
+        run = self._paint(chunk, size)
         self._report(run)
-        for (answer, _), painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
+        for place, painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
+            answer = place.answer
             # A request whose pictures took several runs is as slow as the slowest of them.
             answer.engine = slowest({run.engine, answer.engine}) if answer.pictures else run.engine
             answer.pictures.append(images.finish(painted, answer.job.plan))
             answer.incident |= run.incident
             answer.fell_back |= run.fell_back
 
-    def _paint(self, job: Job, rows: list[Row], size: int) -> RunReport:
+    def _paint(self, chunk: Sequence[Place], size: int) -> RunReport:
         """Paint real rows, filled up to `size`."""
+        job, rows = chunk[0].answer.job, [place.row for place in chunk]
         # The filler repeats nobody's text; its images are dropped with its pictures.
         filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
         request = job.request
@@ -273,7 +300,7 @@ class Engine:
         started = time.perf_counter()
         # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
         with torch.inference_mode(), attention_backend(self._attention):
-            pixels = self._painter.paint(batch)
+            pixels = self._painter.paint(batch, lambda step: self._tell(chunk, step))
         runs = [router.run for router in self._routers.values()]
         return RunReport(
             batch=batch,
@@ -284,6 +311,21 @@ class Engine:
             incident=any(run.incidents for run in runs),
             fell_back=any(run.fallen for run in runs),
         )
+
+    def _tell(self, chunk: Sequence[Place], step: Step) -> None:
+        """Pass a run's step on to the jobs that watch; the filler's rows come last and are nobody's."""
+        watched = [(row, place) for row, place in enumerate(chunk) if place.answer.job.watch is not None]
+        if watched:
+            synchronize(self._device)  # a GPU is given steps faster than it does them
+        for row, place in watched:
+            job = place.answer.job
+            assert job.watch is not None
+            sketch = partial(_sketched, step, row, job.plan)
+            job.watch(Progress(place.index, step.number, step.of, sketch))
+
+
+def _sketched(step: Step, row: int, plan: Plan) -> Image.Image:
+    return images.preview(step.sketch(row), plan)
 
 
 def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:

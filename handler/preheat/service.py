@@ -20,6 +20,7 @@ from PIL import Image
 
 import preheat
 from preheat import aot, images
+from preheat.admission import check_cost
 from preheat.buckets import Bucket, round_up
 from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
 from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
@@ -118,7 +119,10 @@ class Service:
         family = self._pipeline.family
         if request.negative_prompt is not None and family.guidance == "embedded":
             raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
-        return self._prepare(request, parse_deadline((headers or {}).get(DEADLINE_HEADER)))
+        job = self._prepare(request, parse_deadline((headers or {}).get(DEADLINE_HEADER)))
+        least_area = min(bucket.area for bucket in self._shapes.buckets)
+        check_cost(request, job.plan.bucket, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        return job
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Paint the jobs; answers come in their order."""

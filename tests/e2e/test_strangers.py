@@ -144,9 +144,12 @@ def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes |
         except RequestError as error:
             assert error.code == 400 and error.field in wish
     bodies: list[bytes | None] = [None] * len(wishes)
-    for (index, _), answer in zip(jobs, service.run([job for _, job in jobs]), strict=True):
+    answers = service.run([job for _, job in jobs])
+    with ThreadPoolExecutor(2) as pool:
+        files = responses.encoded(answers, pool)
+    for (index, _), answer, own in zip(jobs, answers, files, strict=True):
         answer.raise_if_failed()
-        response = responses.from_answer(answer)
+        response = responses.from_answer(answer, own)
         assert response.code == 200 and response.headers["x-preheat-exact"] == "bitwise"
         bodies[index] = response.body
     return bodies
