@@ -98,6 +98,8 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
     sizes = [picture.size for answer in answers for picture in answer.pictures]
     assert sizes == [(50, 60), (20, 90), (40, 30), (40, 30)]
     assert {answer.engine for answer in answers} == {"compiled"}
+    for body in ASKED:
+        _watch_previews(service, body | {"num_images": 3, "num_inference_steps": 4})
     state = service.current_state()
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
     assert state.compiles_at_boot > 0 and {row["engine"] for row in state.buckets} == {"compiled"}
@@ -106,6 +108,22 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
         answers, ask(start(models / family, compile=False, shapes={"buckets": TWO}), *ASKED), strict=True
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def _watch_previews(service: Service, body: dict[str, Any]) -> None:
+    """Ask for a stream with a preview of every step, and see that each picture is told all of them."""
+    seen: list[tuple[int, int, int]] = []
+
+    def look(progress: Progress) -> None:
+        seen.append((progress.index, progress.step, progress.of))
+        assert progress.sketch().size == (answer_size[0] // 8, answer_size[1] // 8)
+
+    job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
+    answer_size = (job.plan.width, job.plan.height)
+    (answer,) = service.run([replace(job, watch=look)])
+    answer.raise_if_failed()
+    of = seen[0][2]
+    assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
 
 
 def test_every_known_family_is_tried_here() -> None:
@@ -336,28 +354,6 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, 
     ask(service, {"seed": 1})
     assert seen and not any(seen) and flash_enabled()
     assert service.current_state().incidents == 0
-
-
-@pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_streams_and_previews_compile_nothing(watch: CompileWatch, models: Path, family: str) -> None:
-    service = start(models / family, shapes={"buckets": TWO})
-    seen: list[tuple[int, int, int]] = []
-    sizes: set[tuple[int, int]] = set()
-
-    def look(progress: Progress) -> None:
-        seen.append((progress.index, progress.step, progress.of))
-        sizes.add(progress.sketch().size)
-
-    for body in ASKED:
-        seen.clear()
-        asked = {"prompt": "a", "stream": True, "preview_every": 1, "num_inference_steps": 4, "num_images": 3} | body
-        (answer,) = service.run([replace(service.parse({"body": asked}), watch=look)])
-        answer.raise_if_failed()
-        of = seen[0][2]
-        assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
-    assert sizes == {(50 // 8, 60 // 8), (20 // 8, 90 // 8), (40 // 8, 30 // 8)}
-    state = service.current_state()
-    assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
 
 
 def test_what_costs_too_much_is_refused_and_warm_up_is_not(watch: CompileWatch, models: Path) -> None:
