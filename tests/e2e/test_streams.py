@@ -26,7 +26,7 @@ def test_a_stream_ends_with_the_picture_that_everybody_gets(served: Served) -> N
         assert response.status_code == 200
         assert response.headers["content-type"] == "application/x-ndjson"
         assert response.headers["transfer-encoding"] == "chunked"
-        assert response.headers["x-preheat-seed"] == "4" and response.headers["x-preheat-bucket"] == "256x256"
+        assert response.headers["x-preheat-seed"] == "4" and response.headers["x-preheat-bucket"] == "320x192"
         chunks = list(response.iter_raw())
     assert len(chunks) > 2, "nothing came before the end"
     told = events(b"".join(chunks))
@@ -39,7 +39,7 @@ def test_a_stream_ends_with_the_picture_that_everybody_gets(served: Served) -> N
         "seed": 4,
         "width": 120,
         "height": 200,
-        "bucket": [256, 256],
+        "bucket": [320, 192],
         "engine": "compiled",
         "output_format": "png",
     }
