@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,13 +86,19 @@ def test_served_is_held_against_the_bare_loop_of_the_same_batch_size(tmp_path: P
 
 def test_a_stages_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every look at the clock is a second later than the last one."""
-    monkeypatch.setattr(stages.time, "perf_counter", itertools.count().__next__)
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
     stopwatch = stages.Stopwatch()
 
-    def fail() -> None:
+    work = SimpleNamespace()
+
+    def outer() -> None:
+        work.inner()
+        work.inner()
+
+    def bad() -> None:
         raise ArithmeticError
 
-    work = SimpleNamespace(inner=lambda: None, outer=lambda: (work.inner(), work.inner()), bad=fail)
+    work.inner, work.outer, work.bad = lambda: None, outer, bad
     for name in ("inner", "outer", "bad"):
         stopwatch.watch(work, name, name)
     work.outer()
