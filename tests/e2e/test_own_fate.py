@@ -60,7 +60,8 @@ def faulty(served: Served, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFac
         patch.setattr(archiving, "ENTRY", entry)
         archive = archiving.build_archive(work / "faulty.yaml", tiny_sdxl, output=work / "archives")
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as many as `served` has: other code otherwise
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE, env=threads)
+    env = threads | {"PYTHONPATH": ""}  # what stands there would go before the archive's own entry
+    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE, env=env)
     try:
         running.wait_ready(900)
         with Client.to(running) as client:
