@@ -43,8 +43,8 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-demo: $(STAMP) ## build, archive, warm and ask a tiny SDXL; pictures land in out/
-	$(BIN)/preheat demo
+demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet]
+	$(BIN)/preheat demo $(MODEL_OPTION)
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest

@@ -31,7 +31,7 @@ def main(archive: Path, rounds: int = 40) -> None:
     config = ModelConfig.load(next(archive.glob("*.yaml")))
     device = pick_device(0)
     worker = Rehearsal(config, archive, device, status=StatusFile(None, "bench"))
-    routers, modules = worker._routers, {name: worker._pipeline.target(name) for name in worker._routers}
+    routers, modules = worker._routers, {name: worker._work.target(name) for name in worker._routers}
     aot.attach(routers, modules, archive / aot.FOLDER, worker.state.fingerprint, Trust.resolve(), device)
     torch._dynamo.config.recompile_limit = 100
     for wanted in worker._wanted:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
@@ -18,20 +15,18 @@ from ts.torch_handler.base_handler import BaseHandler
 from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import pick_device, share_cpu
-from preheat.engine import Answer, Job
 from preheat.errors import OutOfMemory, RequestError
 from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
 from preheat.state import StatusFile
-from preheat.streaming import Stream
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """Adapts TorchServe's contexts and rows to `preheat.service.Service`.
 
-    `preprocess`, `inference` and `postprocess` hand over one entry per row: a job while it is good, a response once its fate is
-    known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
+    `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or answer while it is good, a
+    `Response` once its fate is known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
     """
 
     def initialize(self, context: Any) -> None:
@@ -56,41 +51,30 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 self.device,
                 status=status,
                 metrics=self.metrics,
+                manifest=self.manifest,
             )
         except Exception as error:
             status.write("failed", f"{type(error).__name__}: {error}")
             raise
-        self.encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode")
         self.initialized = True
 
-    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Job | Response]:
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Any]:
         """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
         with self.metrics.timed("preheat_preprocess_seconds"):
-            parsed = [self._parse(index, row) for index, row in enumerate(data)]
-        jobs = {index: entry for index, entry in enumerate(parsed) if isinstance(entry, Job)}
-        self.streams = {index: self._open_stream(index, job) for index, job in jobs.items() if job.request.stream}
-        return parsed
+            return [self._parse(index, row) for index, row in enumerate(data)]
 
-    def inference(self, data: Sequence[Job | Response], *args: Any, **kwargs: Any) -> list[Answer | Response]:
-        """Paint the jobs, in as few pipeline calls as their differences allow; those that stream are watched."""
-        watched = {index: stream.progress for index, stream in self.streams.items()}
-        jobs = {index: entry for index, entry in enumerate(data) if isinstance(entry, Job)}
-        answers = iter(self.service.run([replace(job, watch=watched.get(index)) for index, job in jobs.items()]))
-        return [next(answers) if isinstance(entry, Job) else entry for entry in data]
+    def inference(self, data: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
+        """Serve the jobs, in as few calls of the model as their differences allow."""
+        answers = iter(self.service.run([entry for entry in data if not isinstance(entry, Response)]))
+        return [entry if isinstance(entry, Response) else next(answers) for entry in data]
 
-    def postprocess(self, data: Sequence[Answer | Response]) -> list[bytes]:
-        """Encode the pictures and set each row's status and headers; the bodies are the output."""
-        answers = {index: entry for index, entry in enumerate(data) if isinstance(entry, Answer)}
+    def postprocess(self, data: Sequence[Any]) -> list[bytes]:
+        """Encode the answers and set each row's status and headers; the bodies are the output."""
         with self.metrics.timed("preheat_encode_seconds"):
-            files = dict(zip(answers, responses.encoded(list(answers.values()), self.encoders), strict=True))
-            answered = [
-                self._finish(index, entry, files[index]) if isinstance(entry, Answer) else entry
-                for index, entry in enumerate(data)
-            ]
+            encoded = iter(self.service.respond([entry for entry in data if not isinstance(entry, Response)]))
+            answered = [entry if isinstance(entry, Response) else next(encoded) for entry in data]
         for index, response in enumerate(answered):
-            self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
-            for name, value in response.headers.items():
-                self.context.set_response_header(index, name, value)
+            self._head(index, response)
             # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream, and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
@@ -100,7 +84,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
         return self.service.current_state().document()
 
-    def _parse(self, index: int, row: Mapping[str, object]) -> Job | Response:
+    def _parse(self, index: int, row: Mapping[str, object]) -> Any:
         if not row and self.context.get_request_header(index, "describe") == "True":
             return responses.json_response(200, self.describe_handle())
         # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among the headers it keeps a dict
@@ -108,9 +92,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
-            return self.service.parse(row, headers)
+            return self.service.parse(row, headers, self._sender(index))
         except MemoryError:
-            return responses.from_error(OutOfMemory("the request's images do not fit into memory"))
+            return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.from_error(error)
@@ -119,23 +103,23 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """A gRPC call has no url_path; a client's own input of that name is a dict."""
         return not isinstance(self.context.get_request_header(index, "url_path"), str)
 
-    def _open_stream(self, index: int, job: Job) -> Stream:
-        """A row's events: at once over REST; over gRPC only where every client can stand it."""
+    def _sender(self, index: int) -> Callable[[Response], None] | None:
+        """What sends a part of one row's answer at once; None over gRPC, but where the YAML says that every client can stand it."""
         live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
-        stream = Stream(job, partial(self._send, index) if live else None)
-        for name, value in stream.headers.items():
-            self.context.set_response_header(index, name, value)
-        stream.queued()
-        return stream
+        return partial(self._send, index) if live else None
 
-    def _send(self, index: int, part: bytes) -> None:
-        """A part of one row's answer, now; TorchServe makes it a chunk (REST) or a message (gRPC)."""
+    def _send(self, index: int, part: Response) -> None:
+        """TorchServe makes it a chunk (REST) or a message (gRPC) of that client's own."""
+        self._head(index, part)
         ids = {index: self.context.request_ids[index]}
-        send_intermediate_predict_response({index: part}, ids, "Intermediate Prediction success", 200, self.context)
+        send_intermediate_predict_response(
+            {index: part.body}, ids, "Intermediate Prediction success", 200, self.context
+        )
 
-    def _finish(self, index: int, answer: Answer, files: Sequence[bytes]) -> Response:
-        stream = self.streams.get(index)
-        return stream.finish(answer, files) if stream else responses.from_answer(answer, files)
+    def _head(self, index: int, response: Response) -> None:
+        self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
+        for name, value in response.headers.items():
+            self.context.set_response_header(index, name, value)
 
     def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]

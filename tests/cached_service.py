@@ -16,6 +16,7 @@ import torch
 import counted_compiler
 from preheat import bundle, share
 from preheat.config import ModelConfig
+from preheat.pipeline_work import PipelineWork
 from preheat.service import Service
 from preheat.state import StatusFile
 
@@ -55,7 +56,7 @@ def _die(*_: object) -> None:
 def _die_at(point: str) -> None:
     """Replace the step that the writer does not survive; `packing` dies with half a bundle on the share."""
     if point == "compiling":
-        Service._serve_variant = _half_then_die(Service._serve_variant)  # type: ignore[method-assign]
+        PipelineWork.serve_variant = _half_then_die(PipelineWork.serve_variant)  # type: ignore[method-assign]
     elif point == "packing":
         whole = bundle.pack
 
@@ -73,10 +74,9 @@ def _die_at(point: str) -> None:
 
 
 def _half_then_die(serve: Any) -> Any:
-    def run(self: Service, variant: Any) -> None:
+    def run(self: PipelineWork, variant: Any) -> None:
         serve(self, variant)
-        if self.state.state == "warming":
-            _die()
+        _die()
 
     return run
 

@@ -12,9 +12,10 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from preheat.batching import RunReport
 from preheat.buckets import Bucket
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.engine import Engine, Job, RunReport
+from preheat.engine import Engine, Job
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
 from preheat.pipelines import AfterStep, Batch, Step
 from preheat.request import ImageRequest

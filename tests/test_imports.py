@@ -13,17 +13,47 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share", "admission"},
-        {"pydantic", "pydantic_core", "yaml", "filelock"},
+        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"},
+        {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
-    ({"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "previews"}, {"torch"}),
-    ({"pipelines"}, {"diffusers"}),
-    ({"engine", "metrics", "responses", "service", "streaming"}, set()),
+    (
+        {"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "tensors"}
+        | {"module_request", "previews"},
+        {"torch", "safetensors"},
+    ),
+    ({"pipelines", "modules"}, {"diffusers", "transformers"}),
+    (
+        {
+            "batching",
+            "engine",
+            "metrics",
+            "responses",
+            "work",
+            "pipeline_work",
+            "module_engine",
+            "module_work",
+            "service",
+            "streaming",
+        },
+        set(),
+    ),
     ({"preheat_handler"}, {"ts"}),
 ]
 # What packages, starts, asks and shows; the worker's road never comes through here.
-TOOLS = {"cli", "archiving", "aot_build", "server", "processes", "readiness", "client", "demo", "progress", "tiny"}
+TOOLS = {
+    "cli",
+    "archiving",
+    "aot_build",
+    "server",
+    "processes",
+    "readiness",
+    "client",
+    "demo",
+    "module_demo",
+    "progress",
+    "tiny",
+}
 STANDARD = __import__("sys").stdlib_module_names
 
 

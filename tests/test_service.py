@@ -7,7 +7,6 @@ import io
 import json
 import os
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.pipelines import FAMILIES
 from preheat.service import Service
 from preheat.state import StatusFile
-from preheat.warmup import Variant
+from preheat.variants import Variant
 from preheat.watch import CompileWatch
 
 TWO = [[64, 64], [96, 32]]
@@ -61,10 +60,8 @@ def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
 
 
 def response_to(service: Service, job: Job) -> responses.Response:
-    (answer,) = service.run([job])
-    with ThreadPoolExecutor(2) as pool:
-        (files,) = responses.encoded([answer], pool)
-    return responses.from_answer(answer, files)
+    (response,) = service.respond(service.run([job]))
+    return response
 
 
 def pixels(answer: Answer) -> Any:
@@ -112,15 +109,16 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
 
 def _watch_previews(service: Service, body: dict[str, Any]) -> None:
     """Ask for a stream with a preview of every step, and see that each picture is told all of them."""
+    job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
+    size = (job.plan.width // 8, job.plan.height // 8)
     seen: list[tuple[int, int, int]] = []
 
-    def look(progress: Progress) -> None:
-        seen.append((progress.index, progress.step, progress.of))
-        assert progress.sketch().size == (answer_size[0] // 8, answer_size[1] // 8)
+    class Look:
+        def progress(self, progress: Progress) -> None:
+            seen.append((progress.index, progress.step, progress.of))
+            assert progress.sketch().size == size
 
-    job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
-    answer_size = (job.plan.width, job.plan.height)
-    (answer,) = service.run([replace(job, watch=look)])
+    (answer,) = service.run([replace(job, watcher=Look())])
     answer.raise_if_failed()
     of = seen[0][2]
     assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
@@ -159,7 +157,7 @@ def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(watch: C
 
 def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
-    unet, seen = service._pipeline.target("unet"), []
+    unet, seen = service._work.target("unet"), []
     unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
     )
@@ -349,7 +347,7 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
 def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", pt2={"attention": "math"}, pipeline=TEXT_ONLY)
     seen: list[bool] = []
-    unet = service._pipeline.target("unet")
+    unet = service._work.target("unet")
     unet.register_forward_pre_hook(lambda *_: seen.append(flash_enabled()))
     ask(service, {"seed": 1})
     assert seen and not any(seen) and flash_enabled()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from preheat.engine import Answer
+from preheat.responses import Response
 from preheat.streaming import CONTENT_TYPE, Stream
 from test_engine import Bench
 
@@ -30,19 +31,16 @@ def events(lines: list[bytes]) -> list[dict[str, Any]]:
 def streamed(bench: Bench, *wishes: dict[str, Any]) -> tuple[list[Answer], list[list[dict[str, Any]]]]:
     """The answers to requests of one batch, and the events of each; none where `stream` was not asked for."""
     jobs = [bench.job(**wish) for wish in wishes]
-    lines: list[list[bytes]] = [[] for _ in jobs]
-    streams = [Stream(job, own.append) if job.request.stream else None for job, own in zip(jobs, lines, strict=True)]
+    parts: list[list[Response]] = [[] for _ in jobs]
     watched = [
-        replace(job, watch=stream.progress) if stream else job for job, stream in zip(jobs, streams, strict=True)
+        replace(job, watcher=Stream.begun(job, own.append)) if job.request.stream else job
+        for job, own in zip(jobs, parts, strict=True)
     ]
-    for stream in streams:
-        if stream:
-            stream.queued()
     answers = bench.engine.run(watched)
-    for stream, answer, own in zip(streams, answers, lines, strict=True):
-        if stream:
-            own.append(stream.finish(answer, [FILE] * len(answer.pictures)).body)
-    return answers, [events(own) for own in lines]
+    for answer, own in zip(answers, parts, strict=True):
+        if isinstance(answer.job.watcher, Stream):
+            own.append(answer.job.watcher.finish(answer, [FILE] * len(answer.pictures)))
+    return answers, [events([part.body for part in own]) for own in parts]
 
 
 def test_the_events_of_a_picture() -> None:
@@ -86,7 +84,7 @@ def test_steps_only_go_forward_through_every_split_and_neighbours_hear_nothing(
 ) -> None:
     bench = Bench()
     bench.canvas.most_rows = most_rows  # larger runs are painted up to their last step and then again in smaller ones
-    with patch("preheat.engine.release_memory"):  # it collects garbage, a third of a second each time
+    with patch("preheat.batching.release_memory"):  # it collects garbage, a third of a second each time
         answers, told = streamed(bench, *wishes)
     for wish, answer, own in zip(wishes, answers, told, strict=True):
         assert answer.error is None and len(answer.pictures) == wish["num_images"]
@@ -133,9 +131,8 @@ def test_an_error_is_the_last_event_and_carries_what_an_answer_would() -> None:
 def test_without_a_sender_all_events_are_the_answer() -> None:
     bench = Bench()
     job = bench.job(stream=True, num_inference_steps=2)
-    stream = Stream(job, None)
-    stream.queued()
-    (answer,) = bench.engine.run([replace(job, watch=stream.progress)])
+    stream = Stream.begun(job, None)
+    (answer,) = bench.engine.run([replace(job, watcher=stream)])
     response = stream.finish(answer, [FILE])
     kinds = [event["event"] for event in events([response.body])]
     assert kinds == ["queued", "step", "step", "image", "done"]

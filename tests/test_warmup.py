@@ -13,7 +13,8 @@ from preheat.buckets import Bucket
 from preheat.compilation import Phase, Router, build_router
 from preheat.config import Pt2Config
 from preheat.errors import WarmupError
-from preheat.warmup import Step, Variant, Warmup, covering, plan_variants
+from preheat.variants import Variant, covering, plan_variants
+from preheat.warmup import Step, Warmup
 from preheat.watch import CompileWatch
 
 SMALL, WIDE = Bucket(8, 8), Bucket(8, 16)
@@ -51,7 +52,7 @@ class Server:
         with torch.inference_mode():
             self.denoiser(torch.zeros(rows, 1, variant.bucket.height, variant.bucket.width))
 
-    def engines(self) -> dict[tuple[Bucket, int], str]:
+    def engines(self) -> dict[tuple[object, int], str]:
         return {(record.bucket, record.batch_size): record.engine for record in self.warmup.records}
 
 

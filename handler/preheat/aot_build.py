@@ -25,9 +25,10 @@ from preheat.config import ModelConfig
 from preheat.device import attention_backend, pick_device, share_cpu
 from preheat.errors import PreheatError
 from preheat.service import Service
+from preheat.state import Phase as StatePhase
 from preheat.state import StatusFile
 from preheat.trust import Trust
-from preheat.warmup import Variant
+from preheat.warmup import Warmable
 
 
 @dataclass(slots=True)
@@ -56,7 +57,7 @@ class Rehearsal(Service):
                 progress.update(bars[bucket], description=f"{bucket} {each.target}")
                 path = folder / f"{each.target}-{bucket}-{len(entries)}.pt2"
                 with attention_backend(self.config.pt2.attention):
-                    module = self._pipeline.target(each.target)
+                    module = self._work.target(each.target)
                     aot.build(module, each.plan, path, self.config.pt2.compile.kwargs)
                 entries.append(aot.describe(path, each.target, each.buckets, each.plan))
                 progress.update(bars[bucket], advance=1, description=bucket)
@@ -69,19 +70,20 @@ class Rehearsal(Service):
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
         yield None  # packages are made anew, whatever others have compiled
 
-    def _heat(self, leave_out: Collection[Variant], own_folder: Path | None) -> None:
+    def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
         made: dict[tuple[str, str], Wanted] = {}
-        for bucket, variants in groupby(self._plan_variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
+        for bucket, variants in groupby(self._work.variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
             for target, plan in self._rehearse(variants):
                 wanted = made.setdefault((target, plan.key), Wanted(target, plan, []))
                 wanted.buckets.append(str(bucket))
         self._wanted = list(made.values())
+        return "hot"
 
-    def _rehearse(self, variants: Iterable[Variant]) -> Iterator[tuple[str, aot.Plan]]:
+    def _rehearse(self, variants: Iterable[Warmable]) -> Iterator[tuple[str, aot.Plan]]:
         for router in self._routers.values():
             router.phase, router.examples = Phase.OBSERVE, {}
         for variant in variants:
-            self._serve_variant(variant)
+            self._work.serve_variant(variant)
         for name, router in self._routers.items():
             assert router.examples is not None
             for plan in aot.plan(list(router.examples.values())):

@@ -1,7 +1,7 @@
-"""A pipeline folder and a model YAML become an archive that TorchServe loads.
+"""A model folder and a model YAML become an archive that TorchServe loads.
 
-The archive's root holds the entry file, the package `preheat/`, `<name>.yaml` and, unless weights stay outside,
-`model/`: the pipeline folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the YAML's stem.
+The archive's root holds the entry file, the package `preheat/`, `<name>.yaml`, the Python files that the YAML names and, unless
+weights stay outside, `model/`: the pipeline's or transformers folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the YAML's stem.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import yaml
 
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ArchiveError
+from preheat.yaml_errors import keys_of
 
 ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 
@@ -31,7 +32,7 @@ MANIFEST = Path("MAR-INF", "MANIFEST.json")
 
 def build_archive(
     config: Path,
-    model: str | Path,
+    model: str | Path | None,
     *,
     output: Path,
     archive_format: ArchiveFormat = "zip-store",
@@ -40,36 +41,35 @@ def build_archive(
 ) -> Path:
     """Package `model` with `config` into the folder `output`; return the archive's path.
 
-    `model` is a diffusers pipeline folder; with `external` it may be a hub id as well, and its weights stay where they
-    are: the archive's YAML names the place. `zip-store` and `default` (deflated) write `<name>.mar`, `no-archive` a
-    folder `<name>` that TorchServe serves in place. An older archive of the name is replaced. With `aot`, or where the YAML
-    says `pt2.export.aot_compile`, every target is compiled now, for machines like this one, and lies under `aot/`.
+    `model` is a diffusers pipeline folder, or the transformers folder of a `module`; None where a factory makes the module. With
+    `external` it may be a hub id as well, and its weights stay where they are: the archive's YAML names the place. What
+    `pt2.import` and `module.factory` name is packed from beside the YAML. `zip-store` and `default` (deflated) write
+    `<name>.mar`, `no-archive` a folder `<name>` that TorchServe serves in place. An older archive of the name is replaced.
+    With `aot`, or where the YAML says `pt2.export.aot_compile`, every target is compiled now, for machines like this one, and
+    lies under `aot/`.
 
     Raises:
         ConfigError: the YAML cannot be used.
         ArchiveError: the folder is no pipeline, holds pickled weights, or cannot be packaged.
     """
-    aot = ModelConfig.load(config).pt2.export.aot_compile or aot
+    loaded = ModelConfig.load(config)
+    aot = loaded.pt2.export.aot_compile or aot
     name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):
         raise ArchiveError(f"unknown archive format {archive_format!r}: one of {', '.join(get_args(ArchiveFormat))}")
-    folder = Path(model)
-    if folder.is_dir():
-        _check_weights(folder)
-    elif not external:
-        raise ArchiveError(f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)")
-    place = "." if not external else str(folder.resolve()) if folder.is_dir() else str(model)
+    place = _place(loaded, model, external=external)
 
     output.mkdir(parents=True, exist_ok=True)
     # In `output`, since that is the disk with room for the weights, and no other archive's leftovers lie there.
     with tempfile.TemporaryDirectory(prefix=".archiving-", dir=output) as work_dir:
         work = Path(work_dir)
-        (work / f"{name}.yaml").write_text(_adapted(config, place, aot=aot), encoding="utf-8")
+        (work / f"{name}.yaml").write_text(_adapted(config, loaded, place, aot=aot), encoding="utf-8")
         files = work / "files"  # the archiver copies its contents, not the folder itself
         files.mkdir()
         (files / "preheat").symlink_to(PACKAGE)
-        if not external:
-            (files / "model").symlink_to(folder.resolve())
+        if place == ".":
+            (files / "model").symlink_to(Path(str(model)).resolve())
+        _copy_code(loaded, config.parent, files)
         if aot:
             _compile_ahead(work / f"{name}.yaml", files)
         return _replace(_run_archiver(name, work, archive_format), output)
@@ -82,9 +82,28 @@ def _model_name(config: Path) -> str:
     return name
 
 
-def _check_weights(folder: Path) -> None:
-    if not (folder / "model_index.json").is_file():
-        raise ArchiveError(f"{folder} is no diffusers pipeline: it has no model_index.json")
+def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> str | None:
+    """What the archive's YAML says of where the model lies; None where it is no folder."""
+    if loaded.module is not None and loaded.module.factory is not None:
+        if model is not None:
+            raise ArchiveError("the YAML's module.factory makes the module, so there is no model folder to package")
+        return None
+    if model is None:
+        raise ArchiveError(
+            "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
+        )
+    folder = Path(model)
+    if folder.is_dir():
+        _check_weights(folder, "a diffusers pipeline" if loaded.module is None else "a transformers folder")
+    elif not external:
+        raise ArchiveError(f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)")
+    return "." if not external else str(folder.resolve()) if folder.is_dir() else str(model)
+
+
+def _check_weights(folder: Path, kind: str) -> None:
+    index = "model_index.json" if "diffusers" in kind else "config.json"
+    if not (folder / index).is_file():
+        raise ArchiveError(f"{folder} is not {kind}: it has no {index}")
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         if path.suffix.lower() in PICKLED:
@@ -95,14 +114,31 @@ def _check_weights(folder: Path) -> None:
         raise ArchiveError(f"{folder} holds no safetensors weights")
 
 
-def _adapted(config: Path, place: str, *, aot: bool) -> str:
-    """The YAML's text with `pipeline.path` and `pt2.export` set; as it was, comments included, where they already are."""
+def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
+    """The Python files that the YAML names, from beside it. Copied, not linked: what is imported must lie in the archive."""
+    named = list(loaded.pt2.imports)
+    if loaded.module is not None and loaded.module.factory is not None:
+        root = loaded.module.factory.partition(":")[0].partition(".")[0]
+        named.append(root if (source / root).is_dir() else f"{root}.py")
+    for name in named:
+        if (source / name).is_dir():
+            shutil.copytree(source / name, files / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif (source / name).is_file():
+            (files / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, files / name)
+        else:
+            raise ArchiveError(f"the YAML names {name}, and {source / name} does not exist")
+
+
+def _adapted(config: Path, loaded: ModelConfig, place: str | None, *, aot: bool) -> str:
+    """The YAML's text with the model's path and `pt2.export` set; as it was, comments included, where they already are."""
     text = config.read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    pipeline, pt2 = data.get("pipeline") or {}, data.get("pt2") or {}
+    section = "pipeline" if loaded.module is None else "module"
+    own, pt2 = data.get(section) or {}, data.get("pt2") or {}
     changed: dict[str, Any] = {}
-    if pipeline.get("path", ".") != place:
-        changed["pipeline"] = {**pipeline, "path": place}
+    if place is not None and own.get("path", ".") != place:
+        changed[section] = {**own, "path": place}
     if aot and (not isinstance(pt2, dict) or pt2.get("export") != EXPORTED):
         changed["pt2"] = {**_modern(pt2), "export": EXPORTED}
     return yaml.safe_dump({**data, **changed}, sort_keys=False, allow_unicode=True) if changed else text
@@ -112,7 +148,7 @@ def _modern(pt2: Any) -> dict[str, Any]:
     """`pt2` as a mapping that has room for `export`: TorchServe's legacy forms are arguments of torch.compile."""
     if isinstance(pt2, str):
         pt2 = {"backend": pt2}
-    if not any(key in Pt2Config.model_fields for key in pt2) and pt2:
+    if not any(key in keys_of(Pt2Config) for key in pt2) and pt2:
         return {"compile": {"enable": True, **pt2}}
     return dict(pt2)
 

@@ -24,6 +24,10 @@ class Bucket:
     def __str__(self) -> str:
         return f"{self.height}x{self.width}"
 
+    def document(self) -> dict[str, int]:
+        """Its part of a row of the state."""
+        return {"height": self.height, "width": self.width}
+
     @property
     def area(self) -> int:
         """Height times width, in square pixels."""

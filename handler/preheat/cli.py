@@ -21,8 +21,11 @@ STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
 MANAGEMENT = "http://127.0.0.1:8081"
 
+DEMO_MODULES = ("bert", "resnet")
+"""Configs in `model-config` whose model is made on the spot where none is given, beside the tiny pipelines."""
+
 app = typer.Typer(
-    help="Package, serve and watch diffusers pipelines that are hot before the first request.",
+    help="Package, serve and watch models that are hot before the first request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -43,8 +46,8 @@ Config = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Pipeline folder, or a hub id. Default: the YAML's pipeline.path; "
-        "for tiny-sdxl, -sd15, -sd3 and -flux a pipeline made on the spot."
+        help="Pipeline or transformers folder, or a hub id. Default: the YAML's path; "
+        "for tiny-sdxl, -sd15, -sd3, -flux, bert and resnet a model made on the spot."
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The server's name, where several run here.")]
@@ -68,7 +71,7 @@ def archive(
         bool, typer.Option("--aot", help="Compile now, for machines like this one, so that workers compile nothing.")
     ] = False,
 ) -> None:
-    """Package a pipeline and its YAML into an archive for TorchServe."""
+    """Package a model and its YAML into an archive for TorchServe."""
     from preheat.archiving import build_archive
 
     place = _model(config, model)
@@ -167,11 +170,19 @@ def stop(name: Name = None) -> None:
 
 
 @app.command()
-def demo(out: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("out")) -> None:
-    """Build, archive, warm and ask a tiny SDXL, and stop it again."""
-    from preheat.demo import run
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures or answers.")] = Path("out"),
+    model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
+) -> None:
+    """Build, archive, warm and ask a tiny model, and stop it again."""
+    from preheat import demo, module_demo
 
-    run(STATE, out)
+    if model not in ("sdxl", *DEMO_MODULES):
+        raise PreheatError(f"no demo of {model!r}: sdxl, {' or '.join(DEMO_MODULES)}")
+    if model == "sdxl":
+        demo.run(STATE, out)
+    else:
+        module_demo.run(model, STATE, out)
 
 
 def main() -> None:
@@ -194,22 +205,27 @@ def _checked(name: str) -> str:
     return name
 
 
-def _model(config: Path, model: str | None) -> str:
-    """The pipeline to package: as given, as the YAML says, or a tiny one made now."""
+def _model(config: Path, model: str | None) -> str | None:
+    """The model to package: as given, as the YAML says, or a tiny one made now; None where a factory makes it."""
     if model is not None:
         return model
     from preheat.config import ModelConfig
 
-    path = ModelConfig.load(config).pipeline.path
-    if path != ".":
+    loaded = ModelConfig.load(config)
+    if loaded.module is not None and loaded.module.factory is not None:
+        return None
+    path = loaded.pipeline.path if loaded.module is None else loaded.module.path
+    if path not in (".", None):
         return path
-    family = config.stem.removeprefix("tiny-")
-    if family == config.stem:
+    family = config.stem if config.stem in DEMO_MODULES else config.stem.removeprefix("tiny-")
+    if family == config.stem and family not in DEMO_MODULES:
         raise PreheatError(
-            f"{config} does not say where its pipeline lies: give --model (make: MODEL=), a folder or hub id"
+            f"{config} does not say where its model lies: give --model (make: MODEL=), a folder or hub id"
         )
     from preheat.demo import build_tiny
 
+    if family in DEMO_MODULES:
+        print(f"no model is given: a tiny {family} with random weights is made", file=sys.stderr)
     return str(build_tiny(family, STATE / "models" / config.stem))
 
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from preheat.config import Pt2Config
-from preheat.device import import_ipex, ipex_requested, missing_compiler
+from preheat.device import import_ipex, ipex_requested, is_device_lost, is_out_of_memory, missing_compiler
 from preheat.errors import ConfigError
 from preheat.watch import eagerly, num_graphs, refused_guards
 
@@ -43,7 +43,8 @@ class Phase(Enum):
     """What a router does with a call.
 
     OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
-    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (`strategy: exact`, plain torch.compile).
+    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (plain torch.compile:
+    `strategy: exact`, or a module of unknown shapes), until a compile fails.
     """
 
     OBSERVE = auto()
@@ -264,7 +265,7 @@ class Router:
             self.run.fallen += self.reason is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
-            return self._run_fast(args, kwargs)
+            return self._run_open(args, kwargs)
         args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
         if self.phase is Phase.OBSERVE:
             return self._observe(args, kwargs)
@@ -295,6 +296,19 @@ class Router:
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]
             result = map_tensors(self._fast(*args, **kwargs), torch.clone)
         self.run.engines.add(self.engine)
+        return result
+
+    def _run_open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        try:
+            return self._run_fast(args, kwargs)
+        except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+            if is_out_of_memory(error) or is_device_lost(error):
+                raise
+            reason = f"{type(error).__name__}: {error}".strip()
+        result = self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
+        self._fast, self.reason = None, reason
+        self.run.fallen += 1
+        logger.error("%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason)
         return result
 
     def _run_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -7,17 +7,18 @@ unknown key or a wrong value is a ConfigError that names the YAML path, the valu
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from preheat.errors import ConfigError
+from preheat.module_config import ModuleConfig
 from preheat.pt2_forms import CompileConfig, normalized
 from preheat.schema import BatchSizes, BucketPair, Count, FrozenMapping, Listed, Positive, Section, Text
 from preheat.trust import TrustMode
-from preheat.yaml_errors import explained, refuse_twice, shown
+from preheat.yaml_errors import explained, keys_of, refuse_twice, shown
 
 __all__ = [
     "Attention",
@@ -31,6 +32,7 @@ __all__ = [
     "Guidance",
     "LimitsConfig",
     "ModelConfig",
+    "ModuleConfig",
     "OnFailure",
     "OutputFormat",
     "Oversize",
@@ -146,8 +148,10 @@ class Pt2Config(Section):
     """The `pt2` section: TorchServe's `compile` and `export`, and our keys beside them."""
 
     compile: CompileConfig = CompileConfig()
-    targets: Listed[Target] = ()
-    """Modules to compile; empty means the denoiser."""
+    targets: Listed[Text] = ()
+    """Modules to compile; empty means the denoiser, or the whole of a `module`."""
+    imports: Listed[Text] = Field(default=(), alias="import")
+    """Python files of the archive that are loaded before the model: they register `torch.library.custom_op`s."""
     scope: Scope = "full"
     on_failure: OnFailure = "eager"
     attention: Attention = "default"
@@ -167,9 +171,22 @@ class Pt2Config(Section):
 
     @field_validator("targets")
     @classmethod
-    def _unique(cls, targets: tuple[Target, ...]) -> tuple[Target, ...]:
+    def _unique(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
         refuse_twice(targets, "pt2.targets")
         return targets
+
+    @field_validator("imports")
+    @classmethod
+    def _inside_the_archive(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        refuse_twice(files, "pt2.import")
+        for index, name in enumerate(files):
+            path = PurePosixPath(name)
+            if path.is_absolute() or ".." in path.parts or path.suffix != ".py" or not path.stem.isidentifier():
+                raise ConfigError(
+                    f"{name!r} is no Python file of the archive; use a relative path such as my_ops.py",
+                    f"pt2.import[{index}]",
+                )
+        return files
 
 
 class LimitsConfig(Section):
@@ -300,6 +317,44 @@ class ModelConfig(Section):
 
     pt2: Pt2Config = Pt2Config()
     pipeline: PipelineConfig = PipelineConfig()
+    module: ModuleConfig | None = None
+    """Instead of `pipeline`."""
+
+    @property
+    def names_a_family(self) -> bool:
+        """Whether the YAML says what is served; if not, the archive's manifest may, as with BaseHandler."""
+        return not {"pipeline", "module"}.isdisjoint(self.model_fields_set)
+
+    def as_module(self) -> ModelConfig:
+        """This config for a module of which it says nothing."""
+        return self.model_copy(update={"module": self.module or ModuleConfig()})
+
+    @model_validator(mode="after")
+    def _one_family(self) -> ModelConfig:
+        if self.module is None:
+            for index, target in enumerate(self.pt2.targets):
+                if target not in get_args(Target):
+                    *most, last = map(repr, get_args(Target))
+                    raise ConfigError(
+                        f"must be {', '.join(most)} or {last}, got {shown(target)}", f"pt2.targets[{index}]"
+                    )
+            return self
+        if "pipeline" in self.model_fields_set:
+            raise ConfigError("stands beside pipeline; a YAML has one of the two", "module")
+        shapes = self.pt2.shapes
+        if shapes.buckets:
+            raise ConfigError("a module's buckets are sizes of its inputs: module.inputs", "pt2.shapes.buckets")
+        if shapes.strategy not in ("buckets", "exact"):
+            raise ConfigError(
+                f"{shapes.strategy} is for pipelines; a module has buckets or exact", "pt2.shapes.strategy"
+            )
+        if shapes.fit != "pad":
+            raise ConfigError(f"{shapes.fit} is for pipelines; a module's inputs are padded", "pt2.shapes.fit")
+        if shapes.oversize == "downscale":
+            raise ConfigError("downscale is for pipelines; use reject or eager", "pt2.shapes.oversize")
+        if self.pt2.export.aot_compile and not self.module.inputs:
+            raise ConfigError("has no shapes to compile ahead of time; declare module.inputs", "pt2.export.aot_compile")
+        return self
 
     @model_validator(mode="after")
     def _agree(self) -> ModelConfig:
@@ -323,7 +378,7 @@ class ModelConfig(Section):
         if not isinstance(data, Mapping):
             raise ConfigError(f"a model YAML is a mapping of keys to values, got {shown(data)}")
         if "pt2" in data:
-            data = {**data, "pt2": normalized(data["pt2"], list(Pt2Config.model_fields))}
+            data = {**data, "pt2": normalized(data["pt2"], keys_of(Pt2Config))}
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:

@@ -6,12 +6,10 @@ without diffusers.
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,16 +17,15 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat import geometry, images
-from preheat.buckets import Bucket, round_up, split_rows
-from preheat.compilation import EngineName, Router, slowest
+from preheat.batching import Batcher, Outcome, RunReport
+from preheat.buckets import Bucket, round_up
+from preheat.compilation import Router
 from preheat.config import LimitsConfig, ShapesConfig
-from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory, synchronize
-from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError, RunError
+from preheat.device import synchronize
+from preheat.errors import RequestError
 from preheat.geometry import Plan
 from preheat.pipelines import AfterStep, Batch, Row, Step
 from preheat.request import ImageRequest
-
-logger = logging.getLogger(__name__)
 
 
 class Painter(Protocol):
@@ -54,6 +51,12 @@ class Progress:
     """What it looks like so far, small; only good until the next step."""
 
 
+class Watcher(Protocol):
+    """Told of every step of a job's pictures. After an out-of-memory split their steps begin anew."""
+
+    def progress(self, progress: Progress) -> None: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Job:
     """A request with its plan; `image` and `mask` are already laid in the bucket."""
@@ -64,8 +67,7 @@ class Job:
     mask: Image.Image | None = None
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
-    watch: Callable[[Progress], None] | None = None
-    """Told of every step of its pictures. After an out-of-memory split their steps begin anew."""
+    watcher: Watcher | None = None
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -89,72 +91,47 @@ class Job:
         """One row a picture: the pictures of `num_images` take consecutive seeds."""
         request = self.request
         seeds = [(request.seed + index) % 2**63 for index in range(request.num_images)]
-        return [Row(request.prompt, request.negative_prompt, seed, self.image, self.mask) for seed in seeds]
+        return [
+            Row(request.prompt, request.negative_prompt, seed, self.image, self.mask, index)
+            for index, seed in enumerate(seeds)
+        ]
 
 
 @dataclass(slots=True)
-class Answer:
-    """What one job got."""
+class Answer(Outcome):
+    """What one job got. `exact` compares its pictures with those of the same request alone (rounding: 1/255)."""
 
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
-    engine: EngineName = "eager"
-    exact: Literal["bitwise", "rounding"] = "rounding"
-    """How equal the pictures are to those of the same request alone: to the last bit, or within rounding (1/255)."""
-    incident: bool = False
-    """Met a shape or guard that warm-up had not foreseen."""
-    fell_back: bool = False
-    """Ran eagerly because warm-up had found no engine."""
-    error: RunError | None = None
-
-    @property
-    def is_fallback(self) -> bool:
-        """Whether it ran eagerly although compiled code was wanted."""
-        return self.incident or self.fell_back
 
     @property
     def is_planned_eager(self) -> bool:
         """Whether it ran eagerly on purpose (`oversize: eager`)."""
         return self.job.plan.engine_hint == "eager"
 
-    def raise_if_failed(self) -> None:
-        if self.error is not None:
-            raise self.error
+    @property
+    def bucket(self) -> str:
+        return str(self.job.plan.bucket)
+
+    @property
+    def num_painted(self) -> int:
+        """Pixels, of all its pictures."""
+        return len(self.pictures) * self.job.plan.scaled[0] * self.job.plan.scaled[1]
+
+    @property
+    def num_cropped(self) -> int:
+        """Of those, how many were cut off."""
+        return self.num_painted - len(self.pictures) * self.job.plan.height * self.job.plan.width
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """One picture to paint: number `index` of its answer's."""
-
-    answer: Answer
-    index: int
-    row: Row
-
-
-@dataclass(frozen=True, slots=True)
-class RunReport:
-    """One pipeline call: its pixels (rows, height, width, 3), how many rows are real, and how it ran."""
-
-    batch: Batch
-    pixels: NDArray[np.uint8]
-    num_real_rows: int
-    engine: EngineName
-    seconds: float
-    incident: bool
-    fell_back: bool
-
-
-class Engine:
+class Engine(Batcher[Answer, Row]):
     """Runs jobs through a painter.
 
     Args:
         painter: the pipeline.
-        routers: what stands in for its targets, by target name.
         shapes: the strategy, buckets (resolved, not empty unless `exact`) and batch sizes.
-        max_rows: most rows of one run where `batch_sizes: dynamic` names none.
-        device: where it runs.
-        attention: `pt2.attention`, the same in warm-up and serving because both come through here.
-        report: told of every run.
+
+    The others are those of `Batcher`.
     """
 
     def __init__(
@@ -168,14 +145,8 @@ class Engine:
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
     ) -> None:
-        self._painter, self._routers, self._shapes = painter, routers, shapes
-        self._report, self._device, self._attention = report, device, attention
-        # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
-        self._batch_sizes: Sequence[int] = (
-            range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
-        )
-        if shapes.invariant:
-            self._batch_sizes = (max(self._batch_sizes),)
+        super().__init__(routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report)
+        self._painter, self._shapes = painter, shapes
 
     def prepare(
         self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket, deadline: float | None = None
@@ -228,104 +199,64 @@ class Engine:
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
         answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
-        for group in _grouped(answers):
-            try:
-                self._run_group(group)
-            except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
-                logger.exception("a group of %d request(s) failed", len(group))
-                if is_device_lost(error):
-                    raise SystemExit("the device is lost; TorchServe starts a new worker") from error
-                text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
-                for answer in group:
-                    answer.error = PipelineFailure(text)
+        self.answer(answers)
         return answers
 
-    def _run_group(self, group: Sequence[Answer]) -> None:
-        for answer in group:
-            if answer.job.deadline is not None and time.time() > answer.job.deadline:
-                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
-        waiting = [answer for answer in group if answer.error is None]
-        places = [Place(answer, index, row) for answer in waiting for index, row in enumerate(answer.job.rows())]
-        if places:
-            self._run_places(places, self._batch_sizes)
+    def _job(self, answer: Answer) -> Job:
+        return answer.job
 
-    def _run_places(self, places: Sequence[Place], batch_sizes: Sequence[int]) -> None:
-        """Paint rows in runs of these batch sizes; a run that does not fit into memory is retried in smaller ones."""
-        start = 0
-        for size in split_rows(batch_sizes, len(places)):
-            chunk = places[start : start + size]
-            start += size
-            try:
-                self._run_chunk(chunk, size)
-                continue
-            except Exception as error:
-                if not is_out_of_memory(error):
-                    raise
-                logger.warning("a run of %d rows ran out of memory", size)
-            release_memory(self._device)
-            smaller = [other for other in batch_sizes if other < size]
-            if smaller:
-                self._run_places(chunk, smaller)
-            for place in () if smaller else chunk:
-                bucket = place.answer.job.plan.bucket
-                place.answer.error = OutOfMemory(f"painting {bucket} does not fit into memory")
+    def _grouped(self, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
+        groups: dict[tuple[object, ...], list[Answer]] = {}
+        for answer in answers:
+            groups.setdefault(answer.job.group_key, []).append(answer)
+        yield from groups.values()
 
-    def _run_chunk(self, chunk: Sequence[Place], size: int) -> None:
-        run = self._paint(chunk, size)
-        self._report(run)
-        for place, painted in zip(chunk, run.pixels, strict=False):  # the filler's pictures are dropped
-            answer = place.answer
-            # A request whose pictures took several runs is as slow as the slowest of them.
-            answer.engine = slowest({run.engine, answer.engine}) if answer.pictures else run.engine
-            answer.pictures.append(images.finish(painted, answer.job.plan))
-            answer.incident |= run.incident
-            answer.fell_back |= run.fell_back
+    def _rows(self, answer: Answer) -> list[Row]:
+        return answer.job.rows()
 
-    def _paint(self, chunk: Sequence[Place], size: int) -> RunReport:
-        """Paint real rows, filled up to `size`."""
-        job, rows = chunk[0].answer.job, [place.row for place in chunk]
-        # The filler repeats nobody's text; its images are dropped with its pictures.
-        filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
-        request = job.request
-        batch = Batch(
-            rows=[*rows, *[filler] * (size - len(rows))],
-            task=request.task,
-            bucket=job.plan.bucket,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            strength=request.strength,
-        )
-        for router in self._routers.values():
-            router.start_run(planned_eager=job.plan.engine_hint == "eager")
-        started = time.perf_counter()
-        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
-        with torch.inference_mode(), attention_backend(self._attention):
-            pixels = self._painter.paint(batch, lambda step: self._tell(chunk, step))
-        runs = [router.run for router in self._routers.values()]
-        return RunReport(
-            batch=batch,
-            pixels=pixels,
+    def _too_large(self, answer: Answer) -> str:
+        return f"painting {answer.job.plan.bucket} does not fit into memory"
+
+    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
+        job, rows = chunk[0][0].job, [row for _, row in chunk]
+        batch = _batch(job.request, job.plan.bucket, rows, size)
+        pixels, run = self._called(
+            lambda: self._painter.paint(batch, lambda step: self._tell(chunk, step)),
+            num_rows=size,
             num_real_rows=len(rows),
-            engine=slowest({engine for run in runs for engine in run.engines}),
-            seconds=time.perf_counter() - started,
-            incident=any(run.incidents for run in runs),
-            fell_back=any(run.fallen for run in runs),
+            planned_eager=job.plan.engine_hint == "eager",
         )
+        for (answer, _), painted in zip(chunk, pixels, strict=False):  # the filler's pictures are dropped
+            answer.note(run, first=not answer.pictures)
+            answer.pictures.append(images.finish(painted, answer.job.plan))
 
-    def _tell(self, chunk: Sequence[Place], step: Step) -> None:
-        """Pass a run's step on to the jobs that watch; the filler's rows come last and are nobody's."""
-        watched = [(row, place) for row, place in enumerate(chunk) if place.answer.job.watch is not None]
-        if watched:
+    def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
+        """Pass a run's step on to the jobs that are watched; the filler's rows come last and are nobody's."""
+        watchers = [answer.job.watcher for answer, _ in chunk]
+        if any(watchers):
             synchronize(self._device)  # a GPU is given steps faster than it does them
-        for row, place in watched:
-            job = place.answer.job
-            assert job.watch is not None
-            sketch = partial(_sketched, step, row, job.plan)
-            job.watch(Progress(place.index, step.number, step.of, sketch))
+        for number, (watcher, (answer, row)) in enumerate(zip(watchers, chunk, strict=True)):
+            if watcher is not None:
+                sketch = partial(_sketched, step, number, answer.job.plan)
+                watcher.progress(Progress(row.index, step.number, step.of, sketch))
 
 
-def _sketched(step: Step, row: int, plan: Plan) -> Image.Image:
-    return images.preview(step.sketch(row), plan)
+def _sketched(step: Step, number: int, plan: Plan) -> Image.Image:
+    return images.preview(step.sketch(number), plan)
+
+
+def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:
+    """Real rows, filled up to `size`."""
+    # The filler repeats nobody's text; its images are dropped with its pictures.
+    filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
+    return Batch(
+        rows=[*rows, *[filler] * (size - len(rows))],
+        task=request.task,
+        bucket=bucket,
+        num_inference_steps=request.num_inference_steps,
+        guidance_scale=request.guidance_scale,
+        strength=request.strength,
+    )
 
 
 def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:
@@ -350,10 +281,3 @@ def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
         if not limits.min_side <= side <= limits.max_side:
             span = f"{limits.min_side} to {limits.max_side}"
             raise RequestError(f"would be {side} pixels by the image; name a size of {span}", field_name)
-
-
-def _grouped(answers: Sequence[Answer]) -> Iterator[list[Answer]]:
-    groups: dict[tuple[object, ...], list[Answer]] = {}
-    for answer in answers:
-        groups.setdefault(answer.job.group_key, []).append(answer)
-    yield from groups.values()

@@ -92,5 +92,9 @@ class PipelineError(PreheatError):
     """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""
 
 
+class ModuleError(PreheatError):
+    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that are more than tensors."""
+
+
 class Untrusted(PreheatError):
     """A compiled file that must not be run: unsigned, altered, made for something else, or open to others."""

@@ -13,10 +13,8 @@ from contextlib import contextmanager
 from time import perf_counter
 from typing import Any, Protocol
 
-from preheat.buckets import Bucket
-from preheat.engine import Answer, RunReport
-from preheat.request import FIELDS
-from preheat.state import ServerState
+from preheat.batching import RunReport
+from preheat.state import ServerState, bucket_name
 
 logger = logging.getLogger(__name__)
 
@@ -27,17 +25,48 @@ class Sink(Protocol):
     def __call__(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None: ...
 
 
+class Answered(Protocol):
+    """What is counted of a request that was served."""
+
+    @property
+    def engine(self) -> str: ...
+
+    @property
+    def incident(self) -> bool: ...
+
+    @property
+    def is_fallback(self) -> bool: ...
+
+    @property
+    def is_planned_eager(self) -> bool: ...
+
+    @property
+    def bucket(self) -> str: ...
+
+    @property
+    def num_painted(self) -> int:
+        """Pixels (elements, of a module's inputs) that the model computed for it."""
+
+    @property
+    def num_cropped(self) -> int:
+        """Of those, how many were padding."""
+
+
 class Metrics:
     """Counts since READY; every counter is announced with 0, so that "none" can be told from "not exported"."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
-        self._buckets: frozenset[Bucket] = frozenset()
+        self._buckets: frozenset[str] = frozenset()
+        self._fields: frozenset[str] = frozenset({"body"})
         self._compiles_told = 0
 
-    def ready(self, state: ServerState, buckets: Collection[Bucket]) -> None:
+    def expect(self, buckets: Collection[str], fields: Collection[str]) -> None:
+        """Name the buckets and the request's fields that may be labels; a client's own words never are."""
+        self._buckets, self._fields = frozenset(buckets), frozenset({"body", *fields})
+
+    def ready(self, state: ServerState) -> None:
         """Announce the counters and say what warm-up cost."""
-        self._buckets = frozenset(buckets)
         for name in (
             "preheat_compiles_since_ready_total",
             "preheat_incidents_total",
@@ -50,10 +79,10 @@ class Metrics:
         ):
             self._sink("counter", name, 0, "count", {})
         # The rows of several targets in one bucket and batch size share the time of their warm-up.
-        distinct = {(row["height"], row["width"], row["batch_size"]): row for row in state.buckets}
+        distinct = {(bucket_name(row), row["batch_size"]): row for row in state.buckets}
         seconds: Counter[tuple[str, str]] = Counter()
-        for (height, width, _), row in distinct.items():
-            seconds[f"{height}x{width}", row["cache"]] += row["warm_seconds"]
+        for (bucket, _), row in distinct.items():
+            seconds[bucket, row["cache"]] += row["warm_seconds"]
         for (bucket, cache), spent in seconds.items():
             self._sink("gauge", "preheat_warm_seconds", round(spent, 3), "s", {"Bucket": bucket, "Cache": cache})
         if state.shared_cache:
@@ -62,28 +91,25 @@ class Metrics:
         self._sink("gauge", "preheat_ready_seconds", state.ready_seconds, "s", {})
 
     def run(self, run: RunReport) -> None:
-        """One pipeline call."""
-        num_rows = len(run.batch.rows)
+        """One call of the model."""
         self._sink("histogram", "preheat_inference_seconds", round(run.seconds, 6), "s", {})
-        self._count("preheat_rows_painted_total", num_rows)
-        self._count("preheat_rows_filled_total", num_rows - run.num_real_rows)
+        self._count("preheat_rows_painted_total", run.num_rows)
+        self._count("preheat_rows_filled_total", run.num_rows - run.num_real_rows)
 
-    def answered(self, answer: Answer) -> None:
-        """One request that got its pictures."""
-        plan, num_pictures = answer.job.plan, len(answer.pictures)
+    def answered(self, answer: Answered) -> None:
+        """One request that was served."""
         self._count("preheat_incidents_total", answer.incident)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)
         self._count("preheat_planned_eager_total", answer.is_planned_eager)
         # A size that is no bucket is a client's own: as a label it would be one more time series each.
-        bucket = str(plan.bucket) if plan.bucket in self._buckets else "none"
-        painted = plan.scaled[0] * plan.scaled[1]
+        bucket = answer.bucket if answer.bucket in self._buckets else "none"
         self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": answer.engine})
-        self._count("preheat_pixels_painted_total", num_pictures * painted)
-        self._count("preheat_pixels_cropped_total", num_pictures * (painted - plan.height * plan.width))
+        self._count("preheat_pixels_painted_total", answer.num_painted)
+        self._count("preheat_pixels_cropped_total", answer.num_cropped)
 
     def refused(self, field: str | None) -> None:
         """One request that was not legal. An unknown field's name is a client's text: neither label nor log line."""
-        name = field if field in (*FIELDS, "body") else "other"
+        name = field if field in self._fields else "other"
         self._count("preheat_refused_total", 1, {"Field": name})
         logger.info("refused a request for its field %s", name)
 

@@ -16,6 +16,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from preheat.errors import RequestError
+from preheat.json_text import LONGEST_WHOLE, decoded, loads, shown_name
 
 if TYPE_CHECKING:
     from preheat.config import DefaultsConfig, Guidance, LimitsConfig, Task
@@ -34,7 +35,6 @@ NUM_SEEDS = 2**63
 
 _DATA_URL = re.compile(rb"data:[^,]{0,200};base64,", re.IGNORECASE)
 _WHITE = b" \t\r\n"
-_LONGEST_WHOLE = 40  # digits; nothing here needs more than 19, and int() of a million is a way to keep a server busy
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ class _Sent:
         if value is None:
             return None
         if isinstance(value, bytes):
-            value = _decoded(value, name)
+            value = decoded(value, name)
         if not isinstance(value, str):
             raise RequestError(f"must be text, got {_shown(value)}", name)
         if len(value) > max_chars:
@@ -189,7 +189,7 @@ class _Sent:
         if value is None:
             return None
         if isinstance(value, bytes):
-            value = _decoded(value, name)
+            value = decoded(value, name)
         for one in choices:
             if value == one:
                 return one
@@ -238,9 +238,9 @@ class _Sent:
         value = self._values.get(name)
         if not isinstance(value, bytes):
             return value
-        text = _decoded(value, name)
+        text = decoded(value, name)
         try:
-            return _loads(text)
+            return loads(text)
         except ValueError:
             return text
 
@@ -261,7 +261,7 @@ def _fields_of(row: object) -> dict[str, object]:
             inside = _object(row[envelope])
             for name in parts:
                 if name in inside:
-                    raise RequestError("is given twice, in the JSON and beside it", _name(name))
+                    raise RequestError("is given twice, in the JSON and beside it", shown_name(name))
             return {**inside, **parts}
     return parts
 
@@ -276,7 +276,7 @@ def _part(value: object) -> object:
 def _object(body: object) -> dict[str, object]:
     if isinstance(body, bytes | bytearray | memoryview) and len(body):
         try:
-            body = _loads(_decoded(bytes(body), "body"))
+            body = loads(decoded(bytes(body), "body"))
         except ValueError as error:
             raise RequestError(f"is not JSON: {error}", "body") from None
         if not isinstance(body, dict):
@@ -288,36 +288,6 @@ def _object(body: object) -> dict[str, object]:
     if body is None or body in (b"", ""):
         raise RequestError("is empty; send a JSON object", "body")
     raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
-
-
-def _loads(text: str) -> object:
-    """`text` as JSON. Raises ValueError with a short reason, and RequestError for a name that stands twice."""
-    try:
-        return json.loads(text, object_pairs_hook=_once, parse_int=_whole_literal)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found: dict[str, object] = {}
-    for name, value in pairs:
-        if name in found:
-            raise RequestError("is given twice", _name(name))
-        found[name] = value
-    return found
-
-
-def _whole_literal(digits: str) -> int | float:
-    return int(digits) if len(digits) <= _LONGEST_WHOLE else float(digits)
-
-
-def _decoded(value: bytes, name: str) -> str:
-    try:
-        return value.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(f"is not UTF-8 (byte {error.start})", name) from None
 
 
 def _from_base64(text: str, name: str, max_bytes: int) -> bytes:
@@ -338,23 +308,17 @@ def _from_base64(text: str, name: str, max_bytes: int) -> bytes:
 
 
 def _unknown(name: object) -> RequestError:
-    shown = _name(name)
+    shown = shown_name(name)
     close = get_close_matches(shown, FIELDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
     return RequestError(f"unknown field; {hint}", shown)
-
-
-def _name(name: object) -> str:
-    """A field's name fit for an answer: short, printable ASCII."""
-    text = ascii(name)[1:-1] if isinstance(name, str) and name else '""'
-    return text if len(text) <= 64 else f"{text[:61]}..."
 
 
 def _shown(value: object) -> str:
     """A value for a message: numbers and short words themselves, of anything else the kind alone."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 4 * _LONGEST_WHOLE):
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 4 * LONGEST_WHOLE):
         return repr(value)
     if isinstance(value, str):
         return ascii(value) if len(value) <= 20 else f"text of {len(value)} characters"

@@ -1,41 +1,41 @@
-"""One worker's life: load the pipeline, compile its targets, warm every variant, prove it, serve.
+"""One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
 
-Knows nothing of TorchServe; `preheat_handler` adapts it.
+The same for every family of models; what differs is behind `work.Work`. Knows nothing of TorchServe; `preheat_handler` adapts it.
 """
 
 from __future__ import annotations
 
-import io
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
-from PIL import Image
 
 import preheat
-from preheat import aot, images
-from preheat.admission import check_cost
-from preheat.buckets import Bucket, round_up
-from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
+from preheat import aot
+from preheat.batching import RunReport
+from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
 from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
-from preheat.config import ModelConfig, ShapesConfig
+from preheat.config import ModelConfig
 from preheat.debugging import debugging
-from preheat.device import DTYPES, peak_memory_bytes
-from preheat.engine import Answer, Engine, Job, RunReport
-from preheat.errors import ConfigError, RequestError
+from preheat.device import peak_memory_bytes
+from preheat.errors import ConfigError
+from preheat.importing import INSTALL, digest, load_files
 from preheat.metrics import Metrics, discard
-from preheat.pipelines import DiffusionPipeline
-from preheat.request import DEADLINE_HEADER, ImageRequest, parse_deadline, parse_row
+from preheat.modules import has_model
+from preheat.request import DEADLINE_HEADER, parse_deadline
+from preheat.responses import Response
+from preheat.state import Phase as StatePhase
 from preheat.state import ServerState, StatusFile
 from preheat.trust import Trust
-from preheat.warmup import Record, Step, Variant, Warmup, covering, plan_variants
+from preheat.warmup import Record, Step, Warmable, Warmup
 from preheat.watch import CompileWatch, raise_recompile_limits
+from preheat.work import Work
 
 logger = logging.getLogger(__name__)
 
@@ -45,14 +45,15 @@ class Service:
 
     Args:
         config: the model's YAML.
-        model_dir: what a relative `pipeline.path` starts from; `.` is its folder `model`.
+        model_dir: the unpacked archive.
         device: see `device.pick_device`.
         status: where progress is shown.
         metrics: told what was warmed and, after READY, of every call.
         leave_out: see `warmup.Warmup`.
+        manifest: the archive's, where a module may be named.
 
     Raises:
-        ConfigError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
@@ -64,69 +65,61 @@ class Service:
         *,
         status: StatusFile,
         metrics: Metrics | None = None,
-        leave_out: Collection[Variant] = (),
+        leave_out: Collection[Warmable] = (),
+        manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
+        if not config.names_a_family and has_model(manifest or {}):
+            config = config.as_module()  # as BaseHandler: the manifest alone says what is served
         self.config, self._device, self._status = config, device, status
         self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
         _log_compile_config(config)
         trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
-        self._pipeline = DiffusionPipeline.load(_model_path(config.pipeline.path, model_dir), config.pipeline, device)
-        self._shapes = _resolved_shapes(config, self._pipeline)
+        imported = load_files(config.pt2.imports, model_dir)
+        self._imports = digest(config.pt2.imports, model_dir)
+        self._work = load_work(config, model_dir, manifest or {}, device)
+        self._shapes = self._work.shapes
+        self.state.strategy = self._shapes.strategy
         _refuse_dynamic_cuda_graphs(config, device)
-        self._routers = self._build_routers()
-        self._engine = Engine(
-            self._pipeline,
-            self._routers,
-            self._shapes,
-            max_rows=config.batchSize,
-            device=device,
-            attention=config.pt2.attention,
-            report=self._report,
-        )
+        self._routers = self._build_routers(imported)
+        self._work.engage(self._routers, self._report)
+        self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
         self.state.fingerprint = self._fingerprint()
         if config.pt2.export.aot_compile:
             self._attach_packages(model_dir / aot.FOLDER, trust)
         with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as own_folder:
-            self._heat(leave_out, own_folder)
+            phase = self._heat(leave_out, own_folder)
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
-        self.state.state = "cold" if self._shapes.strategy == "exact" else "hot"
-        self._metrics.ready(self.current_state(), self._shapes.buckets)
+        self.state.state = phase
+        self._metrics.ready(self.current_state())
         status.write(self.state.state)
         logger.info(
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Job:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str] | None = None,
+        send: Callable[[Response], None] | None = None,
+    ) -> Any:
         """A TorchServe input row, which came with these headers (names in lower case), as a job.
+
+        A request that streams gives the parts of its answer to `send`, from now on; None keeps them for the end.
 
         Raises:
             RequestError: anything about it that cannot be served.
         """
-        pipeline = self.config.pipeline
-        request = parse_row(
-            row,
-            content_type=(headers or {}).get("content-type"),
-            limits=pipeline.limits,
-            defaults=pipeline.defaults,
-            guidance=pipeline.guidance,
-            tasks=pipeline.tasks,
-        )
-        family = self._pipeline.family
-        if request.negative_prompt is not None and family.guidance == "embedded":
-            raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
-        job = self._prepare(request, parse_deadline((headers or {}).get(DEADLINE_HEADER)))
-        least_area = min(bucket.area for bucket in self._shapes.buckets)
-        check_cost(request, job.plan.bucket, least_area=least_area, max_cost=pipeline.limits.max_cost)
-        return job
+        headers = headers or {}
+        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)), send)
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Paint the jobs; answers come in their order."""
-        answers = self._engine.run(jobs)
+    def run(self, jobs: Sequence[Any]) -> list[Any]:
+        """Serve the jobs; answers come in their order."""
+        answers = list(self._work.run(jobs))
         self.state.requests += len(jobs)
         for answer in answers:
             if answer.error is None:
@@ -134,30 +127,33 @@ class Service:
         self._metrics.state(self.current_state())
         return answers
 
+    def respond(self, answers: Sequence[Any]) -> list[Response]:
+        """Answers as TorchServe rows."""
+        return self._work.respond(answers)
+
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 
-    def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
-        limits = self.config.pipeline.limits
-        return self._engine.prepare(request, limits=limits, default=self._shapes.buckets[0], deadline=deadline)
-
-    def _build_routers(self) -> dict[str, Router]:
-        pt2, dtype = self.config.pt2, DTYPES[self.config.pipeline.dtype]
-        names = pt2.targets or self._pipeline.default_targets()
-        return {name: build_router(name, self._pipeline.target(name), pt2, dtype, self._device) for name in names}
+    def _build_routers(self, imported: Iterable[ModuleType]) -> dict[str, Router]:
+        work, pt2 = self._work, self.config.pt2.model_copy(update={"shapes": self._shapes})
+        targets = {name: work.target(name) for name in pt2.targets or work.default_targets()}
+        for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
+            for target in targets.values():
+                install(target)
+        return {name: build_router(name, target, pt2, work.dtype, self._device) for name, target in targets.items()}
 
     def _fingerprint(self) -> str:
         compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
-        compiled["dtype"] = self.config.pipeline.dtype
         compiled["batchSize"] = self.config.batchSize
-        return fingerprint(self._device, compiled, self._pipeline.structure())
+        compiled |= {**self._work.settings(), "imports": self._imports}
+        return fingerprint(self._device, compiled, self._work.structure())
 
     def _attach_packages(self, folder: Path, trust: Trust) -> None:
         """Give the routers what was compiled when the archive was built; what cannot be used leaves a reason there."""
-        modules = {name: self._pipeline.target(name) for name in self._routers}
+        modules = {name: self._work.target(name) for name in self._routers}
         aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     @contextmanager
@@ -165,8 +161,12 @@ class Service:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
         compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
-        if cache.shared is None or not compiles or self._shapes.strategy == "exact":
+        if not compiles or self._shapes.strategy == "exact":
             yield None
+            return
+        if cache.shared is None:
+            with self._headers():
+                yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
         # Half of the time, so that a worker that has waited in vain can still compile.
@@ -174,29 +174,38 @@ class Service:
         with synchronized_inductor_cache(
             cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
         ) as use:
-            yield use.folder
+            with self._headers():
+                yield use.folder
             fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
             if fallen:
                 use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
         self.state.shared_cache = use.document()
+
+    def _headers(self) -> AbstractContextManager[None]:
+        if self.config.pt2.compile.kwargs.get("backend", "inductor") != "inductor":
+            return nullcontext()
+        return without_headers_if_warmed(self.state.fingerprint)
 
     def _show_waiting(self, message: str) -> None:
         text = f"{message} (half of startupTimeout, {self.config.startupTimeout or 120} s)"
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, leave_out: Collection[Variant], own_folder: Path | None) -> None:
-        """Warm-up and proof. `exact` has neither: it is plain torch.compile, kept for comparison."""
-        if self._shapes.strategy == "exact":
-            logger.warning("strategy exact: nothing is warmed, requests will wait for the compiler")
+    def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
+        """Warm-up and proof; the state that the worker is in afterwards."""
+        if (
+            self._shapes.strategy == "exact"
+        ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
+            why = "strategy exact" if self.config.pt2.shapes.strategy == "exact" else "module.inputs is not declared"
+            logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             for router in self._routers.values():
                 router.phase = Phase.OPEN
-            return
-        variants: Sequence[Variant] = self._plan_variants(self._warmed_sizes())
+            return "cold"
+        variants = self._work.variants(self._warmed_sizes())
         self.state.state = "warming"
         raise_recompile_limits(self._num_graphs(len(variants)))
         warmup = Warmup(
-            self._serve_variant,
+            self._work.serve_variant,
             self._routers,
             self._watch,
             on_failure=self.config.pt2.on_failure,
@@ -204,18 +213,20 @@ class Service:
             leave_out=leave_out,
             own_folder=own_folder,
         )
-        warmup.observe(self._extremes(variants))
+        warmup.observe(self._work.extremes(variants))
         proven = self._to_prove(self._warm(warmup, variants))
         num_faults = warmup.prove(proven)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
+        self.state.padding = dict(self._work.measure_padding())
+        return "hot"
 
-    def _warm(self, warmup: Warmup, variants: Sequence[Variant]) -> Sequence[Variant]:
+    def _warm(self, warmup: Warmup, variants: Sequence[Warmable]) -> Sequence[Warmable]:
         """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
 
         That a package fails shows in its first run only: then everything is warmed after all.
         """
-        for chosen in (covering(variants), variants):
+        for chosen in (self._work.covering(variants), variants):
             if chosen is not variants and any(router.compiles for router in self._routers.values()):
                 continue
             self._status.plan(Counter(str(variant.bucket) for variant in chosen))
@@ -224,7 +235,7 @@ class Service:
                 return chosen
         return variants
 
-    def _to_prove(self, warmed: Sequence[Variant]) -> Sequence[Variant]:
+    def _to_prove(self, warmed: Sequence[Warmable]) -> Sequence[Warmable]:
         """What is replayed: every variant that can be served, where compiled code might have missed one."""
         if all(router.idle for router in self._routers.values()):
             return ()  # eager code is what it was the first time
@@ -232,13 +243,8 @@ class Service:
             # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages, whose second step of each
             # run went the way of a request already, one run a bucket is enough: the last, which is the smallest.
             return list({variant.bucket: variant for variant in warmed}.values())
-        served = list(self._plan_variants(self._served_sizes()))
-        if self._shapes.strategy == "dynamic":
-            served += {self._between(variant): None for variant in served}
-        return served
-
-    def _plan_variants(self, sizes: Iterable[int]) -> tuple[Variant, ...]:
-        return plan_variants(self._shapes.buckets, sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
+        served = self._work.variants(self._served_sizes())
+        return [*served, *self._work.between(served)]
 
     def _served_sizes(self) -> tuple[int, ...]:
         """The batch sizes that a run can have."""
@@ -253,58 +259,12 @@ class Service:
             return served
         return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
 
-    def _extremes(self, variants: Sequence[Variant]) -> list[Variant]:
-        """The variants whose shapes show which dimensions one graph must cover; none where every graph is static."""
-        largest, smallest = variants[0], variants[-1]
-        if self._shapes.strategy == "dynamic":
-            sizes = {variant.bucket: variant for variant in variants if variant.guidance == largest.guidance}
-            return [largest, *sizes.values(), self._between(largest)]
-        if self._shapes.batch_sizes == "dynamic":
-            guided = [v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task]
-            return [guided[0], guided[-1]]
-        return []
-
-    def _between(self, variant: Variant) -> Variant:
-        """The variant at about half its size: what `strategy: dynamic` has to serve beside the buckets themselves."""
-        grid, bucket = self._pipeline.grid, variant.bucket
-        half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
-        return replace(variant, bucket=half)
-
     def _num_graphs(self, num_variants: int) -> int:
         """An upper bound of graphs per code object: regional blocks share theirs among all blocks of a target."""
         if self.config.pt2.scope == "full":
             return 2 * num_variants
-        blocks = sum(1 for name in self._routers for _ in self._pipeline.target(name).modules())
+        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
         return num_variants * blocks
-
-    def _serve_variant(self, variant: Variant) -> None:
-        """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
-        jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
-        answers = self._engine.run(jobs)
-        for job, answer in zip(jobs, answers, strict=True):
-            answer.raise_if_failed()
-            for picture in answer.pictures:
-                images.encode(picture, job.request.output_format)
-
-    def _sample(self, variant: Variant, seed: int) -> ImageRequest:
-        """A request that meets exactly this variant, in as few steps as the schedulers take."""
-        defaults = self.config.pipeline.defaults
-        with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
-        return ImageRequest(
-            prompt="a picture",
-            negative_prompt=None,
-            height=variant.bucket.height,
-            width=variant.bucket.width,
-            num_inference_steps=2,
-            guidance_scale=max(2.0, defaults.guidance_scale) if variant.guidance else 0.0,
-            seed=seed,
-            image=_blank(variant.bucket, "RGB") if with_image else None,
-            mask_image=_blank(variant.bucket, "L") if with_mask else None,
-            strength=1.0,
-            num_images=1,
-            output_format=defaults.output_format,
-            response_format="image",
-        )
 
     def _show(self, step: Step) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
@@ -313,42 +273,22 @@ class Service:
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
 
-    def _count(self, answer: Answer) -> None:
+    def _count(self, answer: Any) -> None:
         self.state.incidents += answer.incident
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.is_planned_eager
         self._metrics.answered(answer)
 
 
-def _model_path(path: str, model_dir: Path) -> str | Path:
-    """`.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id."""
-    if path == ".":
-        return model_dir / "model"
-    inside = model_dir / path
-    return inside if inside.is_dir() else path
+def load_work(config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device) -> Work:
+    """The model that the YAML names, loaded; a family's libraries are imported only where it is served."""
+    if config.module is not None:
+        from preheat.module_work import ModuleWork
 
+        return ModuleWork.load(config, model_dir, manifest, device)
+    from preheat.pipeline_work import PipelineWork
 
-def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
-    """The shapes with buckets filled in and checked against what the pipeline needs and the limits allow."""
-    shapes, limits = config.pt2.shapes, config.pipeline.limits
-    buckets = shapes.buckets or (pipeline.default_bucket,)
-    for index, bucket in enumerate(buckets):
-        for side, pixels in enumerate((bucket.height, bucket.width)):
-            if pixels % pipeline.multiple:
-                raise ConfigError(
-                    f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
-                    f"pt2.shapes.buckets[{index}][{side}]",
-                )
-        if max(bucket.height, bucket.width) > limits.max_side or bucket.area > limits.max_image_pixels:
-            raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
-                f"pt2.shapes.buckets[{index}]",
-            )
-        if min(bucket.height, bucket.width) < limits.min_side:
-            raise ConfigError(
-                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})", f"pt2.shapes.buckets[{index}]"
-            )
-    return shapes.model_copy(update={"buckets": tuple(buckets)})
+    return PipelineWork.load(config, model_dir, device)
 
 
 def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> None:
@@ -366,17 +306,10 @@ def _log_compile_config(config: ModelConfig) -> None:
         logger.warning("this form of pt2 is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}")
 
 
-def _blank(bucket: Bucket, mode: str) -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (bucket.width, bucket.height), "white").save(buffer, "png")
-    return buffer.getvalue()
-
-
 def _row(record: Record) -> dict[str, Any]:
     """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in words."""
     return {
-        "height": record.bucket.height,
-        "width": record.bucket.width,
+        **record.bucket.document(),
         "batch_size": record.batch_size,
         "target": record.target,
         "engine": record.engine,

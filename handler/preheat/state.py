@@ -30,7 +30,10 @@ class ServerState:
     shared_cache: Mapping[str, Any] = field(default_factory=dict)
     """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without `pt2.cache.shared`."""
     buckets: list[Mapping[str, Any]] = field(default_factory=list)
-    """One row per bucket, batch size and target: height, width (pixels), batch_size, target, engine, warm_seconds, cache, reason."""
+    """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
+    engine, warm_seconds, cache, reason."""
+    padding: Mapping[str, Any] = field(default_factory=dict)
+    """What padding was measured to change in a module's outputs: `max_error` and `exact`, the header's word; empty for a pipeline."""
     compiles_at_boot: int = 0
     compiles_since_ready: int = 0
     eager_fallbacks: int = 0
@@ -46,6 +49,13 @@ class ServerState:
     def document(self) -> dict[str, Any]:
         """The object under `customizedMetadata`."""
         return {"preheat": {name: getattr(self, name) for name in self.__slots__}}
+
+
+def bucket_name(row: Mapping[str, Any]) -> str:
+    """The bucket of a row of the state, as headers and metrics name it."""
+    if "dims" in row:
+        return " ".join(f"{name}={size}" for name, size in row["dims"].items())
+    return f"{row['height']}x{row['width']}"
 
 
 class StatusFile:

@@ -32,23 +32,21 @@ class Stream:
 
     Args:
         job: the request and its plan.
-        send: takes a line at once; None keeps them all for the answer.
+        send: takes a part of the answer at once; None keeps all lines for its end.
     """
 
-    def __init__(self, job: Job, send: Callable[[bytes], None] | None) -> None:
-        self._request, self._plan = job.request, job.plan
+    def __init__(self, job: Job, send: Callable[[Response], None] | None) -> None:
+        self._request, self._plan, self._send = job.request, job.plan, send
         self._kept: list[bytes] = []
-        self._send = send or self._kept.append
         self._through = [0] * job.request.num_images  # steps, of each picture
         self._told = 0
 
-    @property
-    def headers(self) -> dict[str, str]:
-        """What can be said before anything is painted: all that an answer's headers say but the engine."""
-        return {"content-type": CONTENT_TYPE, **responses.plan_headers(self._request, self._plan)}
-
-    def queued(self) -> None:
-        self._send(_line("queued"))
+    @classmethod
+    def begun(cls, job: Job, send: Callable[[Response], None] | None) -> Stream:
+        """A stream whose first event has been sent."""
+        stream = cls(job, send)
+        stream._tell(_line("queued"))
+        return stream
 
     def progress(self, progress: Progress) -> None:
         if progress.step <= self._through[progress.index]:
@@ -60,7 +58,7 @@ class Stream:
         if step > self._told or sketched:
             self._told = step
             preview = {"index": progress.index, "preview": _preview(progress)} if sketched else {}
-            self._send(_line("step", step=step, of=progress.of, **preview))
+            self._tell(_line("step", step=step, of=progress.of, **preview))
 
     def finish(self, answer: Answer, files: Sequence[bytes]) -> Response:
         """The pictures' events are sent, the last event is the response; `files` are the encoded pictures."""
@@ -69,9 +67,20 @@ class Stream:
         else:
             facts = responses.facts(answer)
             for index, picture in enumerate(responses.pictures(answer, files)):
-                self._send(_line("image", index=index, **picture, **facts))
+                self._tell(_line("image", index=index, **picture, **facts))
             last = _line("done")
-        return Response(200, b"".join([*self._kept, last]), self.headers)
+        return self._part(b"".join([*self._kept, last]))
+
+    def _tell(self, line: bytes) -> None:
+        if self._send is None:
+            self._kept.append(line)
+        else:
+            self._send(self._part(line))
+
+    def _part(self, body: bytes) -> Response:
+        """With what can be said before anything is painted: TorchServe sends the headers of the first part."""
+        headers = responses.plan_headers(self._request, self._plan)
+        return Response(200, body, {"content-type": CONTENT_TYPE, **headers})
 
 
 def _line(event: str, **more: Any) -> bytes:

@@ -1,12 +1,12 @@
-"""Tiny pipelines of the real diffusers and transformers classes, made on the spot: the demo's model and the tests'.
+"""Tiny models of the real diffusers and transformers classes, made on the spot: the demo's and the tests'.
 
-Every family has the parts, names and folder layout of the real thing, at a few hundred thousand parameters, seeded.
+Every one has the parts, names and folder layout of the real thing, at a few hundred thousand parameters, seeded.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +24,21 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from tokenizers import Tokenizer
+from tokenizers.models import WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer
+from tokenizers.processors import BertProcessing
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    ResNetConfig,
+    ResNetForImageClassification,
     T5Config,
     T5EncoderModel,
     T5TokenizerFast,
@@ -39,19 +49,20 @@ T5_WIDTH = 64  # at least twice CLIP_WIDTH: SD3 lays both CLIP states side by si
 
 
 def build(family: str, folder: Path) -> Path:
-    """Write a tiny pipeline of `family` (a key of FAMILIES) to `folder`, replacing what is there; return `folder`.
+    """Write a tiny pipeline of `family` (a key of FAMILIES), or one of MODULES, to `folder`, replacing what is there; return `folder`.
 
     The default picture is 256x256 pixels. Weights are safetensors, the same bytes every time.
     """
-    if family not in FAMILIES:
-        raise ValueError(f"unknown family {family!r}: one of {', '.join(FAMILIES)}")
+    if family not in {**FAMILIES, **MODULES}:
+        raise ValueError(f"unknown family {family!r}: one of {', '.join([*FAMILIES, *MODULES])}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        pipeline = FAMILIES[family]()
+        parts = [FAMILIES[family]()] if family in FAMILIES else MODULES[family]()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".tiny-", dir=folder.parent) as scratch:
-        pipeline.save_pretrained(Path(scratch, "new"), safe_serialization=True)
-        if (folder / "model_index.json").exists():
+        for part in parts:
+            part.save_pretrained(Path(scratch, "new"))
+        if (folder / "model_index.json").exists() or (folder / "config.json").exists():
             folder.rename(Path(scratch, "old"))
         Path(scratch, "new").rename(folder)
     return folder
@@ -142,6 +153,28 @@ def _flux() -> Any:
 
 FAMILIES: Mapping[str, Callable[[], Any]] = {"sdxl": _sdxl, "sd15": _sd15, "sd3": _sd3, "flux": _flux}
 
+
+def _bert() -> Sequence[Any]:
+    """A masked encoder and its tokenizer; 512 tokens at most."""
+    config = BertConfig(
+        vocab_size=len(_characters()),
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=512,
+    )
+    return BertModel(config).eval(), _wordpiece_tokenizer()
+
+
+def _resnet() -> Sequence[Any]:
+    """An image classifier of ten classes."""
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10)
+    return (ResNetForImageClassification(config).eval(),)
+
+
+MODULES: Mapping[str, Callable[[], Sequence[Any]]] = {"bert": _bert, "resnet": _resnet}
+
 SCHEDULE: Mapping[str, Any] = {
     "beta_start": 0.00085,
     "beta_end": 0.012,
@@ -207,6 +240,28 @@ def _clip_tokenizer() -> Any:
     symbols = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
     tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+
+
+def _characters() -> list[str]:
+    """Printable ASCII, each at a word's start and inside it, and BERT's specials."""
+    letters = [chr(code) for code in range(33, 127)]
+    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+
+
+def _wordpiece_tokenizer() -> Any:
+    """BERT's, with a vocabulary of single characters."""
+    vocab = {token: index for index, token in enumerate(_characters())}
+    inner = Tokenizer(WordPiece(vocab, unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = BertNormalizer(), BertPreTokenizer()
+    inner.post_processor = BertProcessing(("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"]))
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=512, **special)
 
 
 def _t5_tokenizer() -> Any:

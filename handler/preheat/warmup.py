@@ -1,6 +1,6 @@
 """Makes every variant hot before READY, then proves it: warm through the served path, replay, and nothing may compile.
 
-Warm-up does not know pipelines. It is given `serve`, which runs one variant exactly as a request would run, and the routers
+Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as a request would run, and the routers
 that stand in for the compiled targets.
 """
 
@@ -10,11 +10,9 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol
 
-from preheat.buckets import Bucket
 from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, slowest
 from preheat.errors import WarmupError
 from preheat.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
@@ -25,59 +23,36 @@ logger = logging.getLogger(__name__)
 _MAX_PASSES = 4
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Whatever needs its own graph. `guidance` doubles the denoiser's batch."""
+class Size(Protocol):
+    """A bucket, whatever its dimensions are: hashable, with a name that people read."""
 
-    bucket: Bucket
-    batch_size: int
-    guidance: bool
-    task: str
+    def __hash__(self) -> int: ...
 
-    def __str__(self) -> str:
-        return f"{self.bucket} {self.details}"
+    def __str__(self) -> str: ...
+
+    def document(self) -> dict[str, Any]:
+        """Its part of a row of the state."""
+
+
+class Warmable(Protocol):
+    """Whatever needs its own graph; hashable."""
+
+    @property
+    def bucket(self) -> Size: ...
+
+    @property
+    def batch_size(self) -> int: ...
 
     @property
     def details(self) -> str:
-        return f"batch {self.batch_size}, guidance {'on' if self.guidance else 'off'}, {self.task}"
-
-
-def plan_variants(
-    buckets: Iterable[Bucket], batch_sizes: Iterable[int], guidance: Iterable[bool], tasks: Sequence[str]
-) -> tuple[Variant, ...]:
-    """Every variant, largest first: a bucket that does not fit into memory shows at once, and memory pools grow once."""
-    every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks))
-    return tuple(
-        sorted(
-            every, key=lambda v: (-v.bucket.area, v.bucket.height, -v.batch_size, not v.guidance, tasks.index(v.task))
-        )
-    )
-
-
-def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough where nothing is compiled."""
-
-    def met(variant: Variant) -> set[tuple[object, ...]]:
-        rows = variant.batch_size * (2 if variant.guidance else 1)
-        facts = {("rows", rows), ("task", variant.task), ("pictures", variant.batch_size)}
-        if variant.task != "text-to-image":
-            facts.add(("images", variant.batch_size))
-        return {(variant.bucket, *fact) for fact in facts}
-
-    missing = set[tuple[object, ...]]().union(*map(met, variants))
-    chosen: set[Variant] = set()
-    while missing:
-        best = max(variants, key=lambda variant: len(met(variant) & missing))  # of equals the first: the largest
-        chosen.add(best)
-        missing -= met(best)
-    return tuple(variant for variant in variants if variant in chosen)
+        """All but the bucket, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """What warm-up did for one target in one bucket and batch size; a row of the state."""
 
-    bucket: Bucket
+    bucket: Size
     batch_size: int
     target: str
     engine: EngineName
@@ -92,7 +67,7 @@ class Step:
 
     done: int
     total: int
-    variant: Variant
+    variant: Warmable
     seconds: float
 
 
@@ -110,25 +85,25 @@ class Warmup:
 
     def __init__(
         self,
-        serve: Callable[[Variant], None],
+        serve: Callable[[Any], None],
         routers: Mapping[str, Router],
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
         progress: Callable[[Step], None] = lambda _: None,
-        leave_out: Collection[Variant] = (),
+        leave_out: Collection[Warmable] = (),
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
         self._own_folder = own_folder
-        self._records: dict[tuple[Bucket, int, str], Record] = {}
+        self._records: dict[tuple[Size, int, str], Record] = {}
 
     @property
     def records(self) -> list[Record]:
         return list(self._records.values())
 
-    def observe(self, variants: Iterable[Variant]) -> None:
+    def observe(self, variants: Iterable[Warmable]) -> None:
         """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those.
 
         Packages that were compiled ahead of time know them already, and eager code does not care.
@@ -146,7 +121,7 @@ class Warmup:
                 router.dims = DynamicDims.varying(router.observed)
                 logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
 
-    def warm(self, variants: Sequence[Variant]) -> None:
+    def warm(self, variants: Sequence[Warmable]) -> None:
         """Compile every variant.
 
         Raises:
@@ -174,7 +149,7 @@ class Warmup:
             self._progress(Step(done, len(chosen), variant, seconds))
             self._fail_if_asked(variant)
 
-    def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
+    def _warm_until_quiet(self, variant: Warmable) -> tuple[float, str | None]:
         started, counters = time.perf_counter(), cache_counters(self._own_folder)
         for router in self._routers.values():
             router.start_variant()
@@ -185,7 +160,7 @@ class Warmup:
                 break
         return time.perf_counter() - started, cache_outcome(counters, cache_counters(self._own_folder))
 
-    def prove(self, variants: Iterable[Variant]) -> int:
+    def prove(self, variants: Iterable[Warmable]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The shapes at fault are given up
@@ -227,7 +202,7 @@ class Warmup:
                     found = True
         return found
 
-    def _note(self, variant: Variant, seconds: float, outcome: str | None) -> None:
+    def _note(self, variant: Warmable, seconds: float, outcome: str | None) -> None:
         """Fold what this variant did into the rows of the state: the slowest engine, the sum of seconds."""
         for name, router in self._routers.items():
             idle = Route("eager", router.ahead_reason or router.reason)
@@ -248,7 +223,7 @@ class Warmup:
                 reason=(slower.reason if slower else None) or (before.reason if before else None),
             )
 
-    def _fail_if_asked(self, variant: Variant) -> None:
+    def _fail_if_asked(self, variant: Warmable) -> None:
         if self._on_failure != "fail":
             return
         for name, router in self._routers.items():

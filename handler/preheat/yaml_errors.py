@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, get_origin
+from typing import Any, TypeGuard, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+
+_Model = type[BaseModel] | list[type[BaseModel]] | None
 
 from preheat.errors import ConfigError
 
@@ -17,6 +19,7 @@ _WANTED = {
     "bool_type": "must be true or false",
     "bucket": "must be a bucket, [height, width] in pixels",
     "dict_type": "must be a mapping (key: value)",
+    "extent": "must be a size or the name of a dimension",
     "finite_number": "must be a finite number",
     "float_type": "must be a number",
     "greater_than": "must be greater than {gt}",
@@ -26,7 +29,9 @@ _WANTED = {
     "less_than_equal": "must be at most {le}",
     "literal_error": "must be {expected}",
     "mapping_type": "must be a mapping (key: value)",
+    "missing": "is missing",
     "model_type": "must be a mapping (key: value)",
+    "pad": "must be edge or a number",
     "string_too_short": "must not be empty",
     "string_type": "must be text",
     "too_short": "must have at least one entry",
@@ -38,8 +43,8 @@ def explained(error: ValidationError, data: object, root: type[BaseModel]) -> Co
     """The first thing pydantic found wrong with `data` as a `root`."""
     found = error.errors(include_url=False)[0]
     path, node = "", data
-    model: type[BaseModel] | None = root
-    parents: list[type[BaseModel] | None] = []
+    model: _Model = root
+    parents: list[_Model] = []
     for part in found["loc"]:
         if isinstance(part, int) and isinstance(node, Sequence):
             path, node = f"{path}[{part}]", node[part]
@@ -50,23 +55,39 @@ def explained(error: ValidationError, data: object, root: type[BaseModel]) -> Co
     return ConfigError(_reason(found, parents[-1] if parents else None), path)
 
 
-def _section_at(model: type[BaseModel] | None, key: str) -> type[BaseModel] | None:
-    field = model.model_fields.get(key) if model else None
-    section = field.annotation if field else None
-    if get_origin(section) is not None or not isinstance(section, type):  # to Python 3.10, tuple[int, ...] is a type
-        return None
-    return section if issubclass(section, BaseModel) else None
+def _section_at(model: _Model, key: str) -> _Model:
+    """What the value at `key` is: a section, a mapping to sections (as a list of one), or anything else."""
+    if isinstance(model, list):
+        return model[0]
+    fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
+    section = fields[key].annotation if key in fields else None
+    if get_origin(section) is Mapping:
+        each = get_args(section)[1]
+        return [each] if _is_section(each) else None
+    return section if _is_section(section) else None
 
 
-def _reason(found: ErrorDetails, model: type[BaseModel] | None) -> str:
+def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
+    # To Python 3.10, tuple[int, ...] is a type.
+    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def keys_of(model: type[BaseModel]) -> list[str]:
+    """The keys of a section as the YAML spells them."""
+    return [field.alias or name for name, field in model.model_fields.items()]
+
+
+def _reason(found: ErrorDetails, model: _Model) -> str:
     kind, value, context = found["type"], found["input"], found.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(found["loc"][-1], list(model.model_fields) if model else [])
+        return unknown_key(found["loc"][-1], keys_of(model) if isinstance(model, type) else [])
     if kind == "multiple_of":
         multiple = context["multiple_of"]
         below = value // multiple * multiple
         nearest = f"{below} or {below + multiple}" if below else str(multiple)
         return f"{shown(value)} is not a multiple of {multiple}; use {nearest}"
+    if kind == "missing":
+        return _WANTED[kind]
     wanted = _WANTED[kind].format(**context) if kind in _WANTED else found["msg"]
     return f"{wanted}, got {shown(value)}"
 

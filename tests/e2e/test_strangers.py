@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preheat import responses
 from preheat.client import Client, Reply
 from preheat.errors import RequestError
 from preheat.service import Service
@@ -145,11 +144,7 @@ def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes |
             assert error.code == 400 and error.field in wish
     bodies: list[bytes | None] = [None] * len(wishes)
     answers = service.run([job for _, job in jobs])
-    with ThreadPoolExecutor(2) as pool:
-        files = responses.encoded(answers, pool)
-    for (index, _), answer, own in zip(jobs, answers, files, strict=True):
-        answer.raise_if_failed()
-        response = responses.from_answer(answer, own)
+    for (index, _), response in zip(jobs, service.respond(answers), strict=True):
         assert response.code == 200 and response.headers["x-preheat-exact"] == "bitwise"
         bodies[index] = response.body
     return bodies

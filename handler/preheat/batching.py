@@ -1,0 +1,194 @@
+"""Runs batches of strangers: groups what can share a run, splits rows into warmed batch sizes, keeps failures to themselves.
+
+Knows neither pipelines nor modules: a family derives its engine from `Batcher` and says what a row is and how a chunk of rows
+is run.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, Literal, Protocol, TypeVar
+
+import torch
+
+from preheat.buckets import split_rows
+from preheat.compilation import EngineName, Router, slowest
+from preheat.config import ShapesConfig
+from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RunError
+
+logger = logging.getLogger(__name__)
+
+Exactness = Literal["bitwise", "rounding", "padded"]
+"""How equal an answer is to the same request's alone: to the last bit, within rounding, or a little changed by its padding."""
+
+
+class Queued(Protocol):
+    """What is asked of a job here."""
+
+    @property
+    def deadline(self) -> float | None:
+        """Unix time in seconds after which nobody waits for the answer."""
+
+
+@dataclass(slots=True, kw_only=True)
+class Outcome:
+    """How one request fared; a family's answer derives from it."""
+
+    engine: EngineName = "eager"
+    exact: Exactness = "rounding"
+    incident: bool = False
+    """Met a shape or guard that warm-up had not foreseen."""
+    fell_back: bool = False
+    """Ran eagerly because warm-up had found no engine."""
+    error: RunError | None = None
+
+    @property
+    def is_fallback(self) -> bool:
+        """Whether it ran eagerly although compiled code was wanted."""
+        return self.incident or self.fell_back
+
+    def raise_if_failed(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+    def note(self, run: RunReport, *, first: bool) -> None:
+        """Add a run that this request had rows in; one whose rows took several is as slow as the slowest of them."""
+        self.engine = run.engine if first else slowest({run.engine, self.engine})
+        self.incident |= run.incident
+        self.fell_back |= run.fell_back
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """One call of the model: how many rows it had and how many of them are real, and how it ran."""
+
+    num_rows: int
+    num_real_rows: int
+    engine: EngineName
+    seconds: float
+    incident: bool
+    fell_back: bool
+
+
+AnswerT = TypeVar("AnswerT", bound=Outcome)
+RowT = TypeVar("RowT")
+T = TypeVar("T")
+
+
+class Batcher(ABC, Generic[AnswerT, RowT]):
+    """What the engines of all families do alike.
+
+    Args:
+        routers: what stands in for the targets, by target name.
+        shapes: batch sizes, and whether one alone is used.
+        max_rows: most rows of one run where `batch_sizes: dynamic` names none.
+        device: where it runs.
+        attention: `pt2.attention`, the same in warm-up and serving because both come through here.
+        report: told of every run.
+    """
+
+    def __init__(
+        self,
+        routers: Mapping[str, Router],
+        shapes: ShapesConfig,
+        *,
+        max_rows: int,
+        device: torch.device,
+        attention: str = "default",
+        report: Callable[[RunReport], None] = lambda _: None,
+    ) -> None:
+        self._routers, self._report, self._device, self._attention = routers, report, device, attention
+        # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
+        self._batch_sizes: Sequence[int] = (
+            range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
+        )
+        if shapes.invariant:
+            self._batch_sizes = (max(self._batch_sizes),)
+
+    @abstractmethod
+    def _job(self, answer: AnswerT) -> Queued:
+        """The job that this answers."""
+
+    @abstractmethod
+    def _grouped(self, answers: Sequence[AnswerT]) -> Iterable[list[AnswerT]]:
+        """The answers whose rows may share a run."""
+
+    @abstractmethod
+    def _rows(self, answer: AnswerT) -> Sequence[RowT]: ...
+
+    @abstractmethod
+    def _run_chunk(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> None:
+        """Run these rows, filled up to `size`, and give each answer what is its own."""
+
+    def answer(self, answers: Sequence[AnswerT]) -> None:
+        """Fill the answers. A group that fails takes only its own jobs with it."""
+        for group in self._grouped(answers):
+            try:
+                self._run_group(group)
+            except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
+                logger.exception("a group of %d request(s) failed", len(group))
+                if is_device_lost(error):
+                    raise SystemExit("the device is lost; TorchServe starts a new worker") from error
+                text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
+                for answer in group:
+                    answer.error = PipelineFailure(text)
+
+    def _run_group(self, group: Sequence[AnswerT]) -> None:
+        for answer in group:
+            deadline = self._job(answer).deadline
+            if deadline is not None and time.time() > deadline:
+                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+        rows = [(answer, row) for answer in group if answer.error is None for row in self._rows(answer)]
+        if rows:
+            self._run_rows(rows, self._batch_sizes)
+
+    def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
+        """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller ones."""
+        start = 0
+        for size in split_rows(batch_sizes, len(rows)):
+            chunk = rows[start : start + size]
+            start += size
+            try:
+                self._run_chunk(chunk, size)
+                continue
+            except Exception as error:
+                if not is_out_of_memory(error):
+                    raise
+                logger.warning("a run of %d rows ran out of memory", size)
+            release_memory(self._device)
+            smaller = [other for other in batch_sizes if other < size]
+            if smaller:
+                self._run_rows(chunk, smaller)
+            for answer, _ in () if smaller else chunk:
+                answer.error = OutOfMemory(self._too_large(answer))
+
+    @abstractmethod
+    def _too_large(self, answer: AnswerT) -> str:
+        """What to tell a client whose request does not fit into memory alone."""
+
+    def _called(
+        self, call: Callable[[], T], *, num_rows: int, num_real_rows: int, planned_eager: bool
+    ) -> tuple[T, RunReport]:
+        """What `call`, one run of the model, gives under the served global state, and how it ran; the report is told."""
+        for router in self._routers.values():
+            router.start_run(planned_eager=planned_eager)
+        started = time.perf_counter()
+        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
+        with torch.inference_mode(), attention_backend(self._attention):
+            result = call()
+        runs = [router.run for router in self._routers.values()]
+        run = RunReport(
+            num_rows=num_rows,
+            num_real_rows=num_real_rows,
+            engine=slowest({engine for run in runs for engine in run.engines}),
+            seconds=time.perf_counter() - started,
+            incident=any(run.incidents for run in runs),
+            fell_back=any(run.fallen for run in runs),
+        )
+        self._report(run)
+        return result, run

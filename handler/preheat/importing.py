@@ -1,0 +1,64 @@
+"""Python that an archive brings along: `pt2.import`, a module's factory, TorchServe's model file. Loaded from the archive alone."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+
+from preheat.errors import ConfigError
+
+INSTALL = "install"
+"""A function of this name in an imported file is called with every target before it is compiled."""
+_ARCHIVE = "__preheat_archive__"  # marks what was loaded here, which another archive's file of that name may replace
+
+
+def load_files(names: Sequence[str], folder: Path, path: str = "pt2.import") -> list[ModuleType]:
+    """Run the files `names`, relative to `folder`, once each per process; a file is imported under its stem.
+
+    Raises:
+        ConfigError: there is no such file inside the folder, or it would stand in for another module. What a file raises itself is
+            raised as it is.
+    """
+    return [load_file(name, folder, f"{path}[{index}]") for index, name in enumerate(names)]
+
+
+def load_file(name: str, folder: Path, path: str) -> ModuleType:
+    """Run one file; see `load_files`."""
+    root, file = folder.resolve(), (folder / name).resolve()
+    if not file.is_file() or not file.is_relative_to(root):
+        raise ConfigError(f"the archive holds no file {name!r}", path)
+    known = sys.modules.get(file.stem)
+    if known is not None:
+        if getattr(known, "__file__", None) == str(file):
+            return known
+        if not hasattr(known, _ARCHIVE):
+            raise ConfigError(f"{name!r} would hide the module {file.stem}; give the file another name", path)
+    make_importable(root)
+    spec = importlib.util.spec_from_file_location(file.stem, file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    setattr(module, _ARCHIVE, str(root))
+    sys.modules[file.stem] = module  # first, as import does: the file may be imported by another one of the archive
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[file.stem]
+        raise
+    return module
+
+
+def make_importable(folder: Path) -> None:
+    """Files of the archive may import each other. TorchServe's workers have its folder on their path; other programs not."""
+    if str(folder) not in sys.path:
+        sys.path.insert(0, str(folder))
+        importlib.invalidate_caches()
+
+
+def digest(names: Sequence[str], folder: Path) -> dict[str, str]:
+    """SHA-256 of each file: compiled code depends on it."""
+    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}

@@ -1,0 +1,46 @@
+"""JSON and text as clients send them: read without surprises, and refused by field."""
+
+from __future__ import annotations
+
+import json
+
+from preheat.errors import RequestError
+
+LONGEST_WHOLE = 40
+"""Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server busy."""
+
+
+def loads(text: str) -> object:
+    """`text` as JSON. Raises ValueError with a short reason, and RequestError for a name that stands twice."""
+    try:
+        return json.loads(text, object_pairs_hook=_once, parse_int=_whole_literal)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for name, value in pairs:
+        if name in found:
+            raise RequestError("is given twice", shown_name(name))
+        found[name] = value
+    return found
+
+
+def _whole_literal(digits: str) -> int | float:
+    return int(digits) if len(digits) <= LONGEST_WHOLE else float(digits)
+
+
+def decoded(value: bytes, name: str) -> str:
+    try:
+        return value.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"is not UTF-8 (byte {error.start})", name) from None
+
+
+def shown_name(name: object) -> str:
+    """A field's name fit for an answer: short, printable ASCII."""
+    text = ascii(name)[1:-1] if isinstance(name, str) and name else '""'
+    return text if len(text) <= 64 else f"{text[:61]}..."

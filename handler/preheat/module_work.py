@@ -1,0 +1,277 @@
+"""Any nn.Module as a family: requests for tensors, one variant a bucket and batch size, and what padding does to the answers."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from preheat import modules, tensors
+from preheat.batching import RunReport
+from preheat.compilation import Phase, Router
+from preheat.config import ModelConfig, ModuleConfig, ShapesConfig
+from preheat.device import DTYPES
+from preheat.dims import Dims, combinations
+from preheat.errors import ConfigError, RequestError
+from preheat.module_engine import Answer, Job, ModuleEngine
+from preheat.module_request import Reader
+from preheat.responses import Response, from_error
+
+WHOLE = "model"
+"""The target that is the module itself."""
+TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+"""Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
+UNREADABLE = ("text", "accept")
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Whatever needs its own graph."""
+
+    bucket: Dims
+    batch_size: int
+
+    def __str__(self) -> str:
+        return f"{self.bucket} {self.details}"
+
+    @property
+    def details(self) -> str:
+        return f"batch {self.batch_size}"
+
+
+class ModuleWork:
+    """A module behind `work.Work`."""
+
+    def __init__(self, module: nn.Module, tokenizer: Any, config: ModelConfig, device: torch.device) -> None:
+        assert config.module is not None
+        self._module, self._config, self._device = module, config, device
+        self._own: ModuleConfig = config.module
+        # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own defaults, whenever a request comes.
+        unknown = {} if self._own.inputs else {"strategy": "exact"}
+        self.shapes: ShapesConfig = config.pt2.shapes.model_copy(update=unknown)
+        names = _arguments(module, self._own)
+        self._reader = Reader(names, self._own.inputs or None, self._own.limits, tokenizer)
+        self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
+        self.fields = (*names, *UNREADABLE)
+
+    @classmethod
+    def load(cls, config: ModelConfig, model_dir: Path, manifest: modules.Manifest, device: torch.device) -> ModuleWork:
+        """Load the module, and its folder's tokenizer.
+
+        Raises:
+            ConfigError, ModuleError: it cannot be served as the YAML says.
+        """
+        assert config.module is not None
+        module = modules.load(config.module, model_dir, manifest, device)
+        tokenizer = None
+        if config.module.path is not None:
+            tokenizer = modules.load_tokenizer(modules.pretrained_folder(config.module, model_dir))
+        return cls(module, tokenizer, config, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self._own.dtype]
+
+    def default_targets(self) -> tuple[str, ...]:
+        return (WHOLE,)
+
+    def target(self, name: str) -> nn.Module:
+        """The module itself (`model`), or one inside it by its dotted name.
+
+        Raises:
+            ConfigError: there is no such module.
+        """
+        if name == WHOLE:
+            return self._module
+        found: nn.Module | None = dict(self._module.named_modules()).get(name)
+        if found is None:
+            raise ConfigError(f"{type(self._module).__name__} has no module {name!r}", "pt2.targets")
+        return found
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"module": self._own.model_dump(mode="json", include={"dtype", "inputs", "outputs"})}
+
+    def structure(self) -> Mapping[str, Any]:
+        """Classes and settings of every module in it, the shapes of its weights, and its transformers config."""
+        config: Any = getattr(self._module, "config", None)
+        settings = config.to_dict() if hasattr(config, "to_dict") else {}
+        settings.pop("_name_or_path", None)  # where the folder lies today
+        weights = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._module.state_dict().items()}
+        return {"module": repr(self._module), "config": settings, "weights": weights}
+
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
+        """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows before anything is compiled."""
+        own = self._own
+        self._engine = ModuleEngine(
+            self._module,
+            own,
+            routers,
+            self.shapes,
+            max_rows=self._config.batchSize,
+            device=self._device,
+            attention=self._config.pt2.attention,
+            report=report,
+        )
+        if self.shapes.strategy == "exact":
+            return
+        for router in routers.values():
+            router.phase = Phase.OBSERVE
+        self.measure_padding()
+        for router in routers.values():
+            router.phase, router.observed = Phase.WARM, []
+
+    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
+        descending = sorted(batch_sizes, reverse=True)
+        return tuple(Variant(bucket, size) for bucket in self.sizes for size in descending)
+
+    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
+        return variants  # one graph each
+
+    def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
+        if self.shapes.batch_sizes != "dynamic":
+            return []
+        smallest = [variant for variant in variants if variant.bucket == variants[-1].bucket]
+        return [smallest[0], smallest[-1]]
+
+    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+        return []
+
+    def serve_variant(self, variant: Variant) -> None:
+        """Run one variant as requests would."""
+        sizes = dict(variant.bucket.sizes)
+        jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
+        for answer in self._engine.run(jobs):
+            answer.raise_if_failed()
+
+    def measure_padding(self) -> Mapping[str, Any]:
+        """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
+
+        Raises:
+            ConfigError: an output grows with the padding, and the YAML does not cut it.
+        """
+        errors, shares = [0.0], [0.0]
+        for sizes in {tuple(sorted(_inside(bucket, self._own.choices).items())) for bucket in self._ends()}:
+            job = self._prepared(dict(sizes), seed=0)
+            (ours,), alone = self._engine.run([job]), self._engine.alone(job)
+            for answer in (ours, alone):
+                answer.raise_if_failed()
+            for name, tensor in alone.outputs.items():
+                _check_cut(name, ours.outputs[name], tensor, self._own)
+                if not tensor.numel():
+                    continue
+                error = float((ours.outputs[name].double() - tensor.double()).abs().max())
+                errors.append(error)
+                shares.append(error / max(1.0, float(tensor.double().abs().max())))
+        exact = max(shares) <= TOLERANCE[self.dtype]
+        self._engine.padded = "rounding" if exact else "padded"
+        return {"max_error": max(errors), "exact": self._engine.padded}
+
+    def _ends(self) -> tuple[Dims, Dims]:
+        return self.sizes[0], self.sizes[-1]
+
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
+        inputs, accept = self._reader.read(row, headers)
+        return self._engine.prepare(inputs, accept, deadline)
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        return self._engine.run(jobs)
+
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        return [self._response(answer) for answer in answers]
+
+    def _response(self, answer: Answer) -> Response:
+        """JSON, one .npy, or safetensors, as the request wished."""
+        if answer.error is not None:
+            return from_error(answer.error)
+        facts = {
+            "bucket": answer.bucket,
+            "engine": answer.engine,
+            "padding": f"{answer.padding:.4f}",
+            "exact": answer.exact,
+        }
+        headers = {"content-type": answer.job.accept, **{f"x-preheat-{name}": text for name, text in facts.items()}}
+        if answer.job.accept == "application/safetensors":
+            return Response(200, tensors.to_safetensors(answer.outputs, facts), headers)
+        if answer.job.accept == "application/x-npy":
+            return _npy_response(answer.outputs, headers)
+        lists = {name: tensors.to_lists(tensor) for name, tensor in answer.outputs.items()}
+        document = {"outputs": lists, **facts, "padding": round(answer.padding, 4)}
+        return Response(200, tensors.dumps(document), headers)
+
+    def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
+        """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and 1."""
+        dice = torch.Generator().manual_seed(seed)
+        made: dict[str, torch.Tensor] = {}
+        for name, spec in self._own.inputs.items():
+            dtype = tensors.TORCH_DTYPES[spec.dtype]
+            shape = [1, *(sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape[1:])]
+            if spec.default is not None:
+                made[name] = torch.full(shape, spec.default, dtype=dtype)
+            elif dtype.is_floating_point:
+                made[name] = torch.randn(shape, generator=dice).to(dtype)
+            elif "mask" in name:
+                made[name] = torch.ones(shape, dtype=dtype)
+            else:
+                made[name] = torch.randint(0, 2, shape, generator=dice).to(dtype)
+        return self._engine.prepare(made, "application/json")
+
+
+def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
+    """The names of the module's inputs: the YAML's, which its forward must take, or all that its forward takes.
+
+    Raises:
+        ConfigError: the YAML names one that it does not take.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    known = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+    open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters)
+    for name in config.inputs:
+        if name not in known and not open_ended:
+            raise ConfigError(
+                f"{type(module).__name__}.forward takes no {name}; it takes {', '.join(known)}", f"module.inputs.{name}"
+            )
+    return tuple(config.inputs) or known
+
+
+def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Sizes that are padded the most in this bucket: one more than the bucket below holds, or half of the smallest."""
+    sizes = {}
+    for name, size in bucket.sizes:
+        below = max((other for other in choices[name] if other < size), default=None)
+        sizes[name] = below + 1 if below is not None else max(1, size // 2)
+    return sizes
+
+
+def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: ModuleConfig) -> None:
+    if ours.shape == alone.shape:
+        return
+    if ours.dim() == 0 or alone.dim() == 0:
+        raise ConfigError("has no batch dimension, so requests cannot share it", f"module.outputs.{name}")
+    dims = [dim for dim, sizes in enumerate(zip(ours.shape, alone.shape, strict=False)) if sizes[0] != sizes[1]]
+    grown = ", ".join(f"{dim}: ..." for dim in dims)
+    raise ConfigError(
+        f"is {tuple(ours.shape)} where the module without padding gives {tuple(alone.shape)}; cut it: "
+        f"crop: {{{grown}}} with {' or '.join(config.choices)}",
+        f"module.outputs.{name}.crop",
+    )
+
+
+def _npy_response(outputs: Mapping[str, torch.Tensor], headers: Mapping[str, str]) -> Response:
+    if len(outputs) != 1:
+        names = ", ".join(outputs)
+        return from_error(
+            RequestError(f"an .npy file holds one tensor, this model answers {names}", "accept", code=406)
+        )
+    (tensor,) = outputs.values()
+    return Response(200, tensors.to_npy(tensor), headers)

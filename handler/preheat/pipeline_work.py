@@ -1,0 +1,222 @@
+"""Pipelines as a family: requests for pictures, the variants that they need, and the engine that paints them."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from preheat import images, responses
+from preheat.admission import check_cost
+from preheat.batching import RunReport
+from preheat.buckets import Bucket, round_up
+from preheat.compilation import Router
+from preheat.config import ModelConfig, ShapesConfig
+from preheat.device import DTYPES
+from preheat.engine import Answer, Engine, Job
+from preheat.errors import ConfigError, RequestError
+from preheat.pipelines import DiffusionPipeline
+from preheat.request import FIELDS, ImageRequest, parse_row
+from preheat.responses import Response
+from preheat.streaming import Stream
+from preheat.variants import Variant, covering, plan_variants
+
+
+class PipelineWork:
+    """A diffusers pipeline behind `work.Work`.
+
+    `config.pipeline.path` is `.` for the archive's own folder `model`; a relative folder lies in the archive; anything else is a
+    path or a hub id.
+    """
+
+    fields = FIELDS
+
+    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device) -> None:
+        self._pipeline, self._config, self._device = pipeline, config, device
+        self.shapes = _resolved_shapes(config, pipeline)
+        self._encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode")
+
+    @classmethod
+    def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
+        """Load the pipeline.
+
+        Raises:
+            ConfigError, PipelineError: it cannot be served as the YAML says.
+        """
+        path = _model_path(config.pipeline.path, model_dir)
+        return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self._config.pipeline.dtype]
+
+    @property
+    def sizes(self) -> Sequence[Bucket]:
+        return self.shapes.buckets
+
+    def default_targets(self) -> tuple[str, ...]:
+        return self._pipeline.default_targets()
+
+    def target(self, name: str) -> nn.Module:
+        return self._pipeline.target(name)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"dtype": self._config.pipeline.dtype}
+
+    def structure(self) -> Mapping[str, Any]:
+        return self._pipeline.structure()
+
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
+        self._engine = Engine(
+            self._pipeline,
+            routers,
+            self.shapes,
+            max_rows=self._config.batchSize,
+            device=self._device,
+            attention=self._config.pt2.attention,
+            report=report,
+        )
+
+    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
+        return plan_variants(self.shapes.buckets, batch_sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
+
+    def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
+        return covering(variants)
+
+    def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
+        largest, smallest = variants[0], variants[-1]
+        if self.shapes.strategy == "dynamic":
+            sizes = {variant.bucket: variant for variant in variants if variant.guidance == largest.guidance}
+            return [largest, *sizes.values(), self._between(largest)]
+        if self.shapes.batch_sizes == "dynamic":
+            guided = [v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task]
+            return [guided[0], guided[-1]]
+        return []
+
+    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+        if self.shapes.strategy != "dynamic":
+            return []
+        return list({self._between(variant): None for variant in variants})
+
+    def _between(self, variant: Variant) -> Variant:
+        """The variant at about half its size: what `strategy: dynamic` has to serve beside the buckets themselves."""
+        grid, bucket = self._pipeline.grid, variant.bucket
+        half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
+        return replace(variant, bucket=half)
+
+    def serve_variant(self, variant: Variant) -> None:
+        """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
+        jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
+        answers = self._engine.run(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            answer.raise_if_failed()
+            for picture in answer.pictures:
+                images.encode(picture, job.request.output_format)
+
+    def _sample(self, variant: Variant, seed: int) -> ImageRequest:
+        """A request that meets exactly this variant, in as few steps as the schedulers take."""
+        defaults = self._config.pipeline.defaults
+        with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
+        return ImageRequest(
+            prompt="a picture",
+            negative_prompt=None,
+            height=variant.bucket.height,
+            width=variant.bucket.width,
+            num_inference_steps=2,
+            guidance_scale=max(2.0, defaults.guidance_scale) if variant.guidance else 0.0,
+            seed=seed,
+            image=_blank(variant.bucket, "RGB") if with_image else None,
+            mask_image=_blank(variant.bucket, "L") if with_mask else None,
+            strength=1.0,
+            num_images=1,
+            output_format=defaults.output_format,
+            response_format="image",
+        )
+
+    def measure_padding(self) -> Mapping[str, Any]:
+        return {}  # the canvas that is painted is the bucket: there is no picture without padding to compare with
+
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
+        pipeline = self._config.pipeline
+        request = parse_row(
+            row,
+            content_type=headers.get("content-type"),
+            limits=pipeline.limits,
+            defaults=pipeline.defaults,
+            guidance=pipeline.guidance,
+            tasks=pipeline.tasks,
+        )
+        family = self._pipeline.family
+        if request.negative_prompt is not None and family.guidance == "embedded":
+            raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
+        job = self._prepare(request, deadline)
+        least_area = min(bucket.area for bucket in self.shapes.buckets)
+        check_cost(request, job.plan.bucket, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
+
+    def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
+        limits = self._config.pipeline.limits
+        return self._engine.prepare(request, limits=limits, default=self.shapes.buckets[0], deadline=deadline)
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        return self._engine.run(jobs)
+
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        """Streams send what is left of them; all pictures are encoded side by side before."""
+        files = responses.encoded(answers, self._encoders)
+        return [
+            answer.job.watcher.finish(answer, own)
+            if isinstance(answer.job.watcher, Stream)
+            else responses.from_answer(answer, own)
+            for answer, own in zip(answers, files, strict=True)
+        ]
+
+
+def _model_path(path: str, model_dir: Path) -> str | Path:
+    """`.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id."""
+    if path == ".":
+        return model_dir / "model"
+    inside = model_dir / path
+    return inside if inside.is_dir() else path
+
+
+def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
+    """The shapes with buckets filled in and checked against what the pipeline needs and the limits allow."""
+    shapes, limits = config.pt2.shapes, config.pipeline.limits
+    buckets = shapes.buckets or (pipeline.default_bucket,)
+    for index, bucket in enumerate(buckets):
+        for side, pixels in enumerate((bucket.height, bucket.width)):
+            if pixels % pipeline.multiple:
+                raise ConfigError(
+                    f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
+                    f"pt2.shapes.buckets[{index}][{side}]",
+                )
+        if max(bucket.height, bucket.width) > limits.max_side or bucket.area > limits.max_image_pixels:
+            raise ConfigError(
+                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
+                f"pt2.shapes.buckets[{index}]",
+            )
+        if min(bucket.height, bucket.width) < limits.min_side:
+            raise ConfigError(
+                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})", f"pt2.shapes.buckets[{index}]"
+            )
+    return shapes.model_copy(update={"buckets": tuple(buckets)})
+
+
+def _blank(bucket: Bucket, mode: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (bucket.width, bucket.height), "white").save(buffer, "png")
+    return buffer.getvalue()

@@ -1,0 +1,232 @@
+"""Tensors in and out of clients' bytes: JSON lists, .npy, safetensors and images, each hostile until proven otherwise.
+
+Nothing here unpickles, and no header is believed about how much memory to take. Every refusal is a RequestError that names the input.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from numpy.lib import format as npy
+
+from preheat import images
+from preheat.errors import RequestError
+from preheat.module_config import InputConfig, ModuleLimits
+
+NPY_MAGIC = b"\x93NUMPY"
+TORCH_DTYPES: Mapping[str, torch.dtype] = {
+    name: getattr(torch, name)
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+}
+_MAX_RANK = 16
+_LONGEST_NPY_HEADER = 10_000  # bytes; numpy's own limit
+
+
+def from_list(value: object, dtype: str, name: str) -> torch.Tensor:
+    """A number, or lists of numbers nested to one shape, as a tensor of `dtype`.
+
+    Raises:
+        RequestError: ragged, too deep, or something in it is not of the dtype.
+    """
+    shape = _shape(value, name)
+    numbers: list[Any] = [value]
+    for depth, size in enumerate(shape):
+        for each in numbers:
+            if not isinstance(each, list) or len(each) != size:
+                raise RequestError(f"is ragged: dimension {depth} is {size} in one place and not in another", name)
+        numbers = [item for each in numbers for item in each]
+    kinds = set(map(type, numbers))
+    allowed = {bool} if dtype == "bool" else {int} if "int" in dtype else {int, float}
+    if not kinds <= allowed:
+        wrong = sorted({_kind(kind) for kind in kinds - allowed})
+        raise RequestError(f"must hold numbers of type {dtype}, got {' and '.join(wrong)}", name)
+    if "float" not in dtype and dtype != "bool":
+        span = torch.iinfo(TORCH_DTYPES[dtype])
+        if numbers and not (span.min <= min(numbers) and max(numbers) <= span.max):
+            raise RequestError(f"holds a number that is no {dtype}", name)
+    try:
+        tensor = torch.tensor(numbers, dtype=TORCH_DTYPES[dtype]).reshape(shape)
+    except (OverflowError, RuntimeError, ValueError):
+        raise RequestError(f"holds a number that is no {dtype}", name) from None
+    if not tensor.isfinite().all():  # NaN and Infinity are not JSON, and 1e300 is no float32
+        raise RequestError(f"holds a number that is no {dtype}", name)
+    return tensor
+
+
+def _shape(value: object, name: str) -> tuple[int, ...]:
+    """The shape by the first of each list."""
+    shape: list[int] = []
+    while isinstance(value, list):
+        shape.append(len(value))
+        if len(shape) > _MAX_RANK:
+            raise RequestError(f"is nested deeper than {_MAX_RANK} lists", name)
+        if not value:
+            break
+        value = value[0]
+    return tuple(shape)
+
+
+def _kind(kind: type) -> str:
+    names = {int: "whole numbers", float: "fractions", bool: "true or false", str: "text", type(None): "null"}
+    return names.get(kind, "lists or objects")
+
+
+def inferred(value: object) -> str:
+    """The dtype of JSON numbers where the YAML does not say: int64 for whole ones, else float32."""
+    items: list[Any] = [value]
+    for _ in range(_MAX_RANK):
+        items = [item for each in items for item in (each if isinstance(each, list) else [each])]
+    kinds = set(map(type, items))
+    return "bool" if kinds == {bool} else "int64" if kinds == {int} else "float32"
+
+
+def from_npy(data: bytes, name: str) -> torch.Tensor:
+    """The tensor in an .npy file.
+
+    Raises:
+        RequestError: corrupt, of Python objects, or of a dtype that torch does not have.
+    """
+    file = io.BytesIO(data)
+    try:
+        version = npy.read_magic(file)
+        read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
+        shape, _, dtype = read(file, max_header_size=_LONGEST_NPY_HEADER)
+    except Exception:  # noqa: BLE001  numpy parses the header as Python literals, and raises whatever that leads to
+        raise RequestError("is no .npy file that can be read: its header is corrupt", name) from None
+    if dtype.hasobject:
+        raise RequestError("holds pickled objects, which are refused: reading them can run code", name)
+    if dtype.kind not in "biuf" or len(shape) > _MAX_RANK:
+        raise RequestError(f"holds {str(dtype)[:40]}, which is no tensor of numbers", name)
+    # Before numpy takes memory for what the header promises.
+    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
+        raise RequestError("is no .npy file that can be read: its size is not what its header says", name)
+    array = np.load(io.BytesIO(data), allow_pickle=False)
+    try:
+        return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
+    except TypeError:
+        raise RequestError(f"holds {dtype}, which torch does not have", name) from None
+
+
+def from_safetensors(data: bytes) -> dict[str, torch.Tensor]:
+    """The tensors in a safetensors file, by name.
+
+    Raises:
+        RequestError: corrupt.
+    """
+    try:
+        return safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+        reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
+        raise RequestError(f"is no safetensors file that can be read: {reason}", "body") from None
+
+
+def looks_like_safetensors(data: bytes) -> bool:
+    """A length, then a JSON object of that length (huggingface/safetensors, README)."""
+    return len(data) > 8 and data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
+
+
+def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits) -> torch.Tensor:
+    """An image file as (1, 3, height, width): RGB in 0..1, normalised as the YAML says.
+
+    Raises:
+        RequestError: it cannot be read, or is over the limits.
+    """
+    if len(data) > limits.max_image_bytes:
+        raise RequestError(f"has {len(data)} bytes, at most {limits.max_image_bytes} are allowed", name)
+    picture = images.decode(data, field=name, max_pixels=limits.max_image_pixels)
+    pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
+    values = pixels.to(torch.float32) / 255
+    if spec.normalize is not None:
+        mean, std = (torch.tensor(each).reshape(3, 1, 1) for each in (spec.normalize.mean, spec.normalize.std))
+        values = (values - mean) / std
+    return values.unsqueeze(0).to(TORCH_DTYPES[spec.dtype])
+
+
+def checked(tensor: torch.Tensor, spec: InputConfig, name: str) -> torch.Tensor:
+    """`tensor` with its leading batch dimension of 1, as `spec` wants it.
+
+    Raises:
+        RequestError: wrong dtype, rank or a fixed size; more than one row; empty.
+    """
+    wanted = TORCH_DTYPES[spec.dtype]
+    if tensor.dtype != wanted and not _widens(tensor.dtype, wanted):
+        raise RequestError(f"must be {spec.dtype}, got {str(tensor.dtype).removeprefix('torch.')}", name)
+    shape = ", ".join(map(str, spec.shape))
+    if tensor.dim() == len(spec.shape) - 1:
+        tensor = tensor.unsqueeze(0)
+    if tensor.dim() != len(spec.shape):
+        raise RequestError(f"must have {len(spec.shape)} dimensions [{shape}], got {tensor.dim()}", name)
+    if tensor.shape[0] != 1:
+        raise RequestError(f"holds {tensor.shape[0]} rows; a request is one row, the server makes batches", name)
+    for index, (size, extent) in enumerate(zip(tensor.shape, spec.shape, strict=True)):
+        if isinstance(extent, int) and size != extent:
+            raise RequestError(f"must be {extent} in dimension {index} of [{shape}], got {size}", name)
+        if size == 0:
+            raise RequestError(f"is empty in dimension {index} of [{shape}]", name)
+    return tensor.to(wanted).contiguous()
+
+
+def _widens(sent: torch.dtype, wanted: torch.dtype) -> bool:
+    """Whether every number of one dtype is one of the other's: float16 where float32 is wanted, but not the other way."""
+    if sent.is_floating_point != wanted.is_floating_point or torch.bool in (sent, wanted):
+        return False
+    return torch.promote_types(sent, wanted) == wanted
+
+
+def pad_to(tensor: torch.Tensor, shape: Sequence[int], pad: float | str) -> torch.Tensor:
+    """`tensor` grown at the end of each dimension to `shape`: by a number, or by its last value there (`edge`)."""
+    if tuple(tensor.shape) == tuple(shape):
+        return tensor
+    if pad == "edge":
+        for dim, size in enumerate(shape):
+            if tensor.shape[dim] != size:
+                index = torch.arange(size, device=tensor.device).clamp(max=tensor.shape[dim] - 1)
+                tensor = tensor.index_select(dim, index)
+        return tensor
+    assert not isinstance(pad, str)
+    grown = tensor.new_full(tuple(shape), pad)
+    grown[tuple(slice(size) for size in tensor.shape)] = tensor
+    return grown
+
+
+def cut_to(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
+    """`tensor` with the padding cut off: the first `sizes[dim]` of each dimension that is named."""
+    for dim, size in sizes.items():
+        tensor = tensor.narrow(dim, 0, size)
+    return tensor
+
+
+def to_npy(tensor: torch.Tensor) -> bytes:
+    file = io.BytesIO()
+    np.save(file, _as_numpy(tensor), allow_pickle=False)
+    return file.getvalue()
+
+
+def to_safetensors(tensors: Mapping[str, torch.Tensor], facts: Mapping[str, str]) -> bytes:
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    return safetensors.torch.save(contiguous, metadata=dict(facts))
+
+
+def to_lists(tensor: torch.Tensor) -> Any:
+    """Nested lists for JSON, which knows no NaN and no infinity: they become null."""
+    array: Any = _as_numpy(tensor)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        array = np.where(np.isfinite(array), array.astype(object), None)
+    return array.tolist()
+
+
+def _as_numpy(tensor: torch.Tensor) -> Any:
+    """numpy has no bfloat16."""
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def dumps(document: Mapping[str, Any]) -> bytes:
+    return json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
