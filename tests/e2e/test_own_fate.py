@@ -24,6 +24,8 @@ FAULTS = """
 
 import os as _os
 
+import torch as _torch
+
 from preheat import pipelines as _pipelines
 
 _paint = _pipelines.DiffusionPipeline.paint
@@ -35,7 +37,7 @@ def _faulty(self, batch, *arguments):
         _os._exit(1)
     pixels = _paint(self, batch, *arguments)
     if "huge" in words or "large" in words and len(batch.rows) > 1:
-        raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
+        raise _torch.OutOfMemoryError("CUDA out of memory (simulated)")
     return pixels
 
 
