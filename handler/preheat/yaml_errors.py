@@ -60,7 +60,8 @@ def _section_at(model: _Model, key: str) -> _Model:
     if isinstance(model, list):
         return model[0]
     fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
-    section = fields[key].annotation if key in fields else None
+    section: Any = fields[key].annotation if key in fields else None
+    section = next(filter(_is_section, get_args(section)), section)  # of `Section | None`
     if get_origin(section) is Mapping:
         each = get_args(section)[1]
         return [each] if _is_section(each) else None
