@@ -122,6 +122,8 @@ def test_the_shipped_configs_load_and_compile(path: Path) -> None:
     assert config.startupTimeout is not None
     assert config.startupTimeout >= 1800
     assert config.maxRetryTimeoutInSec is not None  # TorchServe's own 300 would end the retries of a slow start
+    if config.module is not None:
+        return
     largest = max(max(bucket.height, bucket.width) for bucket in config.pt2.shapes.buckets)
     assert largest <= config.pipeline.limits.max_side
     if config.pt2.shapes.batch_sizes != "dynamic":
