@@ -86,8 +86,11 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
 MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
 
 
-def start(folder: Path, module: dict[str, Any], *, backend: str = "eager", enable: bool = True, **pt2: Any) -> Service:
+def start(
+    folder: Path, module: dict[str, Any], *, backend: str = "eager", enable: bool = True, imports: Any = (), **pt2: Any
+) -> Service:
     torch.compiler.set_stance("default")
+    pt2["import"] = list(imports)
     data = {"compile": {"enable": enable, "backend": backend}, "shapes": {"batch_sizes": [1, 2]}} | pt2
     config = ModelConfig.parse({"batchSize": 4, "pt2": data, "module": module})
     return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "m"))
@@ -237,13 +240,13 @@ def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path
 
 def test_what_may_not_be_imported_is_refused(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"pt2.import\[0\]: the archive holds no file 'other.py'"):
-        start(models / "bert", BERT, **{"import": ["other.py"]})
+        start(models / "bert", BERT, imports=["other.py"])
     (tmp_path / "json.py").touch()
     with pytest.raises(ConfigError, match="hide the module json"):
-        start(tmp_path, BERT, **{"import": ["json.py"]})
+        start(tmp_path, BERT, imports=["json.py"])
     (tmp_path / "outside.py").symlink_to(EXAMPLE)
     with pytest.raises(ConfigError, match="holds no file 'outside.py'"):
-        start(tmp_path, BERT, **{"import": ["outside.py"]})
+        start(tmp_path, BERT, imports=["outside.py"])
 
 
 def test_a_factory_in_the_archive_makes_the_module(watch: CompileWatch, tmp_path: Path) -> None:
@@ -283,7 +286,7 @@ def test_torchserves_own_forms_choose_as_basehandler_does(
 
     monkeypatch.setattr(torch, "compile", compiling)
     monkeypatch.syspath_prepend(str(plain))
-    monkeypatch.delitem(sys.modules, "plain_net", raising=False)
+    sys.modules.pop("plain_net", None)
     theirs = base_handler.BaseHandler()
     data = yaml.safe_load(form)
     context = SimpleNamespace(
@@ -292,7 +295,7 @@ def test_torchserves_own_forms_choose_as_basehandler_does(
     monkeypatch.setattr(base_handler, "IPEX_AVAILABLE", False, raising=False)
     theirs.initialize(context)
     by_them, chosen[:] = list(chosen), []
-    monkeypatch.delitem(sys.modules, "plain_net", raising=False)
+    sys.modules.pop("plain_net", None)
     service = served_plainly(plain, form)
     assert chosen == by_them and service.state.state == "cold"
     (answer,) = ask(service, [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
