@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import random
-import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import safetensors.torch
 import torch
 import transformers
 import yaml
+from test_readme import blocks
 
 from preheat import server, tiny
 from preheat.archiving import build_archive
@@ -52,28 +52,17 @@ class Modules:
 
 
 def archive_plainly(work: Path) -> Path:
-    """As TorchServe's own examples do it, with the handler's folder among the extra files."""
+    """As the README says, from another folder."""
     (work / "model.py").write_text(PLAIN)
     torch.save({"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.zeros(3)}, work / "weights.pt")
     (work / "plain.yaml").write_text(
         "minWorkers: 1\nmaxWorkers: 1\npt2: {compile: {enable: true, backend: aot_eager}}\n"
     )
-    shutil.copytree(server.ROOT / "handler" / "preheat", work / "extra" / "preheat")
     (work / "tmp").mkdir()
-    options = [
-        "--model-name",
-        "plain",
-        "--version",
-        "1.0",
-        "--model-file",
-        "model.py",
-        "--serialized-file",
-        "weights.pt",
-    ]
-    options += ["--handler", str(server.ROOT / "handler" / "preheat_handler.py"), "--extra-files", "extra"]
-    options += ["--config-file", "plain.yaml", "--export-path", "."]
-    archiver = [sys.executable, "-m", "model_archiver.model_packaging", *options]
-    subprocess.run(archiver, cwd=work, check=True, env={**os.environ, "TMPDIR": str(work / "tmp")})
+    (work / "handler").symlink_to(server.ROOT / "handler")
+    (command,) = [block for block in blocks("bash") if block.startswith("torch-model-archiver")]
+    command = command.replace("torch-model-archiver", f"{sys.executable} -m model_archiver.model_packaging", 1)
+    subprocess.run(["bash", "-euc", command], cwd=work, check=True, env={**os.environ, "TMPDIR": str(work / "tmp")})
     return work / "plain.mar"
 
 
@@ -95,6 +84,16 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modules]:
         for client in clients.values():
             client.close()
         running.stop()
+
+
+def test_the_readmes_two_commands_work_as_pasted(modules: Modules) -> None:
+    (block,) = [block for block in blocks("bash") if "curl" in block]
+    commands = "\n".join(line for line in block.splitlines() if not line.startswith("make "))
+    commands = commands.replace("http://127.0.0.1:8080", modules.running.inference)
+    done = subprocess.run(["bash", "-euc", commands], cwd=modules.folder, check=True, capture_output=True, text=True)
+    assert '"last_hidden_state":[[[' in done.stdout
+    answered = safetensors.torch.load_file(modules.folder / "hidden.safetensors")
+    assert answered["last_hidden_state"].shape == (1, 3, 32)
 
 
 def npy(array: Any, **options: Any) -> bytes:

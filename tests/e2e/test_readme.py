@@ -99,12 +99,12 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
 
 
 def test_the_yaml_is_a_config_that_loads() -> None:
-    (text,) = blocks("yaml")
-    assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
+    for text in blocks("yaml"):
+        assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
 
 
 def test_the_readme_names_only_files_that_exist() -> None:
-    for path in re.findall(r"`((?:model-config|archive|tests|bench|docs)/[\w./-]+)`", README):
+    for path in re.findall(r"`((?:model-config|archive|examples|tests|bench|docs)/[\w./-]+)`", README):
         assert (server.ROOT / path).exists(), path
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (server.ROOT / path).exists(), path
