@@ -17,8 +17,8 @@ from PIL import Image
 
 from preheat import server
 from preheat.config import ModelConfig
+from served import README, blocks
 
-README = (server.ROOT / "README.md").read_text()
 PORTS = {
     "INFERENCE_PORT": 8080,
     "MANAGEMENT_PORT": 8081,
@@ -26,10 +26,6 @@ PORTS = {
     "GRPC_PORT": 7070,
     "GRPC_MANAGEMENT_PORT": 7071,
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 class Shell:
