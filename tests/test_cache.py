@@ -48,9 +48,9 @@ def place(tmp_path: Path) -> SharedCache:
     return SharedCache(tmp_path / "shared", Trust("owner"))
 
 
-def program(name: str, *arguments: object) -> subprocess.Popen[str]:
+def program(name: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(TESTS / name), *map(str, arguments)]
-    environment = {**os.environ, **ENVIRONMENT}
+    environment = {**os.environ, **ENVIRONMENT, **environment}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -85,14 +85,17 @@ def test_of_four_cold_workers_exactly_one_compiles(cold: tuple[Path, list[dict[s
     assert min(each["waited_seconds"] for each in told if each["cache"] == "hit") > 0
 
 
-def test_a_bundle_hits_in_another_folder_and_is_not_published_again(cold: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_a_bundle_hits_in_another_folder_and_is_not_published_again(
+    cold: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
     shared, _ = cold
     (path,) = shared.glob("*.bundle")
     before = path.stat().st_ino
-    output, errors = program("cold_worker.py", shared).communicate(timeout=300)
+    output, errors = program("cold_worker.py", shared, TMPDIR=str(tmp_path)).communicate(timeout=300)
     assert output, errors
     said = json.loads(output)
     assert (said["cache"], said["outcome"]) == ("hit", "loaded") and path.stat().st_ino == before
+    assert not list(tmp_path.rglob("precompiled_headers"))  # 5 s, for nothing: there was nothing to compile
 
 
 WITHOUT_OBJECTS = """

@@ -9,7 +9,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 import preheat
 from preheat import aot
 from preheat.batching import RunReport
-from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache
+from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
 from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
@@ -154,8 +154,12 @@ class Service:
         """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
         cache = self.config.pt2.cache
         compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
-        if cache.shared is None or not compiles or self._shapes.strategy == "exact":
+        if not compiles or self._shapes.strategy == "exact":
             yield None
+            return
+        if cache.shared is None:
+            with self._headers():
+                yield None
             return
         shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
         # Half of the time, so that a worker that has waited in vain can still compile.
@@ -163,11 +167,17 @@ class Service:
         with synchronized_inductor_cache(
             cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
         ) as use:
-            yield use.folder
+            with self._headers():
+                yield use.folder
             fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
             if fallen:
                 use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
         self.state.shared_cache = use.document()
+
+    def _headers(self) -> AbstractContextManager[None]:
+        if self.config.pt2.compile.kwargs.get("backend", "inductor") != "inductor":
+            return nullcontext()
+        return without_headers_if_warmed(self.state.fingerprint)
 
     def _show_waiting(self, message: str) -> None:
         text = f"{message} (half of startupTimeout, {self.config.startupTimeout or 120} s)"
