@@ -21,12 +21,11 @@ import safetensors.torch
 import torch
 import transformers
 import yaml
-from test_readme import blocks
 
 from preheat import server, tiny
 from preheat.archiving import build_archive
 from preheat.client import Client, Reply
-from served import CACHE
+from served import CACHE, blocks
 
 NUM_REQUESTS = 1000
 LENGTHS, HEIGHTS, WIDTH = (16, 32), (32, 48), 32
