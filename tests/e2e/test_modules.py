@@ -25,7 +25,7 @@ import yaml
 from preheat import server, tiny
 from preheat.archiving import build_archive
 from preheat.client import Client, Reply
-from served import CACHE, blocks
+from served import CACHE, Served, blocks
 
 NUM_REQUESTS = 1000
 LENGTHS, HEIGHTS, WIDTH = (16, 32), (32, 48), 32
@@ -147,6 +147,11 @@ def test_a_thousand_requests_of_random_lengths_and_sizes_compile_nothing(modules
         state = modules.clients[name].state()
         assert state["state"] == "hot" and state["requests"] >= NUM_REQUESTS // 2
         assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0
+        served = Served(modules.running, modules.clients[name])
+        assert served.metric("preheat_requests_total", ModelName=name, Engine="compiled") == state["requests"]
+        assert served.metric("preheat_compiles_since_ready_total", ModelName=name) == 0
+        bucket = {"bert": "sequence=16", "resnet": "height=48 width=32"}[name]
+        assert served.metric("preheat_requests_total", ModelName=name, Bucket=bucket) > 0
         assert {row["engine"] for row in state["buckets"]} == {"compiled"} and all(
             row["dims"] for row in state["buckets"]
         )
