@@ -19,7 +19,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     ({"images"}, {"PIL", "numpy"}),
     (
         {"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "tensors"}
-        | {"module_request", "previews"},
+        | {"module_request", "previews", "exporting", "openvino_models", "roads"},
         {"torch", "safetensors"},
     ),
     ({"pipelines", "modules"}, {"diffusers", "transformers"}),
@@ -97,7 +97,7 @@ def test_a_layer_imports_nothing_from_above(layer: int) -> None:
 
 @pytest.mark.parametrize(
     ("call", "home"),
-    [("torch.compile(", "compilation"), ("torch.cuda.is_available(", "device"), ("set_stance(", "watch")],
+    [("torch.compile(", "roads"), ("torch.cuda.is_available(", "device"), ("set_stance(", "watch")],
 )
 def test_one_place_decides(call: str, home: str) -> None:
     homes = {

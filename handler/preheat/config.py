@@ -160,6 +160,26 @@ class Pt2Config(Section):
     export: ExportConfig = ExportConfig()
     debug: DebugConfig = DebugConfig()
 
+    @property
+    def openvino(self) -> bool:
+        """Whether targets become OpenVINO models."""
+        return self.compile.enable and self.compile.kwargs.get("backend") == "openvino"
+
+    @model_validator(mode="after")
+    def _openvino_exports(self) -> Pt2Config:
+        """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
+        reasons = {
+            "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
+            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models for; use buckets or fixed",
+            "pt2.scope": self.scope == "regional" and "OpenVINO takes whole targets; use scope: full",
+            "pt2.attention": self.attention != "default" and "OpenVINO has an attention of its own; leave it out",
+            "pt2.export.aot_compile": self.export.aot_compile and "packages are Inductor's; use backend: inductor",
+        }
+        for path, reason in reasons.items():
+            if self.openvino and reason:
+                raise ConfigError(reason, path)
+        return self
+
     @model_validator(mode="after")
     def _export_needs_buckets(self) -> Pt2Config:
         if self.export.aot_compile and self.shapes.strategy in ("dynamic", "exact"):

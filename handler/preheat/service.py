@@ -20,7 +20,7 @@ import preheat
 from preheat import aot
 from preheat.batching import RunReport
 from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
-from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
+from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
 from preheat.device import peak_memory_bytes
@@ -30,6 +30,7 @@ from preheat.metrics import Metrics, discard
 from preheat.modules import has_model
 from preheat.request import DEADLINE_HEADER, parse_deadline
 from preheat.responses import Response
+from preheat.roads import build_router, uses_cuda_graphs, wants_every_size
 from preheat.state import Phase as StatePhase
 from preheat.state import ServerState, StatusFile
 from preheat.trust import Trust
@@ -253,9 +254,9 @@ class Service:
         return (max(served),) if self._shapes.invariant else served
 
     def _warmed_sizes(self) -> tuple[int, ...]:
-        """Those that warm-up has to meet so that every served one is hot: CUDA graphs are recorded for each size."""
+        """Those that warm-up has to meet so that every served one is hot."""
         served = self._served_sizes()
-        if self._shapes.batch_sizes != "dynamic" or uses_cuda_graphs(self.config.pt2.compile.kwargs, self._device):
+        if self._shapes.batch_sizes != "dynamic" or wants_every_size(self.config.pt2.compile.kwargs, self._device):
             return served
         return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
 
