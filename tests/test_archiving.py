@@ -137,3 +137,50 @@ def read_yaml(mar: Path) -> dict[str, Any]:
     with zipfile.ZipFile(mar) as archive:
         data: dict[str, Any] = yaml.safe_load(archive.read("fox.yaml"))
         return data
+
+
+MODULE = "module: {path: ., inputs: {x: {shape: [batch, 4]}}}\n"
+
+
+def transformers_folder(folder: Path) -> Path:
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(b"weights")
+    return folder
+
+
+def test_a_modules_folder_and_imported_files_are_packed(config: Path, tmp_path: Path) -> None:
+    (tmp_path / "ops").mkdir()
+    (tmp_path / "ops" / "my_ops.py").write_text("# an op\n")
+    config.write_text("pt2: {import: [ops/my_ops.py]}\n" + MODULE)
+    mar = build_archive(config, transformers_folder(tmp_path / "bert"), output=tmp_path / "out")
+    assert {"model/config.json", "model/model.safetensors", "ops/my_ops.py"} <= names(mar)
+    (tmp_path / "ops" / "my_ops.py").unlink()
+    with pytest.raises(ArchiveError, match="my_ops.py does not exist"):
+        build_archive(config, tmp_path / "bert", output=tmp_path / "out")
+
+
+def test_external_weights_of_a_module_are_named_in_its_section(config: Path, tmp_path: Path) -> None:
+    config.write_text(MODULE)
+    folder = transformers_folder(tmp_path / "bert")
+    archived = read_yaml(build_archive(config, folder, output=tmp_path / "out", external=True))
+    assert archived["module"]["path"] == str(folder.resolve()) and "pipeline" not in archived
+
+
+@pytest.mark.parametrize("package", ["made.py", "made/__init__.py"])
+def test_a_factory_is_packed_without_a_model_folder(config: Path, tmp_path: Path, package: str) -> None:
+    (tmp_path / package).parent.mkdir(exist_ok=True)
+    (tmp_path / package).write_text("def make(): ...\n")
+    config.write_text("module: {factory: 'made:make', inputs: {x: {shape: [batch, 4]}}}\n")
+    archived = names(build_archive(config, None, output=tmp_path / "out"))
+    assert package in archived and not any(name.startswith("model/") for name in archived)
+    with pytest.raises(ArchiveError, match="no model folder to package"):
+        build_archive(config, tmp_path, output=tmp_path / "out")
+
+
+def test_a_module_folder_must_be_one(config: Path, model: Path, tmp_path: Path) -> None:
+    config.write_text(MODULE)
+    with pytest.raises(ArchiveError, match="no config.json"):
+        build_archive(config, model, output=tmp_path / "out")
+    with pytest.raises(ArchiveError, match="torch-model-archiver"):
+        build_archive(config, None, output=tmp_path / "out")

@@ -13,13 +13,13 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing"},
+        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"},
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
     (
         {"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "tensors"}
-        | {"module_request", "exporting", "openvino_models", "roads"},
+        | {"module_request", "previews", "exporting", "openvino_models", "roads"},
         {"torch", "safetensors"},
     ),
     ({"pipelines", "modules"}, {"diffusers", "transformers"}),
@@ -34,6 +34,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "module_engine",
             "module_work",
             "service",
+            "streaming",
         },
         set(),
     ),

@@ -134,7 +134,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
                 logger.exception("a group of %d request(s) failed", len(group))
                 if is_device_lost(error):
                     raise SystemExit("the device is lost; TorchServe starts a new worker") from error
-                text = f"the pipeline failed on this request ({type(error).__name__}); the server's log says more"
+                text = f"the model failed on this request ({type(error).__name__}); the server's log says more"
                 for answer in group:
                     answer.error = PipelineFailure(text)
 

@@ -222,6 +222,8 @@ class LimitsConfig(Section):
     """Pixels, of the picture asked for."""
     max_images: Positive = 4
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0
+    max_cost: Positive | None = None
+    """Pixel-steps: the bucket's pixels x denoising steps x pictures of one request. 100 million is 1024x1024 in 95 steps."""
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:
@@ -255,6 +257,10 @@ class PipelineConfig(Section):
     """Folder of a safetensors LoRA that is fused before compiling."""
     limits: LimitsConfig = LimitsConfig()
     defaults: DefaultsConfig = DefaultsConfig()
+    grpc_streaming: bool = False
+    """Send a stream's events over gRPC while they happen, each in a message. TorchServe 0.12 does not tell a handler whether
+    StreamPredictions or Predictions was called, and a second message to the latter ends the worker: only for clients who can be
+    trusted to ask for `stream` in StreamPredictions alone. Otherwise all events come in one message at the end, to either."""
 
     @model_validator(mode="before")
     @classmethod

@@ -127,6 +127,12 @@ def is_device_lost(error: BaseException) -> bool:
     return isinstance(error, getattr(torch, "AcceleratorError", ())) and not is_out_of_memory(error)
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def release_memory(device: torch.device) -> None:
     """Give back what a failed run has left; call it outside the `except` block, whose traceback holds the tensors."""
     gc.collect()

@@ -142,11 +142,11 @@ class ModuleWork:
         return []
 
     def serve_variant(self, variant: Variant) -> None:
-        """Run one variant as requests would."""
-        sizes = dict(variant.bucket.sizes)
-        jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
-        for answer in self._engine.run(jobs):
-            answer.raise_if_failed()
+        """Run one variant as requests would, without padding and with: of a mask without zeros a model may make no mask at all."""
+        for sizes in (dict(variant.bucket.sizes), _inside(variant.bucket, self._own.choices)):
+            jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
+            for answer in self._engine.run(jobs):
+                answer.raise_if_failed()
 
     def measure_padding(self) -> Mapping[str, Any]:
         """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
@@ -174,14 +174,23 @@ class ModuleWork:
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str], deadline: float | None) -> Job:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
         inputs, accept = self._reader.read(row, headers)
         return self._engine.prepare(inputs, accept, deadline)
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
 
-    def respond(self, answer: Answer) -> Response:
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        return [self._response(answer) for answer in answers]
+
+    def _response(self, answer: Answer) -> Response:
         """JSON, one .npy, or safetensors, as the request wished."""
         if answer.error is not None:
             return from_error(answer.error)
@@ -228,7 +237,7 @@ def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
     known = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
     open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for name in config.inputs:
-        if name not in known and not open_ended:
+        if name not in known and (known or not open_ended):
             raise ConfigError(
                 f"{type(module).__name__}.forward takes no {name}; it takes {', '.join(known)}", f"module.inputs.{name}"
             )

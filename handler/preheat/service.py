@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -102,14 +102,21 @@ class Service:
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Any:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str] | None = None,
+        send: Callable[[Response], None] | None = None,
+    ) -> Any:
         """A TorchServe input row, which came with these headers (names in lower case), as a job.
+
+        A request that streams gives the parts of its answer to `send`, from now on; None keeps them for the end.
 
         Raises:
             RequestError: anything about it that cannot be served.
         """
         headers = headers or {}
-        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)))
+        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)), send)
 
     def run(self, jobs: Sequence[Any]) -> list[Any]:
         """Serve the jobs; answers come in their order."""
@@ -121,9 +128,9 @@ class Service:
         self._metrics.state(self.current_state())
         return answers
 
-    def respond(self, answer: Any) -> Response:
-        """One answer as a TorchServe row."""
-        return self._work.respond(answer)
+    def respond(self, answers: Sequence[Any]) -> list[Response]:
+        """Answers as TorchServe rows."""
+        return self._work.respond(answers)
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""

@@ -60,11 +60,11 @@ def _section_at(model: _Model, key: str) -> _Model:
     if isinstance(model, list):
         return model[0]
     fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
-    section = fields[key].annotation if key in fields else None
-    if get_origin(section) is Mapping:
-        each = get_args(section)[1]
-        return [each] if _is_section(each) else None
-    return section if _is_section(section) else None
+    section: Any = fields[key].annotation if key in fields else None
+    inside = next(filter(_is_section, get_args(section)), None)
+    if inside is not None and get_origin(section) is Mapping:
+        return [inside]
+    return inside or (section if _is_section(section) else None)  # `inside`: of `Section | None`
 
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:

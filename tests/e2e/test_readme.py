@@ -17,8 +17,8 @@ from PIL import Image
 
 from preheat import server
 from preheat.config import ModelConfig
+from served import README, blocks
 
-README = (server.ROOT / "README.md").read_text()
 PORTS = {
     "INFERENCE_PORT": 8080,
     "MANAGEMENT_PORT": 8081,
@@ -26,10 +26,6 @@ PORTS = {
     "GRPC_PORT": 7070,
     "GRPC_MANAGEMENT_PORT": 7071,
 }
-
-
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
 class Shell:
@@ -86,6 +82,8 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
         assert Image.open(shell.folder / name).size == (199, 233), name
     assert (shell.folder / "lighthouse.png").read_bytes() == (shell.folder / "lighthouse-grpc.png").read_bytes()
     assert "x-preheat-bucket: 256x256" in (shell.folder / "headers.txt").read_text()
+    told = [json.loads(line)["event"] for line in (shell.folder / "events.ndjson").read_text().splitlines()]
+    assert told[0] == "queued" and told[-2:] == ["image", "done"] and set(told[1:-2]) == {"step"}
     (state,) = [output for block, output in outputs.items() if "customized=true" in block]
     assert '"state": "hot"' in state
     assert (shell.folder / ".preheat" / "archives" / "tiny-sdxl.mar").is_file()
@@ -99,12 +97,12 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
 
 
 def test_the_yaml_is_a_config_that_loads() -> None:
-    (text,) = blocks("yaml")
-    assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
+    for text in blocks("yaml"):
+        assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
 
 
 def test_the_readme_names_only_files_that_exist() -> None:
-    for path in re.findall(r"`((?:model-config|archive|tests|bench|docs)/[\w./-]+)`", README):
+    for path in re.findall(r"`((?:model-config|archive|examples|tests|bench|docs)/[\w./-]+)`", README):
         assert (server.ROOT / path).exists(), path
     for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
         assert (server.ROOT / path).exists(), path
