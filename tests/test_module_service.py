@@ -139,7 +139,8 @@ def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: C
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
     assert [answer.bucket for answer in ask(service, ids(3), ids(16))] == ["sequence=16"] * 2
     (answer,) = ask(service, ids(12))
-    headers = service.respond([answer])[0].headers
+    (response,) = service.respond([answer])
+    headers = response.headers
     assert headers["x-preheat-padding"] == "0.2500" and headers["x-preheat-exact"] == "rounding"
 
 

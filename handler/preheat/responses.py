@@ -39,7 +39,11 @@ def from_error(error: RequestError | RunError) -> Response:
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
-    """Each answer's pictures as files, encoded side by side in the pool's threads."""
+    """Each answer's pictures as files, encoded side by side in the pool's threads.
+
+    Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at most of the 75 that a 1024x1024
+    PNG takes); a JPEG, of 6 ms, holds it.
+    """
     tasks = [
         [pool.submit(images.encode, picture, answer.job.request.output_format) for picture in answer.pictures]
         if answer.error is None
