@@ -134,6 +134,18 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
     assert (after.compiles_since_ready, after.incidents, after.eager_fallbacks) == (0, 0, 0)
 
 
+def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Path) -> None:
+    unmasked = copy.deepcopy(BERT)
+    unmasked["inputs"]["attention_mask"]["pad"] = 1
+    service = start(models / "bert", unmasked, enable=False)
+    assert service.state.padding["exact"] == "padded" and service.state.padding["max_error"] > 1e-3
+    answers = ask(service, ids(3), ids(20))
+    assert [answer.bucket for answer in answers] == ["sequence=16", "sequence=32"], (
+        "nobody changes a neighbour's answer"
+    )
+    assert {answer.exact for answer in answers} == {"padded"}
+
+
 def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: CompileWatch, models: Path) -> None:
     service = start(models / "bert", BERT)
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
