@@ -3,6 +3,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.preheat-installed
+IPEX_BIN := .venv-ipex/bin
+IPEX_STAMP := .venv-ipex/.preheat-installed
 
 CONFIG ?= model-config/tiny-sdxl.yaml
 MODEL ?=
@@ -32,7 +34,8 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start clean
+.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start bench-cpu \
+	setup-ipex test-ipex clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +44,11 @@ help: ## show this list
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+$(IPEX_STAMP): pyproject.toml constraints-ipex.txt
+	test -x $(IPEX_BIN)/python || $(PYTHON) -m venv .venv-ipex
+	$(IPEX_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-ipex.txt -e '.[dev,ipex]'
 	touch $@
 
 demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet]
@@ -53,6 +61,11 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy --strict handler tests bench
+
+setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
+
+test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
+	$(IPEX_BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/gpu
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
@@ -79,6 +92,9 @@ bench-load: $(STAMP) ## closed and open loops of real clients against the bare p
 
 bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }

@@ -8,6 +8,7 @@ them is the road. The bare loop goes first, then a server with batching and one 
 
 from __future__ import annotations
 
+import base64
 import datetime
 import json
 import os
@@ -25,8 +26,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import httpx
+import numpy as np
 import typer
 import yaml
+from PIL import Image
 from rich.console import Console
 
 from bench import load_report, sizes
@@ -35,7 +38,7 @@ from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
 from bench.machine import machine, versions
 from bench.profiles import PROFILES, Profile, model_yaml
 from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
-from preheat import server
+from preheat import images, server
 from preheat.archiving import build_archive
 from preheat.client import Client
 from preheat.errors import PreheatError
@@ -44,6 +47,8 @@ from preheat.server import ServerError
 CACHE = STATE / "cache" / "inductor"
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
+NUM_PROFILED = 12
+"""Batches of each kind whose stages are measured."""
 SCRAPE_SECONDS = 5
 """How long the metrics of the last request may take through TorchServe's log."""
 
@@ -112,7 +117,34 @@ def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payl
 
 
 def run_bare(spec: Spec) -> dict[str, Any]:
-    """`bench.bare` in a process of its own, which gives its memory back.
+    return run_module("bench.bare", spec.to_json())
+
+
+def run_stages(profile: Profile, model: Path, sizes: Sequence[tuple[int, int]], batch: int) -> dict[str, Any]:
+    """Milliseconds per request that each stage of the handler takes, for texts and for images, in full batches.
+
+    Nothing is compiled, for that is the model's own time.
+    """
+    config = served_yaml(profile, batch, backend="eager", max_delay=0)
+    config["pipeline"] |= {"path": str(model), "tasks": ["text-to-image", "image-to-image"]}
+    texts = payloads(sizes, profile)
+    pictures = [noise(height, width) for height, width in sizes]
+    kinds = {
+        "text to image": texts,
+        "image to image": [{**text, "image": image} for text, image in zip(texts, pictures, strict=True)],
+    }
+    spec = {"yaml": config, "model_dir": str(model.parent), "batch": batch, "batches": NUM_PROFILED, "kinds": kinds}
+    return run_module("bench.stages", json.dumps(spec))
+
+
+def noise(height: int, width: int) -> str:
+    """A PNG in base64 that compresses as badly as any."""
+    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return base64.b64encode(images.encode(Image.fromarray(pixels), "png")).decode()
+
+
+def run_module(module: str, spec: str) -> dict[str, Any]:
+    """A module of this bench in a process of its own, which gives its memory back.
 
     Raises:
         PreheatError: it failed.
@@ -121,11 +153,11 @@ def run_bare(spec: Spec) -> dict[str, Any]:
     env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
     env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
     done = subprocess.run(
-        [sys.executable, "-m", "bench.bare"], input=spec.to_json(), check=False, capture_output=True, text=True, env=env
+        [sys.executable, "-m", module], input=spec, check=False, capture_output=True, text=True, env=env
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PreheatError(f"the bare loop failed: {said[-1]}")
+        raise PreheatError(f"{module} failed: {said[-1]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
 
@@ -227,6 +259,7 @@ def bench(
         "mixed_sizes": [f"{height}x{width}" for height, width in traffics["mixed"]],
         "seconds": 0.0,
         "bare": {},
+        "stages_ms": {},
         "served": {},
     }
     (STATE / "bench").mkdir(parents=True, exist_ok=True)
@@ -236,6 +269,7 @@ def bench(
         console.print("bare pipeline: compiling, then painting in a loop ...")
         document["bare"] = run_bare(bare_spec(chosen, model, traffics, batch=batch, backend=backend, seconds=seconds))
         console.print(f"bare pipeline: {document['bare']['requests_per_second']} requests/s", markup=False)
+        document["stages_ms"] = run_stages(chosen, model, traffics["mixed"], batch)
         for name, loads in runs(batch).items():
             console.print(f"{name}: starting a server ...")
             config = served_yaml(chosen, batch if name == "batching" else 1, backend=backend, max_delay=max_delay)
@@ -254,6 +288,7 @@ def bench(
             document["seconds"] = round(time.monotonic() - begun, 1)
             load_report.write(document, output)
     console.print(load_report.table(document))
+    console.print(load_report.stages_table(document))
     console.print(load_report.verdict(document), markup=False)
     console.print(f"{document['seconds']:.0f} s; load.json and load.png are in {output}/")
 

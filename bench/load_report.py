@@ -64,6 +64,18 @@ def over_bare(document: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def stages_table(document: Mapping[str, Any]) -> Table:
+    """What the handler does with a request, in milliseconds, stage by stage."""
+    stages_by_kind: Mapping[str, Mapping[str, float]] = document["stages_ms"]
+    table = Table(title=f"the handler alone, batches of {document['batch']}, nothing compiled", box=SIMPLE)
+    table.add_column("ms per request", no_wrap=True)
+    for stage in next(iter(stages_by_kind.values())):
+        table.add_column(stage, justify="right", no_wrap=True)
+    for kind, stages in stages_by_kind.items():
+        table.add_row(kind, *(f"{milliseconds:.2f}" for milliseconds in stages.values()))
+    return table
+
+
 def verdict(document: Mapping[str, Any]) -> str:
     shares = document["throughput_over_bare"]
     said = ", ".join(f"{name}: {share:.1%}" for name, share in shares.items())

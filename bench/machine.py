@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-PACKAGES = ("torch", "triton", "diffusers", "transformers", "torchserve", "preheat")
+PACKAGES = ("torch", "triton", "diffusers", "transformers", "openvino", "torchserve", "preheat")
 
 
 def machine() -> dict[str, object]:

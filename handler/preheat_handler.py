@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 from ts.torch_handler.base_handler import BaseHandler
@@ -69,16 +71,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def postprocess(self, data: Sequence[Any]) -> list[bytes]:
         """Encode the answers and set each row's status and headers; the bodies are the output."""
         with self.metrics.timed("preheat_encode_seconds"):
-            encoded = [entry if isinstance(entry, Response) else self.service.respond(entry) for entry in data]
-        for index, response in enumerate(encoded):
-            self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
-            for name, value in response.headers.items():
-                self.context.set_response_header(index, name, value)
-            # A gRPC call has no url_path; without this header TorchServe 0.12 takes its answer for a part of a stream, and the
-            # worker dies. A client's own input of that name is a dict.
-            if not isinstance(self.context.get_request_header(index, "url_path"), str):
+            encoded = iter(self.service.respond([entry for entry in data if not isinstance(entry, Response)]))
+            answered = [entry if isinstance(entry, Response) else next(encoded) for entry in data]
+        for index, response in enumerate(answered):
+            self._head(index, response)
+            # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream, and the worker dies.
+            if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
-        return [response.body for response in encoded]
+        return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
@@ -92,12 +92,34 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
-            return self.service.parse(row, headers)
+            return self.service.parse(row, headers, self._sender(index))
         except MemoryError:
             return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.from_error(error)
+
+    def _is_grpc(self, index: int) -> bool:
+        """A gRPC call has no url_path; a client's own input of that name is a dict."""
+        return not isinstance(self.context.get_request_header(index, "url_path"), str)
+
+    def _sender(self, index: int) -> Callable[[Response], None] | None:
+        """What sends a part of one row's answer at once; None over gRPC, but where the YAML says that every client can stand it."""
+        live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
+        return partial(self._send, index) if live else None
+
+    def _send(self, index: int, part: Response) -> None:
+        """TorchServe makes it a chunk (REST) or a message (gRPC) of that client's own."""
+        self._head(index, part)
+        ids = {index: self.context.request_ids[index]}
+        send_intermediate_predict_response(
+            {index: part.body}, ids, "Intermediate Prediction success", 200, self.context
+        )
+
+    def _head(self, index: int, response: Response) -> None:
+        self.context.set_response_status(code=response.code, phrase=response.phrase, idx=index)
+        for name, value in response.headers.items():
+            self.context.set_response_header(index, name, value)
 
     def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]

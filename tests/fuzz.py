@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from threading import BoundedSemaphore, Lock
@@ -142,6 +142,9 @@ class Target:
         self._channel.close()
 
     def ask(self, one: Sent) -> Got:
+        if one.leaves:
+            self._leave(one)
+            return Got(0, b"")
         if one.protocol == "rest":
             try:
                 response = self._http.post(self._url, content=one.content, headers=list(one.headers))
@@ -152,6 +155,16 @@ class Target:
             return Got(0, self._call(one))
         except grpc.RpcError as error:
             return Got(error.code().value[0], str(error.details()).encode())
+
+    def _leave(self, one: Sent) -> None:
+        """Hang up after the first part of the answer, however it reads."""
+        with suppress(httpx.HTTPError, grpc.RpcError):
+            if one.protocol == "rest":
+                with self._http.stream("POST", self._url, content=one.content, headers=list(one.headers)) as response:
+                    next(response.iter_raw(), None)
+            else:
+                with closing(self.client.stream_grpc(json.loads(one.fields["data"]))) as parts:
+                    next(parts, None)
 
     def _call(self, one: Sent) -> bytes:
         request, response = messages()
@@ -242,6 +255,8 @@ def campaign(target: Target, count: int, seed: int, show: Callable[[Tally], None
 
 def judged(one: Sent, got: Got, max_request_bytes: int) -> tuple[str, str | None]:
     """(outcome, what is wrong with it): a picture, a refusal that names its field, or TorchServe's own refusal."""
+    if one.leaves:
+        return "left early", None
     too_long = one.num_bytes + 1000 > max_request_bytes  # headers and frames count too
     if got.status == -1 or got.status == 413:
         fault = None if too_long or _half_sent(one) else "the connection was closed"
@@ -249,13 +264,16 @@ def judged(one: Sent, got: Got, max_request_bytes: int) -> tuple[str, str | None
     if one.protocol != "rest" and got.status:
         small = not too_long and got.status not in (3, 8)  # INVALID_ARGUMENT, RESOURCE_EXHAUSTED
         return "refused by TorchServe", f"gRPC status {got.status}" if small else None
+    lines = _lines(got.body)
+    if len(lines) > 1 and (fault := _stream_fault(lines)):
+        return "stream", fault
     pictures = _pictures(got)
     if pictures:
         size = pictures[0].size[::-1]
         if one.size and size != one.size:
             return "picture", f"asked for {one.size}, got {size}"
         return "picture", f"{one.at_fault} was taken" if one.expect == "refusal" else None
-    document = _document(got.body)
+    document = lines[-1] if lines else {}
     if "preheat" in document and (one.header(b"describe") or b"").decode("latin-1") == "True":
         return "state", None
     if "code" not in document or "message" not in document:
@@ -265,7 +283,7 @@ def judged(one: Sent, got: Got, max_request_bytes: int) -> tuple[str, str | None
 
 def _judged_error(one: Sent, got: Got, document: Mapping[str, Any]) -> tuple[str, str | None]:
     code, at_fault = document["code"], document.get("field")
-    if one.protocol == "rest" and code != got.status:
+    if one.protocol == "rest" and code != got.status and "event" not in document:
         return "error", f"status {got.status}, but the body says {code}"
     if code == 504 and one.header(b"x-preheat-deadline") is not None:
         return "late", None
@@ -293,13 +311,31 @@ def _half_sent(one: Sent) -> bool:
 
 
 def _pictures(got: Got) -> list[Image.Image]:
-    """The pictures in an answer of any form: a file, base64 in JSON, or the last of a stream of events."""
+    """The pictures in an answer of any form: a file, base64 in JSON, or events."""
     if got.body[:1] not in (b"{", b""):
         return [opened(got.body)]
-    last = _document(got.body) or _document(got.body.strip().rpartition(b"\n")[2])
-    entries = last.get("data") or [last]
+    entries = [entry for line in _lines(got.body) for entry in line.get("data") or [line]]
     coded = [entry["b64_json"] for entry in entries if isinstance(entry, dict) and "b64_json" in entry]
     return [opened(base64.b64decode(one)) for one in coded]
+
+
+def _lines(body: bytes) -> list[dict[str, Any]]:
+    """The JSON objects in a body: one in any layout, or one a line."""
+    whole = _document(body)
+    return [whole] if whole else [_document(line) for line in body.splitlines()] if body[:1] == b"{" else []
+
+
+def _stream_fault(lines: list[dict[str, Any]]) -> str | None:
+    """What is wrong with the order of events, if anything is."""
+    kinds = [line.get("event") for line in lines]
+    steps = [line["step"] for line in lines if line.get("event") == "step"]
+    images = kinds.count("image")
+    ends = ["image"] * images + (["done"] if images else ["error"])
+    if kinds != ["queued", *["step"] * len(steps), *ends]:
+        return f"events out of order: {kinds}"
+    if steps != sorted(steps) or images and steps[-1] != [line for line in lines if "of" in line][-1]["of"]:
+        return f"steps {steps}"
+    return None
 
 
 def _document(body: bytes) -> dict[str, Any]:

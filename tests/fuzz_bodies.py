@@ -45,6 +45,8 @@ class Sent:
     """The field that the refusal must name; where TorchServe could not parse the body, `body` will do."""
     size: tuple[int, int] | None = None
     """Of the picture: (height, width) in pixels."""
+    leaves: bool = False
+    """Whether the client hears the first part of the answer and goes."""
 
     @property
     def num_bytes(self) -> int:
@@ -65,6 +67,18 @@ def legal() -> SearchStrategy[Sent]:
         payloads().flatmap(_map_sent),
         st.builds(_multipart_legal, payloads(), st.randoms(use_true_random=False)),
         st.builds(_text_sent, st.text(_CHARS, min_size=1, max_size=60)),
+        payloads().flatmap(_left),
+    )
+
+
+def _left(payload: Mapping[str, Any]) -> SearchStrategy[Sent]:
+    """A stream whose client does not stay."""
+    body = _dumped({**payload, "stream": True})
+    return st.sampled_from(
+        [
+            Sent("left early", content=body, headers=JSON_HEADER, leaves=True),
+            Sent("left early", protocol="grpc-stream", fields={"data": body}, leaves=True),
+        ]
     )
 
 
@@ -119,6 +133,8 @@ def _plain() -> SearchStrategy[dict[str, Any]]:
             "num_images": st.integers(1, 2),
             "output_format": st.sampled_from(["png", "jpeg", "webp"]) | st.none(),
             "response_format": st.sampled_from(["image", "b64_json"]) | st.none(),
+            "stream": st.booleans() | st.none(),
+            "preview_every": st.integers(0, 3) | st.none(),
         },
     )
 
@@ -126,8 +142,10 @@ def _plain() -> SearchStrategy[dict[str, Any]]:
 def _agreeing(payload: dict[str, Any], task: str, image: bytes, mask: bytes) -> dict[str, Any]:
     """The payload with what its fields ask of each other put right."""
     payload = dict(payload)
-    if payload.get("num_images") == 2:
-        payload["response_format"] = "b64_json"
+    if not payload.get("stream"):
+        payload.pop("preview_every", None)
+        if payload.get("num_images") == 2:
+            payload["response_format"] = "b64_json"
     if task == "text":
         return payload
     payload["image"] = base64.b64encode(image).decode()
@@ -236,6 +254,8 @@ ILLEGAL: Mapping[str, SearchStrategy[Any]] = {
     "num_images": _NO_WHOLE | st.sampled_from([0, 101, 10**6]),
     "output_format": st.sampled_from(["gif", "PNG", "", 5, True, [], {}, ["png"]]),
     "response_format": st.sampled_from(["json", "IMAGE", "", 5, False, [], {}]),
+    "stream": st.sampled_from([1, 0, "true", "yes", "", [], {}, 1.0, float("nan")]),
+    "preview_every": _NO_WHOLE | st.sampled_from([101, 10**9, 2**64]),
     "image": _BAD_IMAGES,
     "promt": st.none() | st.text(max_size=5),
     "": st.integers(),

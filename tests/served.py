@@ -8,6 +8,7 @@ import json
 import random
 import re
 import urllib.request
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -72,6 +73,23 @@ def opened(body: bytes) -> Image.Image:
     image = Image.open(io.BytesIO(body))
     image.load()
     return image
+
+
+def streamed(served: Served, request: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The events of a request that streams over REST."""
+    return events("\n".join(served.client.stream(request)))
+
+
+def events(text: bytes | str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def kinds(told: list[dict[str, Any]]) -> list[str]:
+    return [event["event"] for event in told]
+
+
+def picture(event: dict[str, Any]) -> bytes:
+    return base64.b64decode(event["b64_json"])
 
 
 def noise(height: int, width: int, mode: str = "RGB") -> str:

@@ -15,9 +15,10 @@ import torch
 from torch import nn
 
 from preheat import aot
-from preheat.compilation import Inputs, Phase, Router, build_router
+from preheat.compilation import Inputs, Phase, Router
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
+from preheat.roads import build_router
 from preheat.trust import Trust
 from preheat.watch import CompileWatch, forbid_compiling
 

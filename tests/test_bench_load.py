@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from bench import load_report
+from bench import load_report, stages
 from bench.bare import full_batches
 from bench.bare_spec import Spec
 from bench.clients import Seen, Traffic, arrivals
@@ -79,6 +82,35 @@ def test_served_is_held_against_the_bare_loop_of_the_same_batch_size(tmp_path: P
     assert json.loads((tmp_path / "load.json").read_text()) == document
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
     assert load_report.table(document).row_count == 2 + 2 + 3
+
+
+def test_a_stages_time_is_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every look at the clock is a second later than the last one."""
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)
+    stopwatch = stages.Stopwatch()
+
+    work = SimpleNamespace()
+
+    def outer() -> None:
+        work.inner()
+        work.inner()
+
+    def bad() -> None:
+        raise ArithmeticError
+
+    work.inner, work.outer, work.bad = lambda: None, outer, bad
+    for name in ("inner", "outer", "bad"):
+        stopwatch.watch(work, name, name)
+    work.outer()
+    with pytest.raises(ArithmeticError):
+        work.bad()
+    assert stopwatch.seconds == {"inner": 2, "outer": 3, "bad": 1}
+
+
+def test_every_stage_has_a_column() -> None:
+    document = {"batch": 4, "stages_ms": {"text to image": dict.fromkeys(stages.STAGES, 1.0)}}
+    shown = load_report.stages_table(document)
+    assert [column.header for column in shown.columns][1:] == list(stages.STAGES) and shown.row_count == 1
 
 
 def test_arrivals_are_random_on_average_as_many_as_asked_and_the_same_again() -> None:

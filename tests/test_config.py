@@ -348,6 +348,8 @@ BAD = [
         "pipeline.defaults.num_inference_steps",
         "30 is over pipeline.limits.max_steps",
     ),
+    ("pipeline: {limits: {max_cost: 0}}", "pipeline.limits.max_cost", "must be greater than 0, got 0"),
+    ("pipeline: {grpc_streaming: maybe}", "pipeline.grpc_streaming", "must be true or false, got 'maybe'"),
     ("pipeline: {limits: {max_images: 0}}", "pipeline.limits.max_images", "must be greater than 0, got 0"),
     ("pipeline: {limits: {min_side: 64, max_side: 32}}", "pipeline.limits.min_side", "64 is over max_side (32)"),
     # The document.

@@ -13,13 +13,13 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing"},
+        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"},
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),
     (
         {"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "tensors"}
-        | {"module_request"},
+        | {"module_request", "previews", "exporting", "openvino_models", "roads"},
         {"torch", "safetensors"},
     ),
     ({"pipelines", "modules"}, {"diffusers", "transformers"}),
@@ -34,6 +34,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
             "module_engine",
             "module_work",
             "service",
+            "streaming",
         },
         set(),
     ),
@@ -96,7 +97,7 @@ def test_a_layer_imports_nothing_from_above(layer: int) -> None:
 
 @pytest.mark.parametrize(
     ("call", "home"),
-    [("torch.compile(", "compilation"), ("torch.cuda.is_available(", "device"), ("set_stance(", "watch")],
+    [("torch.compile(", "roads"), ("torch.cuda.is_available(", "device"), ("set_stance(", "watch")],
 )
 def test_one_place_decides(call: str, home: str) -> None:
     homes = {

@@ -332,6 +332,21 @@ def test_strength_must_leave_a_step() -> None:
     assert of(num_inference_steps=2, strength=0.49).strength == 0.49  # no image, so it means nothing
 
 
+def test_a_stream_is_asked_for_in_json_or_in_a_part_of_its_own() -> None:
+    assert (of().stream, of().preview_every) == (False, 0)
+    assert (of(stream=True, preview_every=3).preview_every, of(stream=None).stream) == (3, False)
+    by_part = parse({"prompt": b"a", "stream": b"true", "preview_every": b"2"})
+    assert (by_part.stream, by_part.preview_every) == (True, 2)
+    no_flags: list[object] = [1, 0, "true", "yes", [], {}, 1.0]
+    for wrong in no_flags:
+        assert refused_of(stream=wrong).field == "stream"
+    no_counts: list[object] = [-1, 51, True, 1.5, "1"]
+    for wrong in no_counts:
+        assert refused_of(stream=True, preview_every=wrong).field == "preview_every"
+    assert refused_of(preview_every=1).field == "preview_every"
+    assert of(stream=True, num_images=2).num_images == 2, "every picture has an event of its own"
+
+
 # --- anything at all
 
 JSON = st.recursive(
@@ -358,6 +373,8 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "num_images": st.integers(0, 5),
     "output_format": st.sampled_from(["png", "jpeg", "webp", "gif"]),
     "response_format": st.sampled_from(["image", "b64_json", "url"]),
+    "stream": st.booleans(),
+    "preview_every": st.integers(0, 60),
 }
 assert set(LIKELY) == set(FIELDS)
 LEGAL_OR_NEARLY = st.fixed_dictionaries(
@@ -425,7 +442,8 @@ def test_whatever_the_row_it_is_a_legal_request_or_a_refusal_with_a_field(row: A
     assert type(request.seed) is int and 0 <= request.seed < NUM_SEEDS
     assert type(request.strength) is float and 0 < request.strength <= 1
     assert type(request.num_images) is int and 1 <= request.num_images <= 4
-    assert request.num_images == 1 or request.response_format == "b64_json"
+    assert request.num_images == 1 or request.response_format == "b64_json" or request.stream
+    assert type(request.stream) is bool and type(request.preview_every) is int and 0 <= request.preview_every <= 50
     assert request.output_format in ("png", "jpeg", "webp") and request.response_format in ("image", "b64_json")
     assert request.mask_image is None or request.image is not None
     for file in (request.image, request.mask_image):

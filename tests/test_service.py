@@ -7,6 +7,7 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from preheat import responses, tiny
 from preheat.buckets import Bucket
 from preheat.config import ModelConfig
-from preheat.engine import Answer
+from preheat.engine import Answer, Job, Progress
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.pipelines import FAMILIES
 from preheat.service import Service
@@ -58,6 +59,11 @@ def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
     return answers
 
 
+def response_to(service: Service, job: Job) -> responses.Response:
+    (response,) = service.respond(service.run([job]))
+    return response
+
+
 def pixels(answer: Answer) -> Any:
     return np.asarray(answer.pictures[0]).astype(int)
 
@@ -89,6 +95,8 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
     sizes = [picture.size for answer in answers for picture in answer.pictures]
     assert sizes == [(50, 60), (20, 90), (40, 30), (40, 30)]
     assert {answer.engine for answer in answers} == {"compiled"}
+    for body in ASKED:
+        _watch_previews(service, body | {"num_images": 3, "num_inference_steps": 4})
     state = service.current_state()
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
     assert state.compiles_at_boot > 0 and {row["engine"] for row in state.buckets} == {"compiled"}
@@ -97,6 +105,23 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
         answers, ask(start(models / family, compile=False, shapes={"buckets": TWO}), *ASKED), strict=True
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def _watch_previews(service: Service, body: dict[str, Any]) -> None:
+    """Ask for a stream with a preview of every step, and see that each picture is told all of them."""
+    job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
+    size = (job.plan.width // 8, job.plan.height // 8)
+    seen: list[tuple[int, int, int]] = []
+
+    class Look:
+        def progress(self, progress: Progress) -> None:
+            seen.append((progress.index, progress.step, progress.of))
+            assert progress.sketch().size == size
+
+    (answer,) = service.run([replace(job, watcher=Look())])
+    answer.raise_if_failed()
+    of = seen[0][2]
+    assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
 
 
 def test_every_known_family_is_tried_here() -> None:
@@ -329,10 +354,19 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, 
     assert service.current_state().incidents == 0
 
 
+def test_what_costs_too_much_is_refused_and_warm_up_is_not(watch: CompileWatch, models: Path) -> None:
+    limits = {"limits": {"max_cost": 64 * 64 * 2 - 1}}
+    service = start(models / "sdxl", compile=False, pipeline=limits)
+    with pytest.raises(RequestError) as caught:
+        service.parse({"body": {"prompt": "a", "num_inference_steps": 2}})
+    assert caught.value.field == "num_inference_steps"
+    ask(service, {"num_inference_steps": 1})
+
+
 def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False)
     job = service.parse({"body": {"prompt": "a", "height": 48, "width": 64, "seed": 3, "output_format": "webp"}})
-    response = responses.from_answer(service.run([job])[0])
+    response = response_to(service, job)
     assert response.code == 200 and response.headers == {
         "content-type": "image/webp",
         "x-preheat-bucket": "64x64",
@@ -343,6 +377,6 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
     job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})
-    document = json.loads(responses.from_answer(service.run([job])[0]).body)
+    document = json.loads(response_to(service, job).body)
     assert [entry["seed"] for entry in document["data"]] == [2**63 - 1, 0, 1]
     assert document["bucket"] == [64, 64] and len({entry["b64_json"] for entry in document["data"]}) == 3

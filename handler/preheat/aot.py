@@ -8,12 +8,10 @@ its digest; what it computes is compared with eager before it serves (`Package.f
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
 import logging
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +20,9 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from preheat.compilation import DynamicDims, Inputs, Router, leaves, map_tensors, signature, tensor_shapes
+from preheat.compilation import DynamicDims, EngineName, Inputs, Router, tensor_shapes
 from preheat.errors import Untrusted
+from preheat.exporting import call_key, export, fault, tensors
 from preheat.trust import Trust
 from preheat.watch import eagerly
 
@@ -33,10 +32,6 @@ FOLDER = "aot"
 INDEX = "index.json"
 FORMAT = 1
 CONTEXT = "aot-index"
-
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. A few roundings of
-the dtype; other weights or a wrong kernel are off by orders more."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +69,13 @@ class Plan:
 
     @property
     def key(self) -> str:
-        return _key(*self.inputs, self.dims)
+        return call_key(*self.inputs, self.dims)
 
 
 class Package:
     """A loaded package with the weights of the module that it stands for."""
+
+    engine: EngineName = "aot"
 
     def __init__(self, entry: Entry, content: bytes, module: nn.Module, device: torch.device) -> None:
         self.name, self.dims, self._key = entry.file, entry.dims, entry.key
@@ -92,27 +89,15 @@ class Package:
         self._loader.load_constants(self._constants, False, True, True)  # active ones, all of them, user-managed
 
     def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        return _key(args, kwargs, self.dims) == self._key
+        return call_key(args, kwargs, self.dims) == self._key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The flattened tensors in the order of the export: the signature that was matched holds it.
-        outputs = self._loader.boxed_run(list(_tensors(args, kwargs)))
+        outputs = self._loader.boxed_run(list(tensors(args, kwargs)))
         return pytree.tree_unflatten(outputs, self._returns)
 
     def fault(self, result: Any, expected: Any) -> str | None:
-        """Why `result` is not what eager gave, or None where it is within the dtype's tolerance."""
-        ours, theirs = dict(leaves((result,), {})), dict(leaves((expected,), {}))
-        if ours.keys() != theirs.keys():
-            return f"it returns {sorted(ours)}, eager returns {sorted(theirs)}"
-        for path, tensor in theirs.items():
-            if not isinstance(tensor, torch.Tensor):
-                continue
-            if ours[path].shape != tensor.shape or ours[path].dtype != tensor.dtype:
-                return f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager {tuple(tensor.shape)} {tensor.dtype}"
-            error, tolerance = difference(ours[path], tensor), TOLERANCE.get(tensor.dtype, 0.0)
-            if not error <= tolerance:  # NaN is a fault too
-                return f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
-        return None
+        return fault(result, expected)
 
 
 def _load(content: bytes, device: torch.device) -> Any:
@@ -125,15 +110,6 @@ def _load(content: bytes, device: torch.device) -> Any:
         file.flush()
         # One runner, on one thread: otherwise each call waits on the GPU for the call before it.
         return torch._C._aoti.AOTIModelPackageLoader(file.name, "model", True, 1, index)
-
-
-def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference between two tensors as a share of the largest magnitude in the second."""
-    if not theirs.numel():
-        return 0.0
-    reference = theirs.double()
-    scale = reference.abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((ours.double() - reference).abs().max() / scale)
 
 
 def attach(
@@ -171,7 +147,7 @@ def plan(examples: Sequence[Inputs]) -> list[Plan]:
     for family in families.values():
         shapes = [tensor_shapes(*inputs) for inputs in family]
         dims = DynamicDims(DynamicDims.varying(shapes).ranges, least=1)
-        largest = max(family, key=lambda inputs: sum(leaf.numel() for leaf in _tensors(*inputs)))
+        largest = max(family, key=lambda inputs: sum(leaf.numel() for leaf in tensors(*inputs)))
         if _one_dimension(dims, shapes):
             plans.append(Plan(largest, dims))
         else:  # sizes that vary independently are beyond one `Dim`: a package each
@@ -181,9 +157,12 @@ def plan(examples: Sequence[Inputs]) -> list[Plan]:
 
 def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str, Any]) -> None:
     """Export and compile one package of `module` to `path`."""
-    args, kwargs = map_tensors(made.inputs[0], torch.clone), map_tensors(made.inputs[1], torch.clone)
-    with torch.no_grad(), _own_forward(module), eagerly():  # eagerly: regional blocks are wrapped in torch.compile
-        exported = torch.export.export(module, args, kwargs, dynamic_shapes=_dynamic_shapes(module, made), strict=False)
+    from torch._inductor import config as inductor_config  # the compiler, which a worker on packages never imports
+
+    exported = export(module, made.inputs, made.dims)
+    # torch 2.8 leaves what it notes there, and with it another key for every later compile.
+    noted = inductor_config.patch({"aot_inductor.metadata": {}})
+    with torch.no_grad(), eagerly(), noted:
         torch._inductor.aoti_compile_and_package(
             exported, package_path=str(path), inductor_configs=_options(compile_kwargs)
         )
@@ -253,55 +232,16 @@ def _said(error: Exception) -> str:
     return str(error) if isinstance(error, Untrusted) else f"{type(error).__name__}: {error}".strip()
 
 
-def _key(args: Sequence[Any], kwargs: Mapping[str, Any], dims: DynamicDims) -> str:
-    return repr(signature(args, kwargs, dims))
-
-
 def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What calls must have in common to share a package: everything but the batch size."""
     first = {path: {0: (0, shape[0])} for path, shape in tensor_shapes(args, kwargs).items() if shape}
-    return _key(args, kwargs, DynamicDims(first, least=0))
-
-
-def _tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Tensor]:
-    return (leaf for _, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor))
+    return call_key(args, kwargs, DynamicDims(first, least=0))
 
 
 def _one_dimension(dims: DynamicDims, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> bool:
     """Whether all that varies is one and the same number."""
     sizes = {tuple(each[path][dim] for each in shapes) for path, spans in dims.ranges.items() for dim in spans}
     return len(sizes) <= 1
-
-
-def _dynamic_shapes(module: nn.Module, made: Plan) -> dict[str, Any] | None:
-    """What torch.export is told: argument name -> a tree like the argument, with the dimensions that vary at its leaves."""
-    if not made.dims.ranges:
-        return None
-    (span,) = {span for spans in made.dims.ranges.values() for span in spans.values()}
-    batch = torch.export.Dim("batch", min=span[0], max=span[1])
-
-    def tree(path: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: tree(f"{path}.{key}", item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [tree(f"{path}.{index}", item) for index, item in enumerate(value)]
-        return {dim: batch for dim in made.dims.ranges.get(path, {})} or None
-
-    args, kwargs = made.inputs
-    names = list(inspect.signature(module.forward).parameters)
-    positional = {names[index]: tree(str(index), value) for index, value in enumerate(args)}
-    return positional | {name: tree(name, value) for name, value in kwargs.items()}
-
-
-@contextmanager
-def _own_forward(module: nn.Module) -> Iterator[None]:
-    """The module without the router that stands in for its forward."""
-    router = module.__dict__.pop("forward", None)
-    try:
-        yield
-    finally:
-        if router is not None:
-            module.forward = router
 
 
 def _options(compile_kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,6 +105,15 @@ class Client:
         elapsed = 1000 * (time.perf_counter() - begun)
         return Reply(response.status_code, response.content, elapsed, dict(response.headers))
 
+    def stream(self, payload: Mapping[str, object]) -> Generator[str]:
+        """POST the request as JSON and give the answer's lines as they come: events, or one line of a refusal.
+
+        Raises:
+            httpx.HTTPError: no answer came, or not all of it.
+        """
+        with self._http.stream("POST", f"{self._inference}/predictions/{self.model}", json=payload) as response:
+            yield from response.iter_lines()
+
     def predict_grpc(self, payload: Mapping[str, object]) -> Reply:
         """The same JSON over gRPC, in the input map under `data`."""
         return self.call_grpc({"data": json.dumps(payload).encode()})
@@ -124,8 +133,8 @@ class Client:
             return Reply(error.code().value[0], str(error.details()).encode(), 1000 * (time.perf_counter() - begun))
         return Reply(0, answer.prediction, 1000 * (time.perf_counter() - begun))
 
-    def stream_grpc(self, payload: Mapping[str, object]) -> Iterator[bytes]:
-        """The parts that StreamPredictions answers.
+    def stream_grpc(self, payload: Mapping[str, object]) -> Generator[bytes]:
+        """The parts that StreamPredictions answers; closing the generator cancels the call.
 
         Raises:
             grpc.RpcError: the stream ended with an error.
@@ -137,8 +146,12 @@ class Client:
             response_deserializer=response.FromString,
         )
         message = request(model_name=self.model, input={"data": json.dumps(payload).encode()})
-        for part in call(message, timeout=self._timeout, metadata=self._metadata):
-            yield part.prediction
+        parts = call(message, timeout=self._timeout, metadata=self._metadata)
+        try:
+            for part in parts:
+                yield part.prediction
+        finally:
+            parts.cancel()
 
     def describe(self) -> dict[str, Any]:
         """The model as the management API describes it, with one worker's state under `customizedMetadata`.

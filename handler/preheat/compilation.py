@@ -3,8 +3,8 @@
 A `Router` stands in for the `forward` of one target. It knows a call by its *signature*: shapes, dtypes, memory formats and
 plain values of all arguments, which is what Dynamo guards on. Only signatures that warm-up has seen reach compiled code, so no
 request can wait for the compiler. Guards that a signature cannot foresee (global state) raise under `watch.forbid_compiling`
-and are served eagerly too. Code that was compiled ahead of time goes first, where there is some that warm-up has compared with
-eager.
+and are served eagerly too. Code that is not Dynamo's (packages compiled ahead of time, OpenVINO models made in warm-up) goes first,
+where there is some that warm-up has compared with eager.
 """
 
 from __future__ import annotations
@@ -13,20 +13,16 @@ import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
-from functools import cache
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import nn
 
-from preheat.config import Pt2Config
-from preheat.device import import_ipex, ipex_requested, is_device_lost, is_out_of_memory, missing_compiler
-from preheat.errors import ConfigError
+from preheat.device import is_device_lost, is_out_of_memory
 from preheat.watch import eagerly, num_graphs, refused_guards
 
 logger = logging.getLogger(__name__)
 
-EngineName = Literal["aot", "compiled", "ipex", "eager"]
+EngineName = Literal["openvino", "aot", "compiled", "ipex", "eager"]
 Signature = tuple[Any, ...]
 Shapes = dict[str, tuple[int, ...]]
 Inputs = tuple[tuple[Any, ...], dict[str, Any]]
@@ -35,7 +31,7 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 def slowest(engines: Collection[EngineName]) -> EngineName:
     """One name for what ran on several engines: a single eager target makes a run an eager one."""
-    order: tuple[EngineName, ...] = ("eager", "ipex", "compiled", "aot")
+    order: tuple[EngineName, ...] = ("eager", "ipex", "compiled", "aot", "openvino")
     return next((engine for engine in order if engine in engines), "eager")
 
 
@@ -60,7 +56,7 @@ class Route:
 
     engine: EngineName
     reason: str | None = None
-    call: Callable[..., Any] | None = None
+    call: Ahead | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +170,10 @@ def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class Ahead(Protocol):
-    """Code compiled ahead of time for the calls that it `matches`; see `aot.Package`."""
+    """Code that exists before Dynamo is asked, for the calls that it `matches`: an `aot.Package`, an `openvino_models.Model`."""
+
+    @property
+    def engine(self) -> EngineName: ...
 
     @property
     def name(self) -> str: ...
@@ -211,6 +210,7 @@ class Router:
         shape_bound: whether `fast` must only see warmed signatures (compiled code); IPEX takes any shape.
         cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so they are cloned.
         channels_last: 4-D inputs are converted to channels_last, not to contiguous, before either callable runs.
+        make: makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given the dimensions that vary.
     """
 
     def __init__(
@@ -223,10 +223,11 @@ class Router:
         shape_bound: bool = True,
         cuda_graphs: bool = False,
         channels_last: bool = False,
+        make: Callable[[Inputs, DynamicDims], Ahead] | None = None,
         reason: str | None = None,
     ) -> None:
         self.name = name
-        self.engine: EngineName = engine if fast is not None else "eager"
+        self.engine: EngineName = engine if fast is not None or make is not None else "eager"
         self.reason = reason  # why there is no `fast`, where one was asked for
         self.phase = Phase.WARM
         self.dims = DynamicDims()
@@ -238,14 +239,14 @@ class Router:
         self.ahead: list[Ahead] = []
         self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
         self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
-        self._forward, self._fast = forward, fast
+        self._forward, self._fast, self._make = forward, fast, make
         self._shape_bound, self._cuda_graphs = shape_bound or fast is None, cuda_graphs
         self._lay_out = _channels_last if channels_last else _contiguous
 
     @property
     def idle(self) -> bool:
         """Whether there is nothing faster than eager to route to."""
-        return self._fast is None and not self.ahead
+        return self._fast is None and self._make is None and not self.ahead
 
     @property
     def compiles(self) -> bool:
@@ -300,25 +301,27 @@ class Router:
 
     def _run_open(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         try:
-            return self._run_fast(args, kwargs)
+            if self._fast is not None:
+                return self._run_fast(args, kwargs)
+            reason = "its models are made for shapes that the YAML names"
         except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
             if is_out_of_memory(error) or is_device_lost(error):
                 raise
             reason = f"{type(error).__name__}: {error}".strip()
         result = self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
-        self._fast, self.reason = None, reason
+        self._fast, self._make, self.reason = None, None, f"{self.engine}: {reason}"
         self.run.fallen += 1
         logger.error("%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason)
         return result
 
-    def _run_ahead(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        result = call(*args, **kwargs)
-        self.run.engines.add("aot")
+    def _run_ahead(self, ahead: Ahead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        result = ahead(*args, **kwargs)
+        self.run.engines.add(ahead.engine)
         return result
 
     def _warm(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         why = route.reason if route is not None else self.ahead_reason
-        if route is None and self.ahead:
+        if route is None and (self.ahead or self._make is not None):
             route, why = self._compare(args, kwargs)
         if route is None and self._fast is None:
             route = Route("eager", "; ".join(filter(None, (why, self.reason))) or None)
@@ -328,10 +331,10 @@ class Router:
         return self._compile(key, route, why, args, kwargs)
 
     def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Route | None, str | None]:
-        """The route through the package made for this call, or None and why not: it has to agree with eager first."""
-        ahead = next((each for each in self.ahead if each.matches(args, kwargs)), None)
+        """The route through the code made for this call, or None and why not: it has to agree with eager first."""
+        ahead, why = self._code_for(args, kwargs)
         if ahead is None:
-            return None, "aot: no package for this signature"
+            return None, why
         if self._faults.get(ahead.name) is None:
             expected = self._eager(args, kwargs)  # a fault of the model itself raises here
             try:
@@ -339,9 +342,24 @@ class Router:
             except RuntimeError as error:
                 self._faults[ahead.name] = f"{type(error).__name__}: {error}".strip()
             if self._faults[ahead.name] is not None:
-                logger.error("%s: package %s is not used: %s", self.name, ahead.name, self._faults[ahead.name])
+                logger.error("%s: %s is not used: %s", self.name, ahead.name, self._faults[ahead.name])
         fault = self._faults[ahead.name]
-        return (Route("aot", call=ahead), None) if fault is None else (None, f"aot: {fault}")
+        return (Route(ahead.engine, call=ahead), None) if fault is None else (None, f"{ahead.engine}: {fault}")
+
+    def _code_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ahead | None, str | None]:
+        """What was made for this call, made now where that is this target's road; or None and why there is none."""
+        ahead = next((each for each in self.ahead if each.matches(args, kwargs)), None)
+        if ahead is not None:
+            return ahead, None
+        if self._make is None:
+            return None, "aot: no package for this signature"
+        try:
+            ahead = self._make((args, kwargs), self.dims)
+        except Exception as error:  # the exporter's and the converter's failures are of any type
+            logger.exception("%s: %s failed, this shape stays eager", self.name, self.engine)
+            return None, f"{self.engine}: {type(error).__name__}: {error}".strip()
+        self.ahead.append(ahead)
+        return ahead, None
 
     def _compile(
         self, key: Signature, route: Route | None, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -398,7 +416,7 @@ class Router:
         """The package made for a signature that warm-up did not meet, if it has proven itself at another size."""
         for ahead in self.ahead:
             if self._faults.get(ahead.name, "unproven") is None and ahead.matches(args, kwargs):
-                self.routes[key] = Route("aot", call=ahead)
+                self.routes[key] = Route(ahead.engine, call=ahead)
                 return self.routes[key]
         return None
 
@@ -411,91 +429,3 @@ class Router:
     def _visit(self, key: Signature, route: Route) -> None:
         if self.phase is Phase.PROVE:  # later the shapes are clients' own, and would pile up
             self.visited[key] = route
-
-
-def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.dtype, device: torch.device) -> Router:
-    """Optimise one target as the YAML says and put its router in place.
-
-    torch.compile where `pt2.compile` is enabled, else IPEX where TorchServe enables it, else eager. What cannot be had falls to
-    eager with an error in the log and the reason in the router.
-
-    Raises:
-        ConfigError: `pt2.scope: regional` on a module without repeated blocks.
-    """
-    engine: EngineName = "eager"
-    forward, fast, reason = module.forward, None, None
-    kwargs = dict(config.compile.kwargs)
-    if config.shapes.strategy != "exact":
-        kwargs.setdefault("dynamic", False)  # torch's default turns the second bucket into a dynamic graph
-    if config.compile.enable:
-        engine, reason = "compiled", missing_compiler(device, kwargs.get("backend", "inductor"))
-        if reason is None:
-            deferred = config.export.aot_compile
-            fast, reason = _try_compile(name, module, kwargs, regional=config.scope == "regional", deferred=deferred)
-    elif ipex_requested() and device.type == "cpu":
-        engine, fast = "ipex", _optimize_with_ipex(module, dtype)
-        reason = None if fast is not None else "intel-extension-for-pytorch is not installed"
-    if reason is not None:
-        logger.error("%s: %s; serving it eagerly", name, reason)
-    router = Router(
-        name,
-        forward,
-        fast,
-        engine,
-        shape_bound=engine == "compiled",
-        cuda_graphs=uses_cuda_graphs(kwargs, device),
-        channels_last=engine == "ipex" and fast is not None,
-        reason=reason,
-    )
-    module.forward = router
-    return router
-
-
-def _try_compile(
-    name: str, module: nn.Module, kwargs: Mapping[str, Any], *, regional: bool, deferred: bool
-) -> tuple[Callable[..., Any] | None, str | None]:
-    """The compiled callable, or None and the reason. Nothing is compiled yet, so only bad arguments fail here.
-
-    Where packages are expected to serve, `torch.compile` itself is `deferred` to the first call: it imports all of Inductor.
-    """
-    if regional and not getattr(module, "_repeated_blocks", None):
-        raise ConfigError(f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope")
-    forward: Callable[..., Any] = module.forward  # now, before a router stands in for it
-    if deferred:
-        compiled = cache(lambda: compile_target(module, forward, kwargs, regional=regional))
-        return lambda *args, **kwargs: compiled()(*args, **kwargs), None
-    try:
-        return compile_target(module, forward, kwargs, regional=regional), None
-    except (TypeError, ValueError, RuntimeError) as error:
-        return None, f"torch.compile refused its arguments: {error}"
-
-
-def _optimize_with_ipex(module: nn.Module, dtype: torch.dtype) -> Callable[..., Any] | None:
-    ipex = import_ipex()
-    if ipex is None:
-        return None
-    optimized = ipex.optimize(module.to(memory_format=torch.channels_last), dtype=dtype, inplace=True)  # type: ignore[call-overload]
-    forward: Callable[..., Any] = optimized.forward
-    return forward
-
-
-def uses_cuda_graphs(kwargs: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether these torch.compile arguments record CUDA graphs (torch/_inductor/__init__.py, list_mode_options)."""
-    options = kwargs.get("options") or {}
-    recorded = kwargs.get("mode") in ("reduce-overhead", "max-autotune") or options.get("triton.cudagraphs", False)
-    return device.type == "cuda" and bool(recorded)
-
-
-def compile_target(
-    module: nn.Module, forward: Callable[..., Any], kwargs: Mapping[str, Any], *, regional: bool
-) -> Callable[..., Any]:
-    """`forward`, which is the module's own, compiled, or with diffusers' repeated blocks in it compiled.
-
-    torch.compile is lazy: nothing runs yet.
-    """
-    if not regional:
-        compiled: Callable[..., Any] = torch.compile(forward, **kwargs)
-        return compiled
-    compile_blocks: Callable[..., None] = module.compile_repeated_blocks  # type: ignore[assignment]
-    compile_blocks(**kwargs)
-    return forward

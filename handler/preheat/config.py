@@ -160,6 +160,26 @@ class Pt2Config(Section):
     export: ExportConfig = ExportConfig()
     debug: DebugConfig = DebugConfig()
 
+    @property
+    def openvino(self) -> bool:
+        """Whether targets become OpenVINO models."""
+        return self.compile.enable and self.compile.kwargs.get("backend") == "openvino"
+
+    @model_validator(mode="after")
+    def _openvino_exports(self) -> Pt2Config:
+        """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
+        reasons = {
+            "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
+            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models for; use buckets or fixed",
+            "pt2.scope": self.scope == "regional" and "OpenVINO takes whole targets; use scope: full",
+            "pt2.attention": self.attention != "default" and "OpenVINO has an attention of its own; leave it out",
+            "pt2.export.aot_compile": self.export.aot_compile and "packages are Inductor's; use backend: inductor",
+        }
+        for path, reason in reasons.items():
+            if self.openvino and reason:
+                raise ConfigError(reason, path)
+        return self
+
     @model_validator(mode="after")
     def _export_needs_buckets(self) -> Pt2Config:
         if self.export.aot_compile and self.shapes.strategy in ("dynamic", "exact"):
@@ -202,6 +222,8 @@ class LimitsConfig(Section):
     """Pixels, of the picture asked for."""
     max_images: Positive = 4
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0
+    max_cost: Positive | None = None
+    """Pixel-steps: the bucket's pixels x denoising steps x pictures of one request. 100 million is 1024x1024 in 95 steps."""
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:
@@ -235,6 +257,10 @@ class PipelineConfig(Section):
     """Folder of a safetensors LoRA that is fused before compiling."""
     limits: LimitsConfig = LimitsConfig()
     defaults: DefaultsConfig = DefaultsConfig()
+    grpc_streaming: bool = False
+    """Send a stream's events over gRPC while they happen, each in a message. TorchServe 0.12 does not tell a handler whether
+    StreamPredictions or Predictions was called, and a second message to the latter ends the worker: only for clients who can be
+    trusted to ask for `stream` in StreamPredictions alone. Otherwise all events come in one message at the end, to either."""
 
     @model_validator(mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler and for IPEX."""
+"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler, for IPEX and for OpenVINO."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ import importlib
 import logging
 import os
 import shutil
-from contextlib import AbstractContextManager, nullcontext
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -25,12 +28,19 @@ _ATTENTION = {
 }
 
 
-def attention_backend(name: str) -> AbstractContextManager[None]:
-    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch."""
+@contextmanager
+def attention_backend(name: str) -> Iterator[None]:
+    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch.
+
+    The choice is compiled in, but torch 2.13 leaves it out of the keys of its compile caches: what was compiled under another one would
+    be found and run. Hence the tag.
+    """
     if name == "default":
-        return nullcontext()
-    context: AbstractContextManager[None] = sdpa_kernel(_ATTENTION[name])
-    return context
+        yield
+        return
+    caches: Any = importlib.import_module("torch.compiler.config")
+    with sdpa_kernel(_ATTENTION[name]), caches.patch(cache_key_tag=f"{caches.cache_key_tag}attention-{name}"):
+        yield
 
 
 def pick_device(gpu_id: int | str | None) -> torch.device:
@@ -74,13 +84,37 @@ def ipex_requested() -> bool:
     return os.environ.get("TS_IPEX_ENABLE", "false") == "true"
 
 
-def import_ipex() -> ModuleType | None:
-    """Intel's extension, or None with a warning where it is not installed."""
+def import_ipex() -> ModuleType:
+    """Intel's extension.
+
+    Raises:
+        ImportError: it is not installed, or is not for this torch.
+    """
     try:
         return importlib.import_module("intel_extension_for_pytorch")
-    except ImportError:
-        logger.warning("ipex_enable is set, but intel-extension-for-pytorch is not installed: serving without it")
-        return None
+    except ModuleNotFoundError as error:
+        raise ImportError("intel-extension-for-pytorch is not installed") from error
+    except (
+        ImportError,
+        AttributeError,
+        OSError,
+    ) as error:  # for another torch it means to exit, by a name that os has not
+        raise ImportError(
+            f"intel-extension-for-pytorch cannot be loaded with torch {torch.__version__}: {error}"
+        ) from error
+
+
+def import_openvino() -> ModuleType:
+    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion would be reported over the network.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module("openvino")
+    except ModuleNotFoundError as error:
+        raise ImportError("openvino is not installed (pip install openvino)") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -91,6 +125,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_device_lost(error: BaseException) -> bool:
     """Whether the device's context is broken (illegal address, device assert): every later call would fail too."""
     return isinstance(error, getattr(torch, "AcceleratorError", ())) and not is_out_of_memory(error)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done what it was given; a CPU always has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def release_memory(device: torch.device) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import numpy as np
@@ -20,9 +21,10 @@ from preheat.batching import Batcher, Outcome, RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
 from preheat.config import LimitsConfig, ShapesConfig
+from preheat.device import synchronize
 from preheat.errors import RequestError
 from preheat.geometry import Plan
-from preheat.pipelines import Batch, Row
+from preheat.pipelines import AfterStep, Batch, Row, Step
 from preheat.request import ImageRequest
 
 
@@ -35,7 +37,24 @@ class Painter(Protocol):
     @property
     def grid(self) -> int: ...
 
-    def paint(self, batch: Batch) -> NDArray[np.uint8]: ...
+    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Picture number `index` of a job is through denoising step `step` of `of`, counted from 1."""
+
+    index: int
+    step: int
+    of: int
+    sketch: Callable[[], Image.Image]
+    """What it looks like so far, small; only good until the next step."""
+
+
+class Watcher(Protocol):
+    """Told of every step of a job's pictures. After an out-of-memory split their steps begin anew."""
+
+    def progress(self, progress: Progress) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +67,7 @@ class Job:
     mask: Image.Image | None = None
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
+    watcher: Watcher | None = None
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -71,7 +91,10 @@ class Job:
         """One row a picture: the pictures of `num_images` take consecutive seeds."""
         request = self.request
         seeds = [(request.seed + index) % 2**63 for index in range(request.num_images)]
-        return [Row(request.prompt, request.negative_prompt, seed, self.image, self.mask) for seed in seeds]
+        return [
+            Row(request.prompt, request.negative_prompt, seed, self.image, self.mask, index)
+            for index, seed in enumerate(seeds)
+        ]
 
 
 @dataclass(slots=True)
@@ -198,7 +221,7 @@ class Engine(Batcher[Answer, Row]):
         job, rows = chunk[0][0].job, [row for _, row in chunk]
         batch = _batch(job.request, job.plan.bucket, rows, size)
         pixels, run = self._called(
-            lambda: self._painter.paint(batch),
+            lambda: self._painter.paint(batch, lambda step: self._tell(chunk, step)),
             num_rows=size,
             num_real_rows=len(rows),
             planned_eager=job.plan.engine_hint == "eager",
@@ -206,6 +229,20 @@ class Engine(Batcher[Answer, Row]):
         for (answer, _), painted in zip(chunk, pixels, strict=False):  # the filler's pictures are dropped
             answer.note(run, first=not answer.pictures)
             answer.pictures.append(images.finish(painted, answer.job.plan))
+
+    def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
+        """Pass a run's step on to the jobs that are watched; the filler's rows come last and are nobody's."""
+        watchers = [answer.job.watcher for answer, _ in chunk]
+        if any(watchers):
+            synchronize(self._device)  # a GPU is given steps faster than it does them
+        for number, (watcher, (answer, row)) in enumerate(zip(watchers, chunk, strict=True)):
+            if watcher is not None:
+                sketch = partial(_sketched, step, number, answer.job.plan)
+                watcher.progress(Progress(row.index, step.number, step.of, sketch))
+
+
+def _sketched(step: Step, number: int, plan: Plan) -> Image.Image:
+    return images.preview(step.sketch(number), plan)
 
 
 def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:

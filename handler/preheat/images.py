@@ -122,6 +122,14 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
     return Image.fromarray(pixels).resize((plan.width, plan.height), Image.Resampling.LANCZOS, box=box)
 
 
+def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
+    """The picture asked for, small, from a bucket painted with a pixel per latent cell: (latent height, latent width, 3)."""
+    (tall, wide), crop, (high, broad) = plan.scaled, plan.crop, cells.shape[:2]
+    box = (crop.left * broad / wide, crop.top * high / tall, crop.right * broad / wide, crop.bottom * high / tall)
+    size = max(1, plan.width * broad // plan.bucket.width), max(1, plan.height * high // plan.bucket.height)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR, box=box)
+
+
 def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
     """The picture as a file: the same bytes for the same pixels."""
     file = BytesIO()

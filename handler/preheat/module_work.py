@@ -174,14 +174,23 @@ class ModuleWork:
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str], deadline: float | None) -> Job:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
         inputs, accept = self._reader.read(row, headers)
         return self._engine.prepare(inputs, accept, deadline)
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
 
-    def respond(self, answer: Answer) -> Response:
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        return [self._response(answer) for answer in answers]
+
+    def _response(self, answer: Answer) -> Response:
         """JSON, one .npy, or safetensors, as the request wished."""
         if answer.error is not None:
             return from_error(answer.error)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from preheat import images, responses
+from preheat.admission import check_cost
 from preheat.batching import RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
@@ -23,6 +25,7 @@ from preheat.errors import ConfigError, RequestError
 from preheat.pipelines import DiffusionPipeline
 from preheat.request import FIELDS, ImageRequest, parse_row
 from preheat.responses import Response
+from preheat.streaming import Stream
 from preheat.variants import Variant, covering, plan_variants
 
 
@@ -38,6 +41,7 @@ class PipelineWork:
     def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device) -> None:
         self._pipeline, self._config, self._device = pipeline, config, device
         self.shapes = _resolved_shapes(config, pipeline)
+        self._encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode")
 
     @classmethod
     def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
@@ -139,7 +143,13 @@ class PipelineWork:
     def measure_padding(self) -> Mapping[str, Any]:
         return {}  # the canvas that is painted is the bucket: there is no picture without padding to compare with
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str], deadline: float | None) -> Job:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
         pipeline = self._config.pipeline
         request = parse_row(
             row,
@@ -152,7 +162,10 @@ class PipelineWork:
         family = self._pipeline.family
         if request.negative_prompt is not None and family.guidance == "embedded":
             raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
-        return self._prepare(request, deadline)
+        job = self._prepare(request, deadline)
+        least_area = min(bucket.area for bucket in self.shapes.buckets)
+        check_cost(request, job.plan.bucket, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
 
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
         limits = self._config.pipeline.limits
@@ -161,8 +174,15 @@ class PipelineWork:
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
 
-    def respond(self, answer: Answer) -> Response:
-        return responses.from_answer(answer)
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        """Streams send what is left of them; all pictures are encoded side by side before."""
+        files = responses.encoded(answers, self._encoders)
+        return [
+            answer.job.watcher.finish(answer, own)
+            if isinstance(answer.job.watcher, Stream)
+            else responses.from_answer(answer, own)
+            for answer, own in zip(answers, files, strict=True)
+        ]
 
 
 def _model_path(path: str, model_dir: Path) -> str | Path:

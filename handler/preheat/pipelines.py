@@ -25,8 +25,12 @@ from preheat.buckets import Bucket
 from preheat.config import PipelineConfig, Task
 from preheat.device import DTYPES
 from preheat.errors import PipelineError
+from preheat.previews import LatentColours, plain_colours
 
 logger = logging.getLogger(__name__)
+
+_COLOUR_CELLS = 8
+"""Latent cells a side of the plain pictures that previews are fitted to: 27 of 64x64 pixels are a tenth of one 1024x1024."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,8 @@ class Row:
     seed: int
     image: Image | None = None
     mask: Image | None = None
+    index: int = 0
+    """Which of its request's pictures it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,19 @@ class Batch:
     num_inference_steps: int
     guidance_scale: float
     strength: float
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A denoising step that a run has just done: `number`, from 1, of `of`."""
+
+    number: int
+    of: int
+    sketch: Callable[[int], NDArray[np.uint8]]
+    """What a row of the batch looks like so far: a pixel per latent cell, (latent height, latent width, 3)."""
+
+
+AfterStep = Callable[[Step], None]
 
 
 class DiffusionPipeline:
@@ -98,6 +117,7 @@ class DiffusionPipeline:
             task: frozenset(inspect.signature(type(task_pipe).__call__).parameters)
             for task, task_pipe in self._tasks.items()
         }
+        self._colours = self._fit_colours()
 
     @classmethod
     def load(cls, folder: str | Path, config: PipelineConfig, device: torch.device) -> DiffusionPipeline:
@@ -179,13 +199,23 @@ class DiffusionPipeline:
                 parts[name] = type(component).__name__
         return parts
 
-    def paint(self, batch: Batch) -> NDArray[np.uint8]:
-        """Run one batch through diffusers.
+    def paint(self, batch: Batch, after_step: AfterStep = lambda _: None) -> NDArray[np.uint8]:
+        """Run one batch through diffusers; `after_step` is told of every denoising step.
 
         Returns:
             Pixels, (rows, height, width, 3), as large as the bucket.
         """
-        arguments = self._arguments(batch)
+
+        def stepped(pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            latents = tensors["latents"]
+            after_step(
+                Step(index + 1, pipe.num_timesteps, lambda row: self._sketch(latents[row : row + 1], batch.bucket))
+            )
+            return {}
+
+        # In every run, whether or not somebody looks on: what is warmed is what is served.
+        watched = {"callback_on_step_end": stepped, "callback_on_step_end_tensor_inputs": ["latents"]}
+        arguments = self._arguments(batch) | watched
         images = self._tasks[batch.task](**arguments).images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         array: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
@@ -215,6 +245,40 @@ class DiffusionPipeline:
             if name in self._accepted[batch.task]:  # some image-to-image pipelines take the size from the image
                 arguments[name] = value
         return arguments
+
+    def _fit_colours(self) -> LatentColours:
+        """How this VAE's latents look. Runs its encoder, so it comes before routers stand in for anything."""
+        vae, colours = self._pipe.vae, plain_colours()
+        dtype = vae.dtype
+        upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows, as its pipelines know too
+        side = _COLOUR_CELLS * int(self._pipe.vae_scale_factor)
+        with torch.no_grad():
+            if upcast:
+                vae.to(torch.float32)
+            plain = (2 * colours - 1).to(vae.device, vae.dtype)[:, :, None, None].expand(-1, -1, side, side)
+            latents = vae.encode(plain).latent_dist.mode()  # (colours, channels, cells, cells)
+            if upcast:
+                vae.to(dtype)
+            inner = latents[:, :, 2:-2, 2:-2]  # away from the border, where the encoder sees its own padding
+            return LatentColours.fit(_as_denoised(inner, vae.config).float().mean((2, 3)), colours)
+
+    def _sketch(self, latents: torch.Tensor, bucket: Bucket) -> NDArray[np.uint8]:
+        """One picture's latents as `LatentColours` sees them: (1, channels, height, width), or packed into tokens."""
+        if latents.ndim == 3:
+            latents = self._pipe._unpack_latents(latents, bucket.height, bucket.width, self._pipe.vae_scale_factor)
+        return self._colours.paint(latents[0])
+
+
+def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
+    """What the VAE gives, (rows, channels, height, width), in the scale in which the denoiser has it."""
+    mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
+    if mean is not None and deviation is not None:  # a few SDXL finetunes
+        per_channel = (-1, 1, 1)
+        latents = (latents - latents.new_tensor(mean).view(per_channel)) / latents.new_tensor(deviation).view(
+            per_channel
+        )
+    shifted: torch.Tensor = latents - (getattr(config, "shift_factor", None) or 0.0)
+    return shifted * float(config.scaling_factor)
 
 
 def _guidance_variants(family: Family, config: PipelineConfig) -> tuple[bool, ...]:

@@ -58,6 +58,10 @@ class ImageRequest:
     num_images: int
     output_format: OutputFormat
     response_format: ResponseFormat
+    stream: bool = False
+    """Answer with events while it is painted, not with a picture at the end."""
+    preview_every: int = 0
+    """Steps from one preview to the next; 0 is never."""
 
     @property
     def task(self) -> Task:
@@ -109,6 +113,8 @@ def parse_row(
         num_images=_or(sent.whole("num_images", 1, limits.max_images), 1),
         output_format=_or(sent.choice("output_format", OUTPUT_FORMATS), defaults.output_format),
         response_format=_or(sent.choice("response_format", RESPONSE_FORMATS), "image"),
+        stream=_or(sent.flag("stream"), False),
+        preview_every=_or(sent.whole("preview_every", 0, limits.max_steps), 0),
     )
     _check_together(request, guidance, tasks)
     return request
@@ -146,8 +152,10 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
         raise RequestError(
             f"{request.strength} of {steps} steps is less than one step; ask for more of either", "strength"
         )
-    if request.num_images > 1 and request.response_format != "b64_json":
-        raise RequestError("more than one image needs response_format b64_json", "num_images")
+    if request.num_images > 1 and request.response_format != "b64_json" and not request.stream:
+        raise RequestError("more than one image needs response_format b64_json, or stream", "num_images")
+    if request.preview_every and not request.stream:
+        raise RequestError("previews come in a stream; ask for stream too", "preview_every")
 
 
 class _Sent:
@@ -187,6 +195,12 @@ class _Sent:
                 return one
         raise RequestError(f"must be one of {', '.join(choices)}, got {_shown(value)}", name)
 
+    def flag(self, name: str) -> bool | None:
+        value = self._numeral(name)
+        if value is None or isinstance(value, bool):
+            return value
+        raise RequestError(f"must be true or false, got {_shown(value)}", name)
+
     def whole(self, name: str, low: int, high: int) -> int | None:
         value = self._numeral(name)
         if value is None:
@@ -220,6 +234,7 @@ class _Sent:
         return value
 
     def _numeral(self, name: str) -> object:
+        """A number or a truth value, from a part of its own as JSON writes it."""
         value = self._values.get(name)
         if not isinstance(value, bytes):
             return value

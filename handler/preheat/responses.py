@@ -5,13 +5,16 @@ from __future__ import annotations
 import base64
 import http
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Any
 
 from preheat import images
 from preheat.engine import Answer
 from preheat.errors import RequestError, RunError
+from preheat.geometry import Plan
+from preheat.request import ImageRequest
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,38 +38,62 @@ def from_error(error: RequestError | RunError) -> Response:
     return json_response(error.code, error.body())
 
 
-def from_answer(answer: Answer) -> Response:
-    """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64."""
-    request, plan = answer.job.request, answer.job.plan
+def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
+    """Each answer's pictures as files, encoded side by side in the pool's threads."""
+    tasks = [
+        [pool.submit(images.encode, picture, answer.job.request.output_format) for picture in answer.pictures]
+        if answer.error is None
+        else []
+        for answer in answers
+    ]
+    return [[task.result() for task in own] for own in tasks]
+
+
+def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
+    """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64.
+
+    `files` are its encoded pictures.
+    """
+    request = answer.job.request
     if answer.error is not None:
         return from_error(answer.error)
-    encoded = [images.encode(picture, request.output_format) for picture in answer.pictures]
-    headers = _headers(answer)
+    headers = {
+        **plan_headers(request, answer.job.plan),
+        "x-preheat-engine": answer.engine,
+        "x-preheat-exact": answer.exact,
+    }
     if request.response_format == "image":
-        return Response(200, encoded[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
-    data = [
-        {"b64_json": base64.b64encode(picture).decode(), "seed": (request.seed + index) % 2**63}
-        for index, picture in enumerate(encoded)
+        return Response(200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
+    return json_response(200, {"data": pictures(answer, files), **facts(answer)}, headers)
+
+
+def pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
+    """What JSON says of each picture: the file in base64, and its own seed."""
+    seed = answer.job.request.seed
+    return [
+        {"b64_json": base64.b64encode(file).decode(), "seed": (seed + index) % 2**63}
+        for index, file in enumerate(files)
     ]
-    document = {
-        "data": data,
+
+
+def facts(answer: Answer) -> dict[str, Any]:
+    """What JSON says of how an answer was painted; sizes in pixels."""
+    plan = answer.job.plan
+    return {
         "width": plan.width,
         "height": plan.height,
         "bucket": [plan.bucket.height, plan.bucket.width],
         "engine": answer.engine,
         "padding": round(plan.padding, 4),
         "exact": answer.exact,
-        "output_format": request.output_format,
+        "output_format": answer.job.request.output_format,
     }
-    return json_response(200, document, headers)
 
 
-def _headers(answer: Answer) -> dict[str, str]:
-    request, plan = answer.job.request, answer.job.plan
+def plan_headers(request: ImageRequest, plan: Plan) -> dict[str, str]:
+    """What headers say of a request before it is painted."""
     return {
         "x-preheat-bucket": str(plan.bucket),
-        "x-preheat-engine": answer.engine,
         "x-preheat-seed": str(request.seed),
         "x-preheat-padding": f"{plan.padding:.4f}",
-        "x-preheat-exact": answer.exact,
     }

@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +20,7 @@ import preheat
 from preheat import aot
 from preheat.batching import RunReport
 from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
-from preheat.compilation import Phase, Router, build_router, uses_cuda_graphs
+from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
 from preheat.device import peak_memory_bytes
@@ -30,6 +30,7 @@ from preheat.metrics import Metrics, discard
 from preheat.modules import has_model
 from preheat.request import DEADLINE_HEADER, parse_deadline
 from preheat.responses import Response
+from preheat.roads import build_router, uses_cuda_graphs, wants_every_size
 from preheat.state import Phase as StatePhase
 from preheat.state import ServerState, StatusFile
 from preheat.trust import Trust
@@ -101,14 +102,21 @@ class Service:
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str] | None = None) -> Any:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str] | None = None,
+        send: Callable[[Response], None] | None = None,
+    ) -> Any:
         """A TorchServe input row, which came with these headers (names in lower case), as a job.
+
+        A request that streams gives the parts of its answer to `send`, from now on; None keeps them for the end.
 
         Raises:
             RequestError: anything about it that cannot be served.
         """
         headers = headers or {}
-        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)))
+        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)), send)
 
     def run(self, jobs: Sequence[Any]) -> list[Any]:
         """Serve the jobs; answers come in their order."""
@@ -120,9 +128,9 @@ class Service:
         self._metrics.state(self.current_state())
         return answers
 
-    def respond(self, answer: Any) -> Response:
-        """One answer as a TorchServe row."""
-        return self._work.respond(answer)
+    def respond(self, answers: Sequence[Any]) -> list[Response]:
+        """Answers as TorchServe rows."""
+        return self._work.respond(answers)
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
@@ -246,9 +254,9 @@ class Service:
         return (max(served),) if self._shapes.invariant else served
 
     def _warmed_sizes(self) -> tuple[int, ...]:
-        """Those that warm-up has to meet so that every served one is hot: CUDA graphs are recorded for each size."""
+        """Those that warm-up has to meet so that every served one is hot."""
         served = self._served_sizes()
-        if self._shapes.batch_sizes != "dynamic" or uses_cuda_graphs(self.config.pt2.compile.kwargs, self._device):
+        if self._shapes.batch_sizes != "dynamic" or wants_every_size(self.config.pt2.compile.kwargs, self._device):
             return served
         return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
 

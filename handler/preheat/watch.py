@@ -62,7 +62,7 @@ def refused_guards(error: BaseException) -> str | None:
     text = str(error)
     if not isinstance(error, RuntimeError) or not text.startswith(_REFUSAL):
         return None
-    return text[len(_REFUSAL) :].lstrip(". ")
+    return text[len(_REFUSAL) :].lstrip(". ") or "a guard that this version of torch does not name"
 
 
 def raise_recompile_limits(num_graphs: int) -> None:

@@ -65,7 +65,13 @@ class Work(Protocol):
     def measure_padding(self) -> Mapping[str, Any]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a question."""
 
-    def parse(self, row: Mapping[str, object], headers: Mapping[str, str], deadline: float | None) -> Any:
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Any:
         """A TorchServe input row as a job.
 
         Raises:
@@ -75,4 +81,4 @@ class Work(Protocol):
     def run(self, jobs: Sequence[Any]) -> Sequence[Any]:
         """Answers in the order of the jobs."""
 
-    def respond(self, answer: Any) -> Response: ...
+    def respond(self, answers: Sequence[Any]) -> list[Response]: ...

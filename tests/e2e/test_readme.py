@@ -82,6 +82,8 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
         assert Image.open(shell.folder / name).size == (199, 233), name
     assert (shell.folder / "lighthouse.png").read_bytes() == (shell.folder / "lighthouse-grpc.png").read_bytes()
     assert "x-preheat-bucket: 256x256" in (shell.folder / "headers.txt").read_text()
+    told = [json.loads(line)["event"] for line in (shell.folder / "events.ndjson").read_text().splitlines()]
+    assert told[0] == "queued" and told[-2:] == ["image", "done"] and set(told[1:-2]) == {"step"}
     (state,) = [output for block, output in outputs.items() if "customized=true" in block]
     assert '"state": "hot"' in state
     assert (shell.folder / ".preheat" / "archives" / "tiny-sdxl.mar").is_file()

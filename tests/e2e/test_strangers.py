@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preheat import responses
 from preheat.client import Client, Reply
 from preheat.errors import RequestError
 from preheat.service import Service
@@ -144,9 +143,8 @@ def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes |
         except RequestError as error:
             assert error.code == 400 and error.field in wish
     bodies: list[bytes | None] = [None] * len(wishes)
-    for (index, _), answer in zip(jobs, service.run([job for _, job in jobs]), strict=True):
-        answer.raise_if_failed()
-        response = responses.from_answer(answer)
+    answers = service.run([job for _, job in jobs])
+    for (index, _), response in zip(jobs, service.respond(answers), strict=True):
         assert response.code == 200 and response.headers["x-preheat-exact"] == "bitwise"
         bodies[index] = response.body
     return bodies

@@ -1,0 +1,35 @@
+"""Whether a request may be painted at all, by what it costs: pixels of the bucket x denoising steps x pictures."""
+
+from __future__ import annotations
+
+from preheat.buckets import Bucket
+from preheat.errors import RequestError
+from preheat.request import ImageRequest
+
+
+def num_steps(request: ImageRequest) -> int:
+    """The denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers' image-to-image pipelines)."""
+    steps = request.num_inference_steps
+    return steps if request.image is None else int(min(steps * request.strength, steps))
+
+
+def check_cost(request: ImageRequest, bucket: Bucket, *, least_area: int, max_cost: int | None) -> None:
+    """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing does).
+
+    `least_area` is that of the smallest bucket, in pixels: how much of the cost lies in the size.
+
+    Raises:
+        RequestError: it costs more; at fault is the factor that weighs most.
+    """
+    steps = num_steps(request)
+    cost = bucket.area * steps * request.num_images
+    if max_cost is None or cost <= max_cost:
+        return
+    factors = {
+        "num_inference_steps": steps,
+        "num_images": request.num_images,
+        "height": bucket.area / least_area,
+    }
+    at_fault = max(factors, key=lambda name: factors[name])  # of equals the first
+    painted = f"{request.num_images} x {bucket} x {steps} steps"
+    raise RequestError(f"{painted} are {cost} pixel-steps, at most {max_cost} are allowed", at_fault)
