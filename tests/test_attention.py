@@ -46,7 +46,7 @@ class Painter:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.result = module, torch.empty(0)
 
-    def paint(self, batch: Batch) -> NDArray[np.uint8]:
+    def paint(self, batch: Batch, after_step: Any = None) -> NDArray[np.uint8]:
         cells = batch.bucket.area // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))

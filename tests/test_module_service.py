@@ -151,7 +151,7 @@ def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: C
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
     assert [answer.bucket for answer in ask(service, ids(3), ids(16))] == ["sequence=16"] * 2
     (answer,) = ask(service, ids(12))
-    headers = service.respond(answer).headers
+    headers = service.respond([answer])[0].headers
     assert headers["x-preheat-padding"] == "0.2500" and headers["x-preheat-exact"] == "rounding"
 
 
@@ -174,7 +174,7 @@ def test_answers_come_in_every_form(watch: CompileWatch, models: Path) -> None:
     forms = {}
     for accept in ("application/json", "application/x-npy", "application/safetensors"):
         (answer,) = service.run([service.parse({"body": ids(5)}, {"accept": accept})])
-        response = service.respond(answer)
+        (response,) = service.respond([answer])
         assert response.code == 200 and response.headers["content-type"] == accept
         forms[accept] = response.body
     lists = json.loads(forms["application/json"])
