@@ -8,13 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preheat import images
-from preheat.engine import Answer
 from preheat.errors import RequestError, RunError
 from preheat.geometry import Plan
 from preheat.request import ImageRequest
+
+if TYPE_CHECKING:  # a module's worker has no use for diffusers, which takes seconds to import
+    from preheat.engine import Answer
 
 
 @dataclass(frozen=True, slots=True)
