@@ -65,7 +65,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
 test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
-	$(IPEX_BIN)/python -m pytest --ignore=tests/e2e --ignore=tests/gpu
+	$(IPEX_BIN)/python -m pytest tests/test_*.py tests/e2e/test_cpu_roads.py
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from preheat.compilation import DynamicDims, Phase, Router, signature
-from preheat.config import Pt2Config
+from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
 from preheat.roads import build_router
 from preheat.watch import CompileWatch, forbid_compiling
@@ -172,6 +172,15 @@ def test_bad_arguments_of_torch_compile_mean_eager_and_a_reason(watch: CompileWa
     router = build_router("toy", module, config, torch.float32, CPU)
     assert router.idle and "refused its arguments" in str(router.reason)
     assert module(sample(1, 4, 8, 8)).shape == (1, 4, 8, 8)
+
+
+@pytest.mark.parametrize("options", [{"freezing": True}, {"max_autotune": False, "cpp.threads": 1}])
+def test_options_reach_inductor_as_the_yaml_has_them(options: dict[str, Any], watch: CompileWatch) -> None:
+    """torch takes keys out of the dict, which a config's own would not let it."""
+    config = ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": "inductor", "options": options}}}).pt2
+    router = build_router("toy", Toy(), config, torch.float32, CPU)
+    assert router.reason is None and router.engine == "compiled"
+    assert config.compile.kwargs["options"] == options
 
 
 def test_without_a_compiler_everything_is_eager_and_says_so(

@@ -51,6 +51,9 @@ class Model:
         shapes = [self._bounds(path, shape) for path, shape in tensor_shapes(*inputs).items()]
         model.reshape(dict(enumerate(shapes)))
         self._num_outputs = len(model.outputs)
+        # Their memory is the model's too. `Module.to` gives a parameter other memory, so the parameter itself would not keep it.
+        self._weights = [weight.detach() for weight in exported.state_dict.values()]
+        self._converted = model
         self._request = (
             openvino.Core().compile_model(model, "CPU", {**_precision(module), **properties}).create_infer_request()
         )

@@ -17,6 +17,7 @@ from preheat.config import Pt2Config
 from preheat.device import import_ipex, import_openvino, ipex_requested, missing_compiler
 from preheat.errors import ConfigError
 from preheat.openvino_models import Model, cpu_properties
+from preheat.schema import thawed
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.d
     Raises:
         ConfigError: `pt2.scope: regional` on a module without repeated blocks.
     """
-    forward, kwargs = module.forward, dict(config.compile.kwargs)
+    forward, kwargs = module.forward, thawed(config.compile.kwargs)
     if config.shapes.strategy != "exact":
         kwargs.setdefault("dynamic", False)  # torch's default turns the second bucket into a dynamic graph
     if config.openvino:

@@ -41,6 +41,11 @@ class FrozenDict(dict[str, Any]):
         return cls({key: cls.of(x) if isinstance(x, Mapping) else copy.deepcopy(x) for key, x in value.items()})
 
 
+def thawed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A deep copy of plain dicts, for who writes into what it is given: torch.compile takes keys out of its `options`."""
+    return {key: thawed(x) if isinstance(x, Mapping) else copy.deepcopy(x) for key, x in value.items()}
+
+
 def _as_pair(value: object) -> object:
     if isinstance(value, Bucket):
         return value.height, value.width
