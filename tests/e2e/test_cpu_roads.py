@@ -1,7 +1,7 @@
 """The engines `openvino` and `ipex` in a real TorchServe: named in state and headers, silent after READY, and eager's pictures.
 
-One server with `ipex_enable=true`; a model that asks for OpenVINO keeps it. Without Intel's extension, which needs an environment of
-its own, its model is left out.
+One server with `ipex_enable=true`, and one engine in it: IPEX needs torch 2.8 and so an environment of its own, and from that torch's
+exports of a UNet OpenVINO 2026.4 converts nothing (`aten.slice.Tensor`), so there it is left out.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from served import Served
 
 BUCKETS = [[64, 128], [96, 64]]
 NEEDED = {"openvino": "openvino", "ipex": "intel_extension_for_pytorch"}
+HERE = "ipex" if find_spec(NEEDED["ipex"]) else "openvino"
 COMPILE: dict[str, dict[str, Any]] = {
     "openvino": {"enable": True, "backend": "openvino"},
     "ipex": {"enable": False},
@@ -59,7 +60,7 @@ def config(engine: str, dtype: str = "float32") -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.TorchServe]:
     work, archives = tmp_path_factory.mktemp("roads"), []
-    for engine in (name for name, package in NEEDED.items() if find_spec(package)):
+    for engine in (name for name, package in NEEDED.items() if name == HERE and find_spec(package)):
         for dtype in ("float32", "bfloat16"):
             path = work / f"{engine}-{dtype}.yaml"
             path.write_text(yaml.safe_dump(config(engine, dtype)))
@@ -84,8 +85,10 @@ def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 @pytest.fixture(params=NEEDED)
 def engine(request: pytest.FixtureRequest) -> str:
     engine = str(request.param)
+    if engine != HERE:
+        pytest.skip("runs in make test-ipex" if engine == "ipex" else "OpenVINO cannot convert what torch 2.8 exports")
     if find_spec(NEEDED[engine]) is None:
-        pytest.skip(f"needs {NEEDED[engine]}" + (", which make test-ipex installs" if engine == "ipex" else ""))
+        pytest.skip(f"needs {NEEDED[engine]}")
     return engine
 
 
