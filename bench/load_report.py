@@ -64,6 +64,16 @@ def over_bare(document: Mapping[str, Any]) -> dict[str, float]:
     return found
 
 
+def mean_of_bare(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
+    """The bare loop before and after the servers as one, with the two rates that the mean was made of."""
+    both = [first["requests_per_second"], last["requests_per_second"]]
+    means = {
+        name: {size: round((rate + both[1][name][size]) / 2, 3) for size, rate in rates.items()}
+        for name, rates in both[0].items()
+    }
+    return {**first, "requests_per_second": means, "first_and_last": both}
+
+
 def stages_table(document: Mapping[str, Any]) -> Table:
     """What the handler does with a request, in milliseconds, stage by stage."""
     stages_by_kind: Mapping[str, Mapping[str, float]] = document["stages_ms"]

@@ -16,7 +16,7 @@ from preheat.buckets import Bucket
 from preheat.compilation import Phase, Router
 from preheat.config import LimitsConfig, Pt2Config, ShapesConfig
 from preheat.engine import Engine
-from preheat.pipelines import AfterStep, Batch
+from preheat.pipelines import Batch
 from preheat.roads import build_router
 from preheat.watch import CompileWatch, forbid_compiling
 from test_engine import make_request
@@ -46,7 +46,7 @@ class Painter:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.result = module, torch.empty(0)
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]:
+    def paint(self, batch: Batch, after_step: Any = None) -> NDArray[np.uint8]:
         cells = batch.bucket.area // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))

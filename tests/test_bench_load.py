@@ -158,3 +158,10 @@ def test_loads_are_of_every_kind_and_named_apart() -> None:
         assert len({run.name for run in rows}) == len(rows)
         first_open = next(index for index, run in enumerate(rows) if run.loop == "open")
         assert all(run.loop == "open" for run in rows[first_open:])
+
+
+def test_the_bare_loop_is_the_mean_of_before_and_after() -> None:
+    first, last = ({"num_threads": 1, "requests_per_second": {"uniform": {"1": rate}}} for rate in (10.0, 13.0))
+    mean = load_report.mean_of_bare(first, last)
+    assert mean["num_threads"] == 1 and mean["requests_per_second"] == {"uniform": {"1": 11.5}}
+    assert mean["first_and_last"] == [{"uniform": {"1": 10.0}}, {"uniform": {"1": 13.0}}]

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import ast
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -111,3 +114,8 @@ def test_one_place_decides(call: str, home: str) -> None:
 
 def test_the_package_itself_imports_nothing() -> None:
     assert _imports(HANDLER / "preheat" / "__init__.py") <= {"__future__"}
+
+
+def test_a_modules_worker_does_not_import_diffusers() -> None:
+    code = "import sys, preheat.service, preheat.module_work; sys.exit('diffusers' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})

@@ -134,6 +134,18 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
     assert (after.compiles_since_ready, after.incidents, after.eager_fallbacks) == (0, 0, 0)
 
 
+def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Path) -> None:
+    unmasked = copy.deepcopy(BERT)
+    unmasked["inputs"]["attention_mask"]["pad"] = 1
+    service = start(models / "bert", unmasked, enable=False)
+    assert service.state.padding["exact"] == "padded" and service.state.padding["max_error"] > 1e-3
+    answers = ask(service, ids(3), ids(20))
+    assert [answer.bucket for answer in answers] == ["sequence=16", "sequence=32"], (
+        "nobody changes a neighbour's answer"
+    )
+    assert {answer.exact for answer in answers} == {"padded"}
+
+
 def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: CompileWatch, models: Path) -> None:
     service = start(models / "bert", BERT)
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
@@ -270,7 +282,7 @@ def served_plainly(folder: Path, text: str) -> Service:
 CHEAP = [
     form for form in FORMS if not any(word in form for word in ("shapes", "targets", "export", "reduce", "max-au"))
 ]
-# OpenVINO does not go through torch.compile, whose backend of that name fails on torch 2.13; of unknown shapes it serves eagerly.
+# openvino never reaches torch.compile here, with which it fails: it is exported for shapes that the YAML names.
 CHEAP = [form for form in CHEAP if "openvino" not in form]
 CHEAP = [form for form in CHEAP if "inductor" not in form or "nonsense" in form or form == "pt2: inductor"]
 
@@ -303,6 +315,14 @@ def test_torchserves_own_forms_choose_as_basehandler_does(
     (answer,) = ask(service, [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
     expected = theirs.inference(torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
     assert torch.equal(answer.outputs["output"], expected), "a request is one call as it is, its batch included"
+
+
+def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
+    watch: CompileWatch, plain: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("openvino")
+    (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
+    assert answer.engine == "eager" and answer.fell_back and "shapes that the YAML names" in caplog.text
 
 
 @pytest.mark.parametrize("form", ["pt2: aot_eager", "pt2: {compile: {enable: true, backend: eager}}"])

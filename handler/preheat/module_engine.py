@@ -111,17 +111,17 @@ class ModuleEngine(Batcher[Answer, Job]):
         sizes = sizes_of(inputs, self._config.inputs)
         bucket = covering(self._choices, sizes)
         if bucket is None and self._shapes.oversize == "reject":
-            name, dimension, largest = self._too_long(inputs, sizes)
+            name, dimension, largest = self._too_long(sizes)
             raise RequestError(f"has {dimension} {sizes[dimension]}, the largest bucket is {largest}", name)
         return Job(inputs, sizes, bucket, bucket is None, accept, deadline)
 
-    def _too_long(self, inputs: Tensors, sizes: Mapping[str, int]) -> tuple[str, str, int]:
-        """The input, its dimension and that dimension's largest bucket."""
+    def _too_long(self, sizes: Mapping[str, int]) -> tuple[str, str, int]:
+        """A dimension that no bucket holds, the input that names its buckets, and the largest of them."""
         return next(
-            (name, dimension, max(self._choices[dimension]))
-            for name in inputs
-            for dimension in self._config.inputs[name].shape
-            if isinstance(dimension, str) and dimension in sizes and sizes[dimension] > max(self._choices[dimension])
+            (name, dimension, max(allowed))
+            for name, spec in self._config.inputs.items()
+            for dimension, allowed in spec.buckets.items()
+            if sizes[dimension] > max(allowed)
         )
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:

@@ -8,13 +8,15 @@ import json
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from preheat import images
-from preheat.engine import Answer
 from preheat.errors import RequestError, RunError
 from preheat.geometry import Plan
 from preheat.request import ImageRequest
+
+if TYPE_CHECKING:  # a module's worker has no use for diffusers, which takes seconds to import
+    from preheat.engine import Answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,11 @@ def from_error(error: RequestError | RunError) -> Response:
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
-    """Each answer's pictures as files, encoded side by side in the pool's threads."""
+    """Each answer's pictures as files, encoded side by side in the pool's threads.
+
+    Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at most of the 75 that a 1024x1024
+    PNG takes); a JPEG, of 6 ms, holds it.
+    """
     tasks = [
         [pool.submit(images.encode, picture, answer.job.request.output_format) for picture in answer.pictures]
         if answer.error is None

@@ -71,7 +71,7 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modules]:
     archives = [archive_plainly(work)]
     for name, config in CONFIGS.items():
         tiny.build(name, work / name)
-        (work / f"{name}.yaml").write_text(yaml.safe_dump(config))
+        (work / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         archives.append(build_archive(work / f"{name}.yaml", work / name, output=work / "archives"))
     running = server.start(archives, work / "run", ports=server.Ports.free(), cache=CACHE)
     clients: dict[str, Client] = {}
