@@ -234,7 +234,7 @@ def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkey
     router.start_run()
     module(sample(3, 4, 8, 8))
     assert router.run.engines == {"ipex"} and router.run.incidents == 0
-    assert fake.dtypes == [torch.bfloat16] and seen == [True, True]
+    assert fake.dtypes == [torch.bfloat16] and seen == [True] * 3  # compared with eager in warm-up, then served
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -258,21 +258,31 @@ def test_ipex_leaves_a_module_without_convolutions_in_its_layout(
     module[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
     router = build_router("toy", module, Pt2Config(), torch.float32, CPU)
     module(sample(2, 4, 4, 8))
-    assert router.run.engines == {"ipex"} and seen == [True]
+    router.phase = Phase.SERVE
+    router.start_run()
+    module(sample(2, 4, 4, 8))
+    assert router.run.engines == {"ipex"} and seen == [True] * 3
 
 
 class BrokenIpex(FakeIpex):
-    """Refuses float16, and spoils its copy of any other module."""
+    """Refuses float16, gets bfloat16 wrong, and spoils its copy of any other module."""
 
     def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool) -> nn.Module:
         if dtype == torch.float16:
             raise AssertionError("no float16 here")
+        if dtype == torch.bfloat16:
+            wrong = super().optimize(module, dtype, inplace)
+            wrong.conv.weight.data.mul_(1.5)  # type: ignore[union-attr, operator]
+            return wrong
         spoilt = super().optimize(module, dtype, inplace)
         spoilt.conv.register_parameter("weight", None)  # type: ignore[union-attr]
         return spoilt
 
 
-@pytest.mark.parametrize(("dtype", "words"), [(torch.float16, "no float16 here"), (torch.float32, "ipex failed")])
+@pytest.mark.parametrize(
+    ("dtype", "words"),
+    [(torch.float16, "no float16 here"), (torch.float32, "ipex failed"), (torch.bfloat16, "differs from eager")],
+)
 def test_what_ipex_fails_on_is_served_by_the_module_as_it_was(
     dtype: torch.dtype,
     words: str,

@@ -211,6 +211,7 @@ class Router:
         cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so they are cloned.
         channels_last: 4-D inputs are converted to channels_last, not to contiguous, before either callable runs.
         make: makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given the dimensions that vary.
+        fault: says why the first argument, what `fast` gave in warm-up, is not the second, what eager gave; None: it is not compared.
     """
 
     def __init__(
@@ -224,6 +225,7 @@ class Router:
         cuda_graphs: bool = False,
         channels_last: bool = False,
         make: Callable[[Inputs, DynamicDims], Ahead] | None = None,
+        fault: Callable[[Any, Any], str | None] | None = None,
         reason: str | None = None,
     ) -> None:
         self.name = name
@@ -239,7 +241,7 @@ class Router:
         self.ahead: list[Ahead] = []
         self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
         self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
-        self._forward, self._fast, self._make = forward, fast, make
+        self._forward, self._fast, self._make, self._fault = forward, fast, make, fault
         self._shape_bound, self._cuda_graphs = shape_bound or fast is None, cuda_graphs
         self._lay_out = _channels_last if channels_last else _contiguous
 
@@ -379,6 +381,13 @@ class Router:
                 if graphs == num_graphs() and self._compiled_nothing_yet():
                     reason = "torch.compile produced no graph for this module"
                     logger.error("%s: %s; this shape stays eager", self.name, reason)
+                elif self._fault is not None and (fault := self._fault(result, self._eager(args, kwargs))) is not None:
+                    reason = f"{self.engine}: {fault}"
+                    logger.error("%s: %s; the target stays eager", self.name, reason)
+                    self._fast, self.reason = (
+                        None,
+                        reason,
+                    )  # it takes any shape, so no other one is to be trusted either
                 else:
                     self.routes[key] = self.visited[key] = Route(self.engine, why)
                     return result

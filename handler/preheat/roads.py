@@ -16,6 +16,7 @@ from preheat.compilation import Ahead, DynamicDims, EngineName, Inputs, Router
 from preheat.config import Pt2Config
 from preheat.device import import_ipex, import_openvino, ipex_requested, missing_compiler
 from preheat.errors import ConfigError
+from preheat.exporting import fault
 from preheat.openvino_models import Model, cpu_properties
 from preheat.schema import thawed
 
@@ -67,6 +68,7 @@ def build_router(name: str, module: nn.Module, config: Pt2Config, dtype: torch.d
         cuda_graphs=uses_cuda_graphs(kwargs, device),
         channels_last=road.channels_last,
         make=road.make,
+        fault=fault if road.engine == "ipex" else None,
         reason=road.reason,
     )
     module.forward = router
@@ -113,7 +115,7 @@ def _openvino(name: str, module: nn.Module, kwargs: Mapping[str, Any], device: t
 
 
 def _ipex(name: str, module: nn.Module, dtype: torch.dtype) -> Road:
-    """A copy of the module is optimised: what IPEX fails on is then served by the module as it was."""
+    """A copy of the module is optimised: what IPEX fails on, or gets wrong, is then served by the module as it was."""
     convolutional = any(isinstance(part, CONVOLUTIONS) for part in module.modules())
     try:
         ipex = import_ipex()
