@@ -80,6 +80,8 @@ BAD = [
     ("module: {inputs: {x: {shape: [batch, 3], pad: mirror}}}", "module.inputs.x.pad", "edge or a number"),
     ("module: {inputs: {x: {dtype: int64, shape: [batch, 3], pad: 0.5}}}", "module.inputs.x.pad", "0.5 is no int64"),
     ("module: {inputs: {x: {dtype: uint8, shape: [batch, 3], default: 256}}}", "module.inputs.x.default", "no uint8"),
+    ("module: {inputs: {x: {shape: [batch, 3], range: [1]}}}", "module.inputs.x.range", "[least, greatest]"),
+    ("module: {inputs: {x: {shape: [batch, 3], range: [2, 1]}}}", "module.inputs.x.range", "[least, greatest]"),
     ("module: {inputs: {x: {shape: [batch, 4], normalize: {}}}}", "module.inputs.x", "for images"),
     ("module: {inputs: {x: {shape: [batch, 3, 8, 8], normalize: {std: [1.0]}}}}", "module.inputs.x.normalize.std", "3"),
     (f"module: {{inputs: {{{IDS}}}, outputs: {{y: {{crop: {{1: width}}}}}}}}", "module.outputs.y.crop.1", "sequence"),

@@ -192,6 +192,15 @@ def test_text_goes_through_the_folders_tokenizer(watch: CompileWatch, models: Pa
         service.parse({"body": {"text": "a" * 40}})
 
 
+def test_tokens_outside_the_vocabulary_are_refused(watch: CompileWatch, models: Path) -> None:
+    service = start(models / "bert", BERT, enable=False)
+    vocabulary = service._work.target("model").get_input_embeddings().num_embeddings
+    ask(service, [0, vocabulary - 1])
+    for tokens in ([vocabulary], [-1]):
+        with pytest.raises(RequestError, match=rf"input_ids: .* outside 0\.\.{vocabulary - 1}"):
+            service.parse({"body": tokens})
+
+
 def test_what_no_bucket_holds_is_refused_or_run_as_it_is(watch: CompileWatch, models: Path) -> None:
     with pytest.raises(RequestError) as caught:
         start(models / "bert", BERT, enable=False).parse({"body": ids(33)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import pickle
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
+from PIL import Image
 
 from preheat import tensors
 from preheat.errors import RequestError
@@ -25,9 +27,33 @@ MASK = InputConfig.model_validate({"dtype": "int64", "shape": ["batch", "n"], "d
 PIXELS = InputConfig.model_validate(
     {"dtype": "float32", "shape": ["batch", 3, "h", "w"], "buckets": {"h": [8], "w": [8]}}
 )
-TEXTS = Reader(("ids", "mask"), {"ids": IDS, "mask": MASK}, ModuleLimits())
-IMAGES = Reader(("pixels",), {"pixels": PIXELS}, ModuleLimits())
+LIMITS = ModuleLimits(max_elements=1000)
+
+
+def reader(
+    specs: dict[str, InputConfig] | None, *, largest: dict[str, int] | None = None, names: Any = (), **more: Any
+) -> Reader:
+    """A reader; with the `largest` buckets it rejects what is larger."""
+    bounds = tensors.Bounds(largest or {}, bool(largest), LIMITS.max_elements)
+    computed = more.pop("computed", torch.float32)
+    return Reader(names or tuple(specs or ()), specs, LIMITS, bounds, computed, more.pop("ranges", {}), **more)
+
+
+TEXTS = reader({"ids": IDS, "mask": MASK}, largest={"n": 8})
+IMAGES = reader({"pixels": PIXELS}, largest={"h": 8, "w": 8})
+OPEN = reader(None, names=("ids", "pixels"))
 NAMES = {"ids", "mask", "pixels", "body", "text", "accept"}
+
+
+def npy_header(shape: str, dtype: str = "<f4", data: bytes = b"") -> bytes:
+    """An .npy file whose header says whatever it likes."""
+    header = f"{{'descr': '{dtype}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return tensors.NPY_MAGIC + b"\x01\x00" + len(header).to_bytes(2, "little") + header + data
+
+
+def safetensors_header(dtype: str, shape: list[int], data: bytes = b"") -> bytes:
+    header = json.dumps({"ids": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    return len(header).to_bytes(8, "little") + header + data
 
 
 def npy(array: Any, **options: Any) -> bytes:
@@ -130,6 +156,23 @@ BAD: list[tuple[str, Reader, object]] = [
     ("pixels", IMAGES, npy(np.array([{"a": 1}], dtype=object), allow_pickle=True)),  # pickle inside
     ("pixels", IMAGES, b"\x93NUMPY"),
     ("pixels", IMAGES, b"\x89PNG\r\n\x1a\nbroken"),
+    ("ids", TEXTS, npy(np.array([1, 2], np.uint16))),  # torch promotes these to nothing
+    ("ids", TEXTS, npy(np.array([1, 2], np.uint64))),
+    ("ids", TEXTS, safetensors_header("U32", [1], b"\1\0\0\0")),
+    ("pixels", IMAGES, npy(np.zeros((3, 2, 2), np.uint16))),
+    ("ids", OPEN, {"ids": [0] * 1001}),
+    ("ids", OPEN, {"ids": [1e300]}),
+    ("ids", OPEN, safetensors_header("F8_E4M3", [1], b"\0")),
+    ("ids", OPEN, safetensors_header("U16", [1], b"\0\0")),
+    ("pixels", IMAGES, npy_header(f"({10**30}, 0)")),  # beside a zero, any size is no bytes
+    ("pixels", IMAGES, npy_header(f"({2**62}, {2**62}, 0)")),
+    ("pixels", IMAGES, npy_header(f"({2**63}, 0)")),
+    ("body", TEXTS, safetensors_header("F32", [0, 2**63])),
+    ("body", TEXTS, safetensors_header("F32", [0, 2**64])),
+    ("pixels", IMAGES, npy(np.full((3, 2, 2), np.nan, np.float32))),
+    ("pixels", IMAGES, npy(np.full((3, 2, 2), -np.inf, np.float32))),
+    ("ids", TEXTS, {"ids": [0] * 9}),  # buckets
+    ("pixels", IMAGES, npy(np.zeros((3, 9, 2), np.float32))),
     ("body", TEXTS, pickle.dumps([1])),
     ("body", TEXTS, b"PK\x03\x04"),
     ("body", TEXTS, safetensors.torch.save({"ids": torch.ones(2)})[:-1]),
@@ -145,6 +188,49 @@ BAD: list[tuple[str, Reader, object]] = [
 def test_bad_input_is_a_refusal_that_names_the_input(field: str, reader: Reader, body: object) -> None:
     # An empty JSON object has no input at all; of the two, the one without a default is missed.
     assert field_of(reader, {"body": body}) == (field if body != {} else "ids")
+
+
+def test_a_float_that_overflows_in_the_modules_dtype_is_refused() -> None:
+    for wide, computed in ((torch.float64, torch.float32), (torch.float32, torch.float16)):
+        data = safetensors.torch.save(
+            {"x": torch.full((1, 1), 1e38 if computed is torch.float16 else 1e300, dtype=wide)}
+        )
+        spec = InputConfig.model_validate({"dtype": str(wide)[6:], "shape": ["batch", 1]})
+        for each in (reader({"x": spec}, computed=computed), reader(None, names=("x",), computed=computed)):
+            assert field_of(each, {"body": data}) == "x"
+
+
+def test_a_number_outside_its_range_is_refused() -> None:
+    ranged = reader({"ids": IDS}, ranges={"ids": (0, 9)})
+    assert read(ranged, [0, 9])["ids"].tolist() == [[0, 9]]
+    for ids in ([10], [-1, 3], [2**62]):
+        assert field_of(ranged, {"body": ids}) == "ids"
+    assert field_of(reader(None, names=("ids",), ranges={"ids": (0, 9)}), {"body": [10]}) == "ids"
+
+
+def test_nothing_is_filled_or_converted_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small part may ask for a large one: a default as large as two other inputs, an image that no bucket holds."""
+    specs = {
+        "a": InputConfig.model_validate({"shape": ["batch", "n"], "buckets": {"n": [8]}}),
+        "b": InputConfig.model_validate({"shape": ["batch", "m"], "buckets": {"m": [8]}}),
+        "both": InputConfig.model_validate({"shape": ["batch", "n", "m"], "default": 0.0}),
+    }
+    monkeypatch.setattr(torch, "full", lambda *_args, **_more: pytest.fail("it was filled"))
+    body = {"a": [0.0] * 40, "b": [0.0] * 40}
+    eager = dataclasses.replace(reader(specs), bounds=tensors.Bounds({"n": 8, "m": 8}, False, 1000))
+    assert field_of(eager, {"body": body}) == "both"
+    assert field_of(reader(specs, largest={"n": 8, "m": 8}), {"body": body}) == "a"
+    image = io.BytesIO()
+    Image.new("RGB", (9, 8)).save(image, "png")
+    monkeypatch.setattr(torch, "from_numpy", lambda _: pytest.fail("it was converted"))
+    assert field_of(IMAGES, {"body": image.getvalue()}) == "pixels"
+
+
+def test_a_text_that_the_tokenizer_fails_on_is_refused() -> None:
+    def failing(text: str, *, return_tensors: str) -> Any:
+        raise KeyError(text)
+
+    assert field_of(reader({"ids": IDS}, tokenizer=failing), {"body": {"text": "a"}}) == "text"
 
 
 def test_a_pickle_in_any_input_is_refused_before_it_is_read() -> None:
@@ -193,3 +279,58 @@ def test_mutilated_files_are_refused_or_read(data: bytes) -> None:
             read_one()
         except RequestError as error:
             assert error.field in ("x", "body")
+
+
+BERT_LIKE = reader(
+    {
+        "input_ids": InputConfig.model_validate({"dtype": "int64", "shape": ["batch", "n"], "buckets": {"n": [8]}}),
+        "mask": MASK,
+    },
+    largest={"n": 8},
+    ranges={"input_ids": (0, 98)},
+)
+SIZES = st.sampled_from([0, 1, 2, 3, 8, 9, -1, 2**31, 2**32, 2**62, 2**63, 2**64, 10**30])
+ANY_SHAPE = st.lists(SIZES, max_size=5)
+PAYLOAD = st.binary(max_size=32)
+MADE_UP = (
+    st.builds(
+        lambda shape, dtype, data: npy_header(str(tuple(shape)), dtype, data),
+        ANY_SHAPE,
+        st.sampled_from(
+            ["<f4", "<f8", "<f2", "<i8", "<i4", "<u2", "<u8", "|u1", "|b1", ">i8", "<c8", "|O", "<U2", "M8"]
+        ),
+        PAYLOAD,
+    )
+    | st.builds(
+        safetensors_header,
+        st.sampled_from(["F32", "F64", "F16", "BF16", "I64", "I8", "U8", "U16", "U64", "BOOL", "F8_E5M2", "C64", "X"]),
+        ANY_SHAPE,
+        PAYLOAD,
+    )
+    | PAYLOAD.map(lambda data: tensors.NPY_MAGIC + data)
+    | PAYLOAD.map(lambda data: len(data).to_bytes(8, "little") + b"{" + data)
+)
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> bytes:
+    """A made-up file with a few bytes changed, or its end missing."""
+    data = bytearray(draw(MADE_UP))
+    for _ in range(draw(st.integers(0, 3))):
+        data[draw(st.integers(0, len(data) - 1))] = draw(st.integers(0, 255))
+    return bytes(data[: draw(st.integers(1, len(data)))] if draw(st.booleans()) else data)
+
+
+@given(
+    mutated() | VALUES | st.dictionaries(st.sampled_from(["inputs", "input_ids", "mask", "pixels", "ids"]), VALUES),
+    st.sampled_from([BERT_LIKE, IMAGES, OPEN]),
+    st.booleans(),
+)
+@settings(max_examples=300)
+def test_made_up_files_and_lists_are_requests_or_refusals(body: object, of: Reader, named: bool) -> None:
+    try:
+        found, _ = of.read({of.names[0] if named else "body": body}, {})
+    except RequestError as error:
+        assert error.field is not None and len(error.message) < 300
+    else:
+        assert found and all(tensor.isfinite().all() for tensor in found.values())

@@ -61,6 +61,8 @@ class InputConfig(Section):
     """What fills a bucket: a number, or the nearest value at the edge."""
     default: float | None = None
     """Fills the whole input where a request leaves it out; without one it is required."""
+    range: Listed[float] | None = None
+    """The least and the greatest number that a request may hold. Of `input_ids` the default is the module's vocabulary."""
     normalize: NormalizeConfig | None = None
     """For images."""
 
@@ -104,6 +106,8 @@ class ModuleLimits(Section):
     max_text_chars: Positive = 20_000
     max_image_bytes: Positive = 10_000_000
     max_image_pixels: Positive = 16_777_216
+    max_elements: Positive = 16_777_216
+    """Of one input that no bucket holds: with `oversize: eager`, or where no inputs are declared."""
 
 
 class ModuleConfig(Section):
@@ -169,6 +173,8 @@ class ModuleConfig(Section):
                 )
         if spec.normalize is not None and not spec.takes_images:
             raise ConfigError("is for images: an input of floats with shape [batch, 3, height, width]", path)
+        if spec.range is not None and (len(spec.range) != 2 or spec.range[0] > spec.range[1]):
+            raise ConfigError(f"must be [least, greatest], got {shown(list(spec.range))}", f"{path}.range")
         for key, values in (spec.normalize.model_dump() if spec.normalize else {}).items():
             if len(values) != IMAGE_CHANNELS:
                 raise ConfigError(f"needs one number a channel, {IMAGE_CHANNELS}", f"{path}.normalize.{key}")

@@ -14,7 +14,7 @@ from preheat.compilation import Router
 from preheat.config import ShapesConfig
 from preheat.device import DTYPES
 from preheat.dims import Dims, covering, joined
-from preheat.errors import ModuleError, RequestError
+from preheat.errors import ModuleError
 from preheat.module_config import ModuleConfig, OutputConfig
 from preheat.module_request import Accept, sizes_of
 from preheat.tensors import cut_to, pad_to
@@ -101,28 +101,16 @@ class ModuleEngine(Batcher[Answer, Job]):
         """What an answer is whose inputs were padded, until `rounding` has been measured."""
 
     def prepare(self, inputs: Tensors, accept: Accept, deadline: float | None = None) -> Job:
-        """Plan one request.
+        """Plan one request, which is as large as it may be (`tensors.Bounds`) or smaller.
 
         Raises:
-            RequestError: two inputs disagree about a dimension, or no bucket holds it under `oversize: reject`.
+            RequestError: two inputs disagree about a dimension.
         """
         if self._shapes.strategy == "exact":
             return Job(inputs, {}, None, accept=accept, deadline=deadline)
         sizes = sizes_of(inputs, self._config.inputs)
         bucket = covering(self._choices, sizes)
-        if bucket is None and self._shapes.oversize == "reject":
-            name, dimension, largest = self._too_long(sizes)
-            raise RequestError(f"has {dimension} {sizes[dimension]}, the largest bucket is {largest}", name)
         return Job(inputs, sizes, bucket, bucket is None, accept, deadline)
-
-    def _too_long(self, sizes: Mapping[str, int]) -> tuple[str, str, int]:
-        """A dimension that no bucket holds, the input that names its buckets, and the largest of them."""
-        return next(
-            (name, dimension, max(allowed))
-            for name, spec in self._config.inputs.items()
-            for dimension, allowed in spec.buckets.items()
-            if sizes[dimension] > max(allowed)
-        )
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""

@@ -58,12 +58,18 @@ class Reader:
 
     Args:
         specs: its inputs; None where the YAML declares none: then tensors are taken as they come, for the arguments `names`.
+        bounds: how large an input may be.
+        computed: the module's dtype.
+        ranges: the least and the greatest number of an input.
         tokenizer: None where its folder has none.
     """
 
     names: Sequence[str]
     specs: Mapping[str, InputConfig] | None
     limits: ModuleLimits
+    bounds: tensors.Bounds
+    computed: torch.dtype
+    ranges: Mapping[str, tensors.Span]
     tokenizer: Tokenizer | None = None
 
     def read(self, row: object, headers: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], Accept]:
@@ -135,13 +141,20 @@ class Reader:
         if self.specs is None:
             if not sent:
                 raise RequestError(f"holds no input; this model takes {', '.join(self.names)}", "body")
-            return {name: self._decoded(sent[name], None, name) for name in self.names if name in sent}
+            return {name: self._input(sent[name], None, name) for name in self.names if name in sent}
         found = {
-            name: tensors.checked(self._decoded(sent[name], spec, name), spec, name)
-            for name, spec in self.specs.items()
-            if sent.get(name) is not None
+            name: self._input(sent[name], spec, name) for name, spec in self.specs.items() if sent.get(name) is not None
         }
         return self._completed(found)
+
+    def _input(self, value: object, spec: InputConfig | None, name: str) -> torch.Tensor:
+        tensor = self._decoded(value, spec, name)
+        if spec is None:
+            tensor = tensors.as_sent(tensor, name, self.bounds)
+        else:
+            tensor = tensors.checked(tensor, spec, name, self.bounds)
+        tensors.check_values(tensor, name, self.computed, self.ranges.get(name))
+        return tensor
 
     def _decoded(self, value: object, spec: InputConfig | None, name: str) -> torch.Tensor:
         if isinstance(value, torch.Tensor):
@@ -154,7 +167,7 @@ class Reader:
             if value.startswith(_IMAGES):
                 if spec is None or not spec.takes_images:
                     raise RequestError("takes no image", name)
-                return tensors.from_image(value, spec, name, self.limits)
+                return tensors.from_image(value, spec, name, self.limits, self.bounds)
             _refuse_pickle(value, name)
             value = _json(value, name)
         return tensors.from_list(value, spec.dtype if spec else tensors.inferred(value), name)
@@ -170,7 +183,10 @@ class Reader:
             raise RequestError(f"has {len(text)} characters, at most {self.limits.max_text_chars} are allowed", TEXT)
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise RequestError("holds half a surrogate pair, which is no text", TEXT)
-        encoded = self.tokenizer(text, return_tensors="pt")
+        try:
+            encoded = self.tokenizer(text, return_tensors="pt")
+        except Exception as error:  # noqa: BLE001  a folder's tokenizer may be anybody's code, and fail on a text in any way
+            raise RequestError(f"cannot be tokenized: {type(error).__name__}", TEXT) from None
         found = {name: tensor for name, tensor in encoded.items() if name in self.names}
         twice = next((name for name in found if beside.get(name) is not None), None)
         if twice is not None:
@@ -194,6 +210,7 @@ class Reader:
             if unknown is not None:
                 raise RequestError(f"is missing, and no other input says its {unknown}", name)
             shape = [1, *(sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape[1:])]
+            self.bounds.check(shape, spec, name)
             complete[name] = torch.full(shape, spec.default, dtype=tensors.TORCH_DTYPES[spec.dtype])
         return complete
 

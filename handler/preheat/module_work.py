@@ -26,6 +26,8 @@ WHOLE = "model"
 """The target that is the module itself."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
+TOKENS = "input_ids"
+"""What transformers calls the numbers of tokens."""
 UNREADABLE = ("text", "accept")
 
 
@@ -55,7 +57,15 @@ class ModuleWork:
         unknown = {} if self._own.inputs else {"strategy": "exact"}
         self.shapes: ShapesConfig = config.pt2.shapes.model_copy(update=unknown)
         names = _arguments(module, self._own)
-        self._reader = Reader(names, self._own.inputs or None, self._own.limits, tokenizer)
+        self._reader = Reader(
+            names,
+            self._own.inputs or None,
+            self._own.limits,
+            _bounds(self._own, self.shapes),
+            self.dtype,
+            _ranges(names, module, self._own),
+            tokenizer,
+        )
         self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
         self.fields = (*names, *UNREADABLE)
 
@@ -224,6 +234,8 @@ class ModuleWork:
                 made[name] = torch.ones(shape, dtype=dtype)
             else:
                 made[name] = torch.randint(0, 2, shape, generator=dice).to(dtype)
+            if spec.range is not None:
+                made[name] = made[name].clamp(*spec.range).to(dtype)
         return self._engine.prepare(made, "application/json")
 
 
@@ -242,6 +254,31 @@ def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
                 f"{type(module).__name__}.forward takes no {name}; it takes {', '.join(known)}", f"module.inputs.{name}"
             )
     return tuple(config.inputs) or known
+
+
+def _bounds(config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
+    largest = {name: max(sizes) for name, sizes in config.choices.items()}
+    rejecting = shapes.oversize == "reject" and shapes.strategy != "exact"
+    return tensors.Bounds(largest, rejecting, config.limits.max_elements)
+
+
+def _ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dict[str, tensors.Span]:
+    """What each input may hold: as the YAML says; of `input_ids`, also by the rows of the module's embedding."""
+    found = {name: (spec.range[0], spec.range[1]) for name, spec in config.inputs.items() if spec.range is not None}
+    size = _vocabulary(module) if TOKENS in names and TOKENS not in found else None
+    if size is not None:
+        found[TOKENS] = (0, size - 1)
+    return found
+
+
+def _vocabulary(module: nn.Module) -> int | None:
+    """Of a transformers module (transformers/modeling_utils.py, EmbeddingAccessMixin); those without tokens raise."""
+    find: Any = getattr(module, "get_input_embeddings", None)
+    try:
+        size = getattr(find(), "num_embeddings", None) if find else None
+    except NotImplementedError:
+        return None
+    return size if isinstance(size, int) else None
 
 
 def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:

@@ -9,10 +9,10 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import safetensors
 import safetensors.torch
 import torch
 from numpy.lib import format as npy
@@ -26,8 +26,42 @@ TORCH_DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, name)
     for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
 }
+Span = tuple[float, float]
+"""The least and the greatest number, both allowed."""
 _MAX_RANK = 16
 _LONGEST_NPY_HEADER = 10_000  # bytes; numpy's own limit
+_LARGEST_SIZE = 2**31 - 1  # of one dimension: beside a zero, a huge one would promise no bytes at all
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """How large an input may be: checked before memory is taken for it."""
+
+    largest: Mapping[str, int]
+    """The largest bucket of each dimension."""
+    rejecting: bool
+    """Whether a larger one is refused (`oversize: reject`)."""
+    max_elements: int
+    """Of one input that no bucket holds."""
+
+    def check(self, shape: Sequence[int], spec: InputConfig | None, name: str) -> None:
+        """Refuse an input of this shape, its batch dimension included; without a spec it may have any shape.
+
+        Raises:
+            RequestError: it is larger than that.
+        """
+        if spec is not None:
+            named = zip(spec.shape, shape, strict=True)
+            over = [
+                (each, size) for each, size in named if isinstance(each, str) and size > self.largest.get(each, size)
+            ]
+            if not over:
+                return
+            if self.rejecting:
+                dimension, size = over[0]
+                raise RequestError(f"has {dimension} {size}, the largest bucket is {self.largest[dimension]}", name)
+        if math.prod(shape) > self.max_elements:
+            raise RequestError(f"has {math.prod(shape)} elements, at most {self.max_elements} are allowed", name)
 
 
 def from_list(value: object, dtype: str, name: str) -> torch.Tensor:
@@ -106,8 +140,11 @@ def from_npy(data: bytes, name: str) -> torch.Tensor:
     if dtype.kind not in "biuf" or len(shape) > _MAX_RANK:
         raise RequestError(f"holds {str(dtype)[:40]}, which is no tensor of numbers", name)
     # Before numpy takes memory for what the header promises.
-    if any(size < 0 for size in shape) or math.prod(shape) * dtype.itemsize != len(data) - file.tell():
-        raise RequestError("is no .npy file that can be read: its size is not what its header says", name)
+    if (
+        any(not 1 <= size <= _LARGEST_SIZE for size in shape)
+        or math.prod(shape) * dtype.itemsize != len(data) - file.tell()
+    ):
+        raise RequestError("is empty, or is no .npy file that can be read: its size is not what its header says", name)
     array = np.load(io.BytesIO(data), allow_pickle=False)
     try:
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
@@ -123,7 +160,7 @@ def from_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         return safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError, RuntimeError, UnicodeDecodeError) as error:
+    except Exception as error:  # noqa: BLE001  a hostile header leads the library to TypeError and OverflowError too
         reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
         raise RequestError(f"is no safetensors file that can be read: {reason}", "body") from None
 
@@ -133,7 +170,7 @@ def looks_like_safetensors(data: bytes) -> bool:
     return len(data) > 8 and data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
 
 
-def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits) -> torch.Tensor:
+def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits, bounds: Bounds) -> torch.Tensor:
     """An image file as (1, 3, height, width): RGB in 0..1, normalised as the YAML says.
 
     Raises:
@@ -142,6 +179,7 @@ def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits) 
     if len(data) > limits.max_image_bytes:
         raise RequestError(f"has {len(data)} bytes, at most {limits.max_image_bytes} are allowed", name)
     picture = images.decode(data, field=name, max_pixels=limits.max_image_pixels)
+    bounds.check((1, 3, picture.height, picture.width), spec, name)  # as floats it takes four times as much
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
     values = pixels.to(torch.float32) / 255
     if spec.normalize is not None:
@@ -150,15 +188,15 @@ def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits) 
     return values.unsqueeze(0).to(TORCH_DTYPES[spec.dtype])
 
 
-def checked(tensor: torch.Tensor, spec: InputConfig, name: str) -> torch.Tensor:
+def checked(tensor: torch.Tensor, spec: InputConfig, name: str, bounds: Bounds) -> torch.Tensor:
     """`tensor` with its leading batch dimension of 1, as `spec` wants it.
 
     Raises:
-        RequestError: wrong dtype, rank or a fixed size; more than one row; empty.
+        RequestError: wrong dtype, rank or a fixed size; more than one row; empty; out of bounds.
     """
     wanted = TORCH_DTYPES[spec.dtype]
     if tensor.dtype != wanted and not _widens(tensor.dtype, wanted):
-        raise RequestError(f"must be {spec.dtype}, got {str(tensor.dtype).removeprefix('torch.')}", name)
+        raise RequestError(f"must be {spec.dtype}, got {_dtype_name(tensor)}", name)
     shape = ", ".join(map(str, spec.shape))
     if tensor.dim() == len(spec.shape) - 1:
         tensor = tensor.unsqueeze(0)
@@ -171,14 +209,51 @@ def checked(tensor: torch.Tensor, spec: InputConfig, name: str) -> torch.Tensor:
             raise RequestError(f"must be {extent} in dimension {index} of [{shape}], got {size}", name)
         if size == 0:
             raise RequestError(f"is empty in dimension {index} of [{shape}]", name)
+    bounds.check(tensor.shape, spec, name)
     return tensor.to(wanted).contiguous()
 
 
 def _widens(sent: torch.dtype, wanted: torch.dtype) -> bool:
     """Whether every number of one dtype is one of the other's: float16 where float32 is wanted, but not the other way."""
+    if sent not in TORCH_DTYPES.values():  # uint16, float8: torch has no promotion of these
+        return False
     if sent.is_floating_point != wanted.is_floating_point or torch.bool in (sent, wanted):
         return False
     return torch.promote_types(sent, wanted) == wanted
+
+
+def as_sent(tensor: torch.Tensor, name: str, bounds: Bounds) -> torch.Tensor:
+    """`tensor`, of which the YAML says nothing.
+
+    Raises:
+        RequestError: a dtype that no input can have; out of bounds.
+    """
+    if tensor.dtype not in TORCH_DTYPES.values():
+        raise RequestError(f"is {_dtype_name(tensor)}; inputs are {', '.join(TORCH_DTYPES)}", name)
+    bounds.check(tensor.shape, None, name)
+    return tensor
+
+
+def check_values(tensor: torch.Tensor, name: str, computed: torch.dtype, span: Span | None) -> None:
+    """Refuse numbers that the module cannot take.
+
+    Args:
+        computed: the module's dtype, which floats become.
+        span: the least and the greatest that are allowed.
+
+    Raises:
+        RequestError: NaN, an infinity, too large for `computed`, or outside `span`.
+    """
+    if not tensor.numel():
+        return
+    if tensor.is_floating_point() and not (tensor.isfinite().all() and tensor.to(computed).isfinite().all()):
+        raise RequestError(f"holds a number that is not finite in {str(computed).removeprefix('torch.')}", name)
+    if span is not None and not span[0] <= tensor.min().item() <= tensor.max().item() <= span[1]:
+        raise RequestError(f"holds a number outside {span[0]:.15g}..{span[1]:.15g}", name)
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def pad_to(tensor: torch.Tensor, shape: Sequence[int], pad: float | str) -> torch.Tensor:
