@@ -50,4 +50,5 @@ def test_buckets_of_different_dimensions_have_none_in_common() -> None:
 def test_the_state_names_a_bucket_as_headers_do() -> None:
     dims = Dims((("height", 224), ("width", 384)))
     assert bucket_name(dims.document()) == str(dims) == "height=224 width=384"
+    assert bucket_name(Dims().document()) == str(Dims()) == "fixed"
     assert bucket_name({"height": 64, "width": 96}) == "64x96"

@@ -9,6 +9,7 @@ import logging
 import random
 import shutil
 import sys
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -21,7 +22,7 @@ import yaml
 from PIL import Image
 from ts.torch_handler import base_handler
 
-from preheat import tiny
+from preheat import tensors, tiny
 from preheat.config import ModelConfig
 from preheat.errors import ConfigError, ModuleError, RequestError
 from preheat.module_engine import Answer
@@ -194,7 +195,8 @@ def test_text_goes_through_the_folders_tokenizer(watch: CompileWatch, models: Pa
 
 def test_tokens_outside_the_vocabulary_are_refused(watch: CompileWatch, models: Path) -> None:
     service = start(models / "bert", BERT, enable=False)
-    vocabulary = service._work.target("model").get_input_embeddings().num_embeddings
+    module: Any = service._work.target("model")
+    vocabulary = module.get_input_embeddings().num_embeddings
     ask(service, [0, vocabulary - 1])
     for tokens in ([vocabulary], [-1]):
         with pytest.raises(RequestError, match=rf"input_ids: .* outside 0\.\.{vocabulary - 1}"):
@@ -217,6 +219,85 @@ def test_an_output_that_grows_with_padding_must_be_cut(watch: CompileWatch, mode
         start(models / "bert", BERT | {"outputs": {}})
     with pytest.raises(ConfigError, match=r"module.inputs.pixels: .*takes no pixels"):
         start(models / "resnet", RESNET | {"inputs": {"pixels": {"shape": ["batch", 3]}}})
+
+
+def started(folder: Path, answer: str, outputs: dict[str, Any], **pt2: Any) -> Service:
+    """A module of x, (batch, n), that answers with this expression."""
+    name = f"net_{uuid.uuid4().hex}"
+    net = "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return "
+    (folder / f"{name}.py").write_text(f"{net}{answer}\n\ndef make():\n    return Net()\n")
+    inputs = {"x": {"shape": ["batch", "n"], "buckets": {"n": [8]}}}
+    return start(folder, {"factory": f"{name}:make", "inputs": inputs, "outputs": outputs}, enable=False, **pt2)
+
+
+@pytest.mark.parametrize(
+    ("answer", "words"),
+    [
+        ("x.T", "first dimension must be the batch"),
+        ("x.sum()", "first dimension must be the batch"),
+        ("torch.ones(2, 3)", "first dimension must be the batch"),  # by chance as many as the batch
+        ("torch.ones(1, 3)", "first dimension must be the batch"),
+        ("torch.fft.fft(x)", "is complex64"),
+    ],
+)
+def test_an_output_that_is_not_rows_is_refused_at_start(
+    watch: CompileWatch, tmp_path: Path, answer: str, words: str
+) -> None:
+    for sizes in ([1, 2], [2], "dynamic"):
+        with pytest.raises(ConfigError, match=words) as caught:
+            started(tmp_path, answer, {}, shapes={"batch_sizes": sizes})
+        assert caught.value.path == "module.outputs.output"
+
+
+def test_rows_that_are_not_the_requests_fail_rather_than_leak(watch: CompileWatch, tmp_path: Path) -> None:
+    service = started(tmp_path, "x if x.max() < 100 else x[:1]", {"output": {"crop": {1: "n"}}})
+    ask(service, [1.0, 2], [3.0])
+    for answer in service.run([service.parse({"body": [value]}) for value in (200.0, 201.0)]):
+        assert answer.error is not None and not answer.outputs
+
+
+@pytest.mark.parametrize(
+    ("answer", "exact", "max_error"),
+    [
+        ("x * 0 / x[:, -1:]", "padded", "not finite"),  # NaN, of padding alone
+        ("x / x[:, -1:]", "padded", "not finite"),
+        ("(x * 0).log()", "rounding", 0.0),  # -inf on both roads
+    ],
+)
+def test_what_is_not_finite_is_not_measured_as_exact(
+    watch: CompileWatch, tmp_path: Path, answer: str, exact: str, max_error: object
+) -> None:
+    padding = started(tmp_path, answer, {"output": {"crop": {1: "n"}}}).state.padding
+    assert padding == {"exact": exact, "max_error": max_error}
+    json.dumps(padding, allow_nan=False)
+
+
+def test_a_cut_that_is_wrong_for_odd_sizes_alone_is_found(watch: CompileWatch, tmp_path: Path) -> None:
+    cut = {"output": {"crop": {1: "n/2"}}}
+    with pytest.raises(ConfigError, match=r"module.outputs.output.crop: .*\(1, 3\).*\(1, 2\)"):
+        started(tmp_path, "x[:, 1::2]", cut)
+    assert started(tmp_path, "x[:, ::2]", cut).state.padding["exact"] == "rounding"
+
+
+def test_a_file_of_one_tensor_is_refused_where_a_model_answers_two(watch: CompileWatch, tmp_path: Path) -> None:
+    service = started(tmp_path, "{'a': x[:, 0], 'b': x[:, 0]}", {})
+    with pytest.raises(RequestError, match="answers a, b") as caught:
+        service.parse({"body": [1.0]}, {"accept": "application/x-npy"})
+    assert (caught.value.field, caught.value.code) == ("accept", 406)
+
+
+def test_encoding_is_warmed_too(watch: CompileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[str] = []
+    for name in ("dumps", "to_npy", "to_safetensors"):
+        encode = getattr(tensors, name)
+
+        def encoding(*args: Any, name: str = name, encode: Any = encode) -> Any:
+            called.append(name)
+            return encode(*args)
+
+        monkeypatch.setattr(tensors, name, encoding)
+    started(tmp_path, "x[:, :1]", {})
+    assert set(called) == {"dumps", "to_npy", "to_safetensors"}
 
 
 def test_a_target_inside_the_module_is_compiled_alone(watch: CompileWatch, models: Path) -> None:

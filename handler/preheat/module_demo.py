@@ -60,7 +60,9 @@ def run(model: str, state: Path, out: Path, console: Console | None = None) -> N
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.json").write_text(json.dumps({"padding": padding, "answers": answers}, indent=1), encoding="utf-8")
     console.print(_table(answers))
-    console.print(f"Padding changes an answer by {padding['max_error']:.2g} at most here: {padding['exact']}.")
+    error = padding["max_error"]
+    shown = error if isinstance(error, str) else f"{error:.2g}"
+    console.print(f"Padding changes an answer by {shown} at most here: {padding['exact']}.")
     console.print(f"The answers are in {out}/answers.json; the server is stopped.")
 
 

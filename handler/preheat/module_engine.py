@@ -14,10 +14,10 @@ from preheat.compilation import Router
 from preheat.config import ShapesConfig
 from preheat.device import DTYPES
 from preheat.dims import Dims, covering, joined
-from preheat.errors import ModuleError
+from preheat.errors import ConfigError, ModuleError
 from preheat.module_config import ModuleConfig, OutputConfig
 from preheat.module_request import Accept, sizes_of
-from preheat.tensors import cut_to, pad_to
+from preheat.tensors import TORCH_DTYPES, cut_to, pad_to
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +99,8 @@ class ModuleEngine(Batcher[Answer, Job]):
         self._choices, self._dtype = config.choices, DTYPES[config.dtype]
         self.padded: Exactness = "padded"
         """What an answer is whose inputs were padded, until `rounding` has been measured."""
+        self.output_names = tuple(config.outputs)
+        """Those of the YAML, else those of the last run; empty before it."""
 
     def prepare(self, inputs: Tensors, accept: Accept, deadline: float | None = None) -> Job:
         """Plan one request, which is as large as it may be (`tensors.Bounds`) or smaller.
@@ -122,6 +124,16 @@ class ModuleEngine(Batcher[Answer, Job]):
         """The job's answer as the module gives it eagerly and without padding: what a bucket's answer is compared with."""
         (answer,) = self.run([Job(job.inputs, job.sizes, None, planned_eager=True)])
         return answer
+
+    def try_batches(self, one: Job, other: Job) -> None:
+        """Run one request, and two of the same bucket in the smallest batch there is for them; errors are not kept to the requests.
+
+        Raises:
+            ConfigError: an output is no tensor of rows, one a request.
+        """
+        larger = [size for size in sorted(self._batch_sizes) if size > 1][:1]
+        for size in (1, *larger):
+            self._run_chunk([(Answer(job), job) for job in (one, other)[:size]], size)
 
     def _job(self, answer: Answer) -> Job:
         return answer.job
@@ -154,11 +166,12 @@ class ModuleEngine(Batcher[Answer, Job]):
         bucket = joined(buckets) if buckets else None
         batch = {name: self._stacked(name, jobs, bucket, size) for name in jobs[0].inputs}
         outputs, run = self._called(
-            lambda: self._named(self._module(**batch)),
+            lambda: self._named(self._module(**batch), size if bucket is not None else None),
             num_rows=size,
             num_real_rows=len(jobs),
             planned_eager=jobs[0].planned_eager,
         )
+        self.output_names = tuple(outputs)
         for index, (answer, job) in enumerate(chunk):
             answer.note(run, first=True)
             answer.ran_in = bucket
@@ -187,8 +200,12 @@ class ModuleEngine(Batcher[Answer, Job]):
         dtype = self._dtype if stacked.is_floating_point() else stacked.dtype
         return stacked.to(self._device, dtype)
 
-    def _named(self, result: object) -> dict[str, torch.Tensor]:
-        """The tensors of the module's answer, by name, on the CPU."""
+    def _named(self, result: object, size: int | None) -> dict[str, torch.Tensor]:
+        """The tensors of the module's answer to `size` rows, by name, on the CPU; None: a request by itself, whatever its rows.
+
+        Raises:
+            ConfigError, ModuleError: it is not what can be served.
+        """
         if isinstance(result, torch.Tensor):
             found: dict[str, object] = {"output": result}
         elif isinstance(result, Mapping):
@@ -207,9 +224,20 @@ class ModuleEngine(Batcher[Answer, Job]):
             tensor = found.get(name)
             if not isinstance(tensor, torch.Tensor):
                 raise ModuleError(f"the module returns no tensor {name!r}; it returns {', '.join(found)}")
+            _check_output(name, tensor, size)
             tensors[name] = tensor.cpu()
         return tensors
 
     def _kept(self, name: str, job: Job) -> dict[int, int]:
         spec = self._config.outputs.get(name)
         return {dim: cut.size(job.sizes) for dim, cut in spec.cuts.items()} if spec and job.bucket is not None else {}
+
+
+def _check_output(name: str, tensor: torch.Tensor, size: int | None) -> None:
+    """Rows are the requests': of anything else, one client would get what is another's."""
+    path = f"module.outputs.{name}"
+    if tensor.dtype not in TORCH_DTYPES.values():
+        raise ConfigError(f"is {str(tensor.dtype).removeprefix('torch.')}, which no answer can hold", path)
+    if size is not None and (tensor.dim() == 0 or tensor.shape[0] != size):
+        shape = tuple(tensor.shape)
+        raise ConfigError(f"has shape {shape} for a batch of {size}; its first dimension must be the batch", path)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from preheat.device import DTYPES
 from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.module_engine import Answer, Job, ModuleEngine
-from preheat.module_request import Reader
+from preheat.module_request import Accept, Reader
 from preheat.responses import Response, from_error
 
 WHOLE = "model"
@@ -28,6 +29,9 @@ TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e
 """Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
 TOKENS = "input_ids"
 """What transformers calls the numbers of tokens."""
+MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
+"""The forms that hold any number of outputs."""
+ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
 UNREADABLE = ("text", "accept")
 
 
@@ -131,6 +135,8 @@ class ModuleWork:
             return
         for router in routers.values():
             router.phase = Phase.OBSERVE
+        smallest = dict(self.sizes[-1].sizes)
+        self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
         self.measure_padding()
         for router in routers.values():
             router.phase, router.observed = Phase.WARM, []
@@ -155,8 +161,15 @@ class ModuleWork:
         """Run one variant as requests would, without padding and with: of a mask without zeros a model may make no mask at all."""
         for sizes in (dict(variant.bucket.sizes), _inside(variant.bucket, self._own.choices)):
             jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
-            for answer in self._engine.run(jobs):
+            answers = self._engine.run(jobs)
+            for answer in answers:
                 answer.raise_if_failed()
+            self._respond_in_every_form(answers[0])
+
+    def _respond_in_every_form(self, answer: Answer) -> None:
+        """What encodes answers is warmed too; what it cannot encode shows now."""
+        for accept in ACCEPTS if len(answer.outputs) == 1 else MANY_TENSORS:
+            self._response(replace(answer, job=replace(answer.job, accept=accept)))
 
     def measure_padding(self) -> Mapping[str, Any]:
         """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
@@ -165,21 +178,20 @@ class ModuleWork:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
         errors, shares = [0.0], [0.0]
-        for sizes in {tuple(sorted(_inside(bucket, self._own.choices).items())) for bucket in self._ends()}:
+        for sizes in {each for bucket in self._ends() for each in _measured(bucket, self._own.choices)}:
             job = self._prepared(dict(sizes), seed=0)
             (ours,), alone = self._engine.run([job]), self._engine.alone(job)
             for answer in (ours, alone):
                 answer.raise_if_failed()
             for name, tensor in alone.outputs.items():
                 _check_cut(name, ours.outputs[name], tensor, self._own)
-                if not tensor.numel():
-                    continue
-                error = float((ours.outputs[name].double() - tensor.double()).abs().max())
+                error, magnitude = _difference(ours.outputs[name], tensor)
                 errors.append(error)
-                shares.append(error / max(1.0, float(tensor.double().abs().max())))
-        exact = max(shares) <= TOLERANCE[self.dtype]
+                shares.append(error / max(1.0, magnitude))
+        exact = all(share <= TOLERANCE[self.dtype] for share in shares)  # of NaN, which is no number, this is not so
         self._engine.padded = "rounding" if exact else "padded"
-        return {"max_error": max(errors), "exact": self._engine.padded}
+        finite = all(map(math.isfinite, errors))  # JSON has no other numbers
+        return {"max_error": max(errors) if finite else "not finite", "exact": self._engine.padded}
 
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
@@ -192,6 +204,9 @@ class ModuleWork:
         send: Callable[[Response], None] | None,
     ) -> Job:
         inputs, accept = self._reader.read(row, headers)
+        names = self._engine.output_names
+        if accept == "application/x-npy" and len(names) > 1:
+            raise _too_many_for_npy(names)
         return self._engine.prepare(inputs, accept, deadline)
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -290,25 +305,42 @@ def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int
     return sizes
 
 
+def _measured(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> list[tuple[tuple[str, int], ...]]:
+    """Sizes to measure padding with: odd and even ones, since a module that halves them rounds one of the two up or down."""
+    base = _inside(bucket, choices)
+    beside = {name: size + 1 if size < bucket[name] else max(1, size - 1) for name, size in base.items()}
+    return [tuple(base.items()), tuple(beside.items())]
+
+
+def _difference(ours: torch.Tensor, alone: torch.Tensor) -> tuple[float, float]:
+    """The largest difference, 0 between equal infinities and NaN where either is none, and the largest finite magnitude."""
+    if not alone.numel():
+        return 0.0, 0.0
+    ours, alone = ours.double(), alone.double()
+    error = (ours - alone).abs().masked_fill(ours == alone, 0.0).max()
+    return float(error), float(alone.nan_to_num(0.0, 0.0, 0.0).abs().max())
+
+
 def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: ModuleConfig) -> None:
     if ours.shape == alone.shape:
         return
-    if ours.dim() == 0 or alone.dim() == 0:
-        raise ConfigError("has no batch dimension, so requests cannot share it", f"module.outputs.{name}")
     dims = [dim for dim, sizes in enumerate(zip(ours.shape, alone.shape, strict=False)) if sizes[0] != sizes[1]]
+    what = f"is {tuple(ours.shape)} where the module without padding gives {tuple(alone.shape)}"
+    if 0 in dims or ours.dim() != alone.dim():
+        raise ConfigError(f"{what}; its first dimension must be the batch", f"module.outputs.{name}")
     grown = ", ".join(f"{dim}: ..." for dim in dims)
     raise ConfigError(
-        f"is {tuple(ours.shape)} where the module without padding gives {tuple(alone.shape)}; cut it: "
-        f"crop: {{{grown}}} with {' or '.join(config.choices)}",
+        f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the module shrinks it, rounded up",
         f"module.outputs.{name}.crop",
     )
 
 
 def _npy_response(outputs: Mapping[str, torch.Tensor], headers: Mapping[str, str]) -> Response:
     if len(outputs) != 1:
-        names = ", ".join(outputs)
-        return from_error(
-            RequestError(f"an .npy file holds one tensor, this model answers {names}", "accept", code=406)
-        )
+        return from_error(_too_many_for_npy(list(outputs)))
     (tensor,) = outputs.values()
     return Response(200, tensors.to_npy(tensor), headers)
+
+
+def _too_many_for_npy(names: Sequence[str]) -> RequestError:
+    return RequestError(f"an .npy file holds one tensor, this model answers {', '.join(names)}", "accept", code=406)

@@ -33,7 +33,7 @@ class ServerState:
     """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
     engine, warm_seconds, cache, reason."""
     padding: Mapping[str, Any] = field(default_factory=dict)
-    """What padding was measured to change in a module's outputs: `max_error` and `exact`, the header's word; empty for a pipeline."""
+    """What padding was measured to change in a module's outputs: `max_error` (or words) and `exact`, the header's word; empty for a pipeline."""
     compiles_at_boot: int = 0
     compiles_since_ready: int = 0
     eager_fallbacks: int = 0
@@ -54,7 +54,7 @@ class ServerState:
 def bucket_name(row: Mapping[str, Any]) -> str:
     """The bucket of a row of the state, as headers and metrics name it."""
     if "dims" in row:
-        return " ".join(f"{name}={size}" for name, size in row["dims"].items())
+        return " ".join(f"{name}={size}" for name, size in row["dims"].items()) or "fixed"
     return f"{row['height']}x{row['width']}"
 
 
