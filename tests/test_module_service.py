@@ -23,9 +23,11 @@ from PIL import Image
 from ts.torch_handler import base_handler
 
 from preheat import tensors, tiny
+from preheat.cache import fingerprint
 from preheat.config import ModelConfig
 from preheat.errors import ConfigError, ModuleError, RequestError
 from preheat.module_engine import Answer
+from preheat.module_work import ModuleWork
 from preheat.service import Service
 from preheat.state import StatusFile
 from preheat.watch import CompileWatch
@@ -361,6 +363,30 @@ def test_a_factory_in_the_archive_makes_the_module(watch: CompileWatch, tmp_path
     for factory, words in (("made_here:none", "returns a int"), ("made_here:gone", "no function"), ("a.b:c", "import")):
         with pytest.raises(ConfigError, match=f"module.factory: .*{words}"):
             start(tmp_path, {"factory": factory, "inputs": inputs})
+
+
+def test_a_factory_that_is_no_file_of_the_archive_is_refused(watch: CompileWatch, tmp_path: Path) -> None:
+    inputs = {"x": {"shape": ["batch", 4]}}
+    for name in ("torch.nn:Identity", "sys:exit"):  # installed; built in
+        with pytest.raises(ConfigError, match="module.factory: .* is not a file of the archive"):
+            start(tmp_path, {"factory": name, "inputs": inputs})
+
+
+@pytest.mark.parametrize("by_factory", [True, False])
+def test_compiled_code_depends_on_the_modules_source(watch: CompileWatch, tmp_path: Path, by_factory: bool) -> None:
+    """Two forwards of one class, weights and repr are two programs."""
+    prints = []
+    for index, forward in enumerate(("relu", "tanh")):
+        folder = tmp_path / str(index)
+        folder.mkdir()
+        source = MODEL_FILE.replace("relu", forward) + "\n\ndef make():\n    return Net()\n"
+        (folder / "net_of_two.py").write_text(source)
+        sys.modules.pop("net_of_two", None)
+        config = ModelConfig.parse({"module": {"factory": "net_of_two:make"} if by_factory else {}})
+        work = ModuleWork.load(config, folder, {"model": {"modelFile": "net_of_two.py"}}, torch.device("cpu"))
+        prints.append(fingerprint(torch.device("cpu"), {}, work.structure()))
+        sys.path.remove(str(folder.resolve()))
+    assert prints[0] != prints[1]
 
 
 def served_plainly(folder: Path, text: str) -> Service:

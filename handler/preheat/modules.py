@@ -6,8 +6,10 @@ import importlib
 import inspect
 import logging
 import pickle
+import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import safetensors
@@ -17,7 +19,7 @@ from torch import nn
 
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, ModuleError
-from preheat.importing import load_file, make_importable
+from preheat.importing import digest, load_file, make_importable
 from preheat.module_config import ModuleConfig
 
 logger = logging.getLogger(__name__)
@@ -99,15 +101,32 @@ def _from_factory(name: str, folder: Path) -> nn.Module:
     package, _, function = name.partition(":")
     make_importable(folder.resolve())
     try:
-        make = getattr(importlib.import_module(package), function, None)
+        file = importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise ConfigError(f"cannot be imported: {error}", "module.factory") from error
+    if not _source(file).is_relative_to(folder.resolve()):
+        raise ConfigError(f"{package} is not a file of the archive", "module.factory")
+    make = getattr(file, function, None)
     if not callable(make):
         raise ConfigError(f"{package} has no function {function}", "module.factory")
     module = make(folder) if inspect.signature(make).parameters else make()
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{name} returns a {type(module).__name__}, not an nn.Module", "module.factory")
     return module
+
+
+def sources(config: ModuleConfig, folder: Path, manifest: Manifest) -> dict[str, str]:
+    """SHA-256 of the archive's file that made the loaded module: the code of its forward, which no config tells of."""
+    model_file = manifest.get("model", {}).get("modelFile")
+    if config.factory is not None:
+        file = _source(sys.modules[config.factory.partition(":")[0]])
+        return digest([str(file.relative_to(folder.resolve()))], folder)
+    return digest([model_file], folder) if config.path is None and model_file else {}
+
+
+def _source(module: ModuleType) -> Path:
+    """Where an imported module lies; `/` for one that has no file."""
+    return Path(getattr(module, "__file__", None) or "/").resolve()
 
 
 def _from_model_file(name: str, folder: Path) -> nn.Module:
