@@ -69,6 +69,8 @@ def install(target: nn.Module) -> None:
         from transformers.masking_utils import sdpa_mask
 
         def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
+            if mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
+                raise NotImplementedError("this op knows no causal mask: it is for encoders")
             return attention(query, key, value, mask, scaling).transpose(1, 2), None
 
         AttentionInterface.register(NAME, forward)

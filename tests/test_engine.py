@@ -148,6 +148,15 @@ def test_a_group_that_fails_takes_only_its_own_requests_with_it() -> None:
     assert all(answer.pictures for answer in (answers[0], answers[2]))
 
 
+def test_who_makes_a_run_fail_fails_alone_but_not_in_warm_up() -> None:
+    bench = Bench()
+    jobs = [bench.job(seed=1), bench.job(prompt="explode", seed=2), bench.job(seed=3, num_images=3)]
+    answers = bench.engine.run(jobs)
+    assert [type(answer.error) for answer in answers] == [type(None), PipelineFailure, type(None)]
+    assert [len(answer.pictures) for answer in answers] == [1, 0, 3]
+    assert all(answer.error is not None for answer in bench.engine.run(jobs, retry=False))
+
+
 @pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
 def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(most_rows: int, runs: list[int]) -> None:
     bench = Bench()

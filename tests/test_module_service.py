@@ -254,6 +254,12 @@ def test_an_output_that_is_not_rows_is_refused_at_start(
 def test_rows_that_are_not_the_requests_fail_rather_than_leak(watch: CompileWatch, tmp_path: Path) -> None:
     service = started(tmp_path, "x if x.max() < 100 else x[:1]", {"output": {"crop": {1: "n"}}})
     ask(service, [1.0, 2], [3.0])
+    answers = service.run([service.parse({"body": [value]}) for value in (200.0, 201.0)])
+    # Alone each of them has a row of its own.
+    assert [answer.outputs["output"].tolist() for answer in answers] == [[[200.0]], [[201.0]]]
+    service = started(
+        tmp_path, "x if x.max() < 100 else x[:1]", {"output": {"crop": {1: "n"}}}, shapes={"batch_sizes": [2]}
+    )
     for answer in service.run([service.parse({"body": [value]}) for value in (200.0, 201.0)]):
         assert answer.error is not None and not answer.outputs
 

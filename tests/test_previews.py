@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderTiny, StableDiffusionXLPipeline
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -82,3 +84,15 @@ def test_a_preview_is_the_asked_part_of_the_bucket(height: int, width: int, resi
 def _batch(seeds: Sequence[int]) -> Batch:
     rows = [Row("a cat", None, seed) for seed in seeds]
     return Batch(rows, "text-to-image", Bucket(96, 48), num_inference_steps=3, guidance_scale=4.0, strength=1.0)
+
+
+def test_a_tiny_autoencoder_is_fitted_too(tmp_path: Path) -> None:
+    """TAESD, which people put in an SDXL's place to save memory: its encoder gives latents, not a distribution."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(tiny.build("sdxl", tmp_path / "model"))
+    blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
+    pipe.vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
+    pipe.save_pretrained(tmp_path / "taesd")
+    pipeline = DiffusionPipeline.load(tmp_path / "taesd", PipelineConfig(), torch.device("cpu"))
+    shown: list[tuple[int, ...]] = []
+    pixels = pipeline.paint(_batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape))
+    assert pixels.shape[0] == 2 and set(shown) == {(12, 6, 3)}

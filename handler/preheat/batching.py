@@ -52,6 +52,10 @@ class Outcome:
         """Whether it ran eagerly although compiled code was wanted."""
         return self.incident or self.fell_back
 
+    def restart(self) -> None:
+        """Forget what a failed run has left; a family with more to forget adds it."""
+        self.engine, self.incident, self.fell_back = "eager", False, False
+
     def raise_if_failed(self) -> None:
         if self.error is not None:
             raise self.error
@@ -125,17 +129,27 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _run_chunk(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> None:
         """Run these rows, filled up to `size`, and give each answer what is its own."""
 
-    def answer(self, answers: Sequence[AnswerT]) -> None:
-        """Fill the answers. A group that fails takes only its own jobs with it."""
+    def answer(self, answers: Sequence[AnswerT], *, retry: bool = True) -> None:
+        """Fill the answers. A run that fails for one request's sake is no reason to fail its company: each is run again, alone.
+
+        Without `retry`, as warm-up wants it, the whole group has failed.
+        """
         for group in self._grouped(answers):
-            try:
-                self._run_group(group)
-            except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
-                logger.exception("a group of %d request(s) failed", len(group))
-                if is_device_lost(error):
-                    raise SystemExit("the device is lost; TorchServe starts a new worker") from error
-                text = f"the model failed on this request ({type(error).__name__}); the server's log says more"
-                for answer in group:
+            self._answer_group(group, retry)
+
+    def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
+        try:
+            self._run_group(group)
+        except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
+            if is_device_lost(error):
+                raise SystemExit("the device is lost; TorchServe starts a new worker") from error
+            logger.exception("a run of %d request(s) failed", len(group))
+            text = f"the model failed on this request ({type(error).__name__}); the server's log says more"
+            for answer in group:
+                if retry and len(group) > 1:
+                    answer.restart()
+                    self._answer_group([answer], retry)
+                else:
                     answer.error = PipelineFailure(text)
 
     def _run_group(self, group: Sequence[AnswerT]) -> None:

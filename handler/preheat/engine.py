@@ -104,6 +104,10 @@ class Answer(Outcome):
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
 
+    def restart(self) -> None:
+        Outcome.restart(self)  # a class with slots is made anew by dataclass, and super() alone does not find it
+        self.pictures.clear()
+
     @property
     def is_planned_eager(self) -> bool:
         """Whether it ran eagerly on purpose (`oversize: eager`)."""
@@ -196,10 +200,10 @@ class Engine(Batcher[Answer, Row]):
         grid = self._painter.grid
         return round_up(Bucket(max(height, 2 * grid), max(width, 2 * grid)), grid)
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
+    def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
+        """Answers in the order of the jobs; for `retry` see `Batcher.answer`."""
         answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
-        self.answer(answers)
+        self.answer(answers, retry=retry)
         return answers
 
     def _job(self, answer: Answer) -> Job:
@@ -226,9 +230,13 @@ class Engine(Batcher[Answer, Row]):
             num_real_rows=len(rows),
             planned_eager=job.plan.engine_hint == "eager",
         )
-        for (answer, _), painted in zip(chunk, pixels, strict=False):  # the filler's pictures are dropped
+        # All before any is kept: a run that fails here is painted again. The filler's pictures are dropped.
+        finished = [
+            images.finish(painted, answer.job.plan) for (answer, _), painted in zip(chunk, pixels, strict=False)
+        ]
+        for (answer, _), picture in zip(chunk, finished, strict=True):
             answer.note(run, first=not answer.pictures)
-            answer.pictures.append(images.finish(painted, answer.job.plan))
+            answer.pictures.append(picture)
 
     def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
         """Pass a run's step on to the jobs that are watched; the filler's rows come last and are nobody's."""

@@ -113,6 +113,10 @@ class Metrics:
         self._count("preheat_refused_total", 1, {"Field": name})
         logger.info("refused a request for its field %s", name)
 
+    def failed(self, code: int) -> None:
+        """One legal request that got no answer: 500, 504 or 507."""
+        self._count("preheat_failed_total", 1, {"Code": str(code)})
+
     def state(self, state: ServerState) -> None:
         """After a batch: what the watch has seen, and the memory peak."""
         self._count("preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told)

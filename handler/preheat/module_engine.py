@@ -114,10 +114,10 @@ class ModuleEngine(Batcher[Answer, Job]):
         bucket = covering(self._choices, sizes)
         return Job(inputs, sizes, bucket, bucket is None, accept, deadline)
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
-        """Answers in the order of the jobs. A group that fails takes only its own jobs with it."""
+    def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
+        """Answers in the order of the jobs; for `retry` see `Batcher.answer`."""
         answers = [Answer(job) for job in jobs]
-        self.answer(answers)
+        self.answer(answers, retry=retry)
         return answers
 
     def alone(self, job: Job) -> Answer:

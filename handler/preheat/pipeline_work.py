@@ -114,7 +114,7 @@ class PipelineWork:
     def serve_variant(self, variant: Variant) -> None:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
         jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
-        answers = self._engine.run(jobs)
+        answers = self._engine.run(jobs, retry=False)
         for job, answer in zip(jobs, answers, strict=True):
             answer.raise_if_failed()
             for picture in answer.pictures:

@@ -256,7 +256,9 @@ class DiffusionPipeline:
             if upcast:
                 vae.to(torch.float32)
             plain = (2 * colours - 1).to(vae.device, vae.dtype)[:, :, None, None].expand(-1, -1, side, side)
-            latents = vae.encode(plain).latent_dist.mode()  # (colours, channels, cells, cells)
+            encoded = vae.encode(plain)
+            # (colours, channels, cells, cells); AutoencoderTiny (TAESD) has no distribution
+            latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
             if upcast:
                 vae.to(dtype)
             inner = latents[:, :, 2:-2, 2:-2]  # away from the border, where the encoder sees its own padding

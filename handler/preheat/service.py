@@ -125,6 +125,8 @@ class Service:
         for answer in answers:
             if answer.error is None:
                 self._count(answer)
+            else:
+                self._metrics.failed(answer.error.code)
         self._metrics.state(self.current_state())
         return answers
 
