@@ -333,6 +333,7 @@ def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path
 
     def served(**changes: Any) -> tuple[Any, str]:
         torch.compiler.set_stance("default")
+        torch._dynamo.utils.counters["graph_break"].clear()  # those of other tests
         config = ModelConfig.parse(own | {"pt2": own["pt2"] | changes})
         service = Service(config, folder, torch.device("cpu"), status=StatusFile(None, "op"))
         with torch.profiler.profile() as profile:
