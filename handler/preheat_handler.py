@@ -14,7 +14,7 @@ from ts.torch_handler.base_handler import BaseHandler
 
 from preheat import responses
 from preheat.config import ModelConfig
-from preheat.device import pick_device, share_cpu
+from preheat.device import is_out_of_memory, pick_device, share_cpu
 from preheat.errors import OutOfMemory, RequestError
 from preheat.metrics import Metrics
 from preheat.responses import Response
@@ -93,11 +93,13 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
         try:
             return self.service.parse(row, headers, self._sender(index))
-        except MemoryError:
-            return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
         except RequestError as error:
             self.metrics.refused(error.field)
             return responses.from_error(error)
+        except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
+            if not is_out_of_memory(error):
+                raise
+            return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
 
     def _is_grpc(self, index: int) -> bool:
         """A gRPC call has no url_path; a client's own input of that name is a dict."""
