@@ -1,6 +1,7 @@
-"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed while it writes.
+"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed while it writes, or serves and
+prints what its cache was.
 
-python cached_service.py MODEL_FOLDER SHARED compiling|packing|renaming|published
+python cached_service.py MODEL_FOLDER SHARED compiling|packing|renaming|published|serving
 """
 
 from __future__ import annotations
@@ -83,5 +84,8 @@ def _half_then_die(serve: Any) -> Any:
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    _die_at(sys.argv[3])
-    start(Path(sys.argv[1]), Path(sys.argv[2]))
+    if sys.argv[3] != "serving":
+        _die_at(sys.argv[3])
+    service = start(Path(sys.argv[1]), Path(sys.argv[2]))
+    assert is_hot_and_serves(service)
+    print(*caches(service))

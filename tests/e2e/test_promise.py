@@ -61,9 +61,16 @@ def test_a_refusal_is_counted_by_field_and_never_by_a_clients_text(served: Serve
     assert not any("evil" in line for line in served.exported())
 
 
+def test_a_request_that_came_too_late_is_counted_as_failed(served: Served) -> None:
+    before = served.metric("preheat_failed_total", Code="504")
+    assert served.client.post(json={"prompt": "a"}, headers={"x-preheat-deadline": "1"}).status == 504
+    assert served.metric("preheat_failed_total", Code="504") == before + 1
+
+
 def test_every_metric_that_the_dashboard_names_is_exported(served: Served) -> None:
     served.client.predict({"prompt": "a", "height": 64, "width": 64})
     served.client.predict({"prompt": "a", "width": -1})
+    served.client.post(json={"prompt": "a"}, headers={"x-preheat-deadline": "1"})
     # TorchServe's own Requests5XX has no sample before there was one.
     names = {line.removeprefix("# TYPE ").split("{")[0].split(" ")[0] for line in served.exported()}
     assert dashboard_metrics() <= names, sorted(dashboard_metrics() - names)
