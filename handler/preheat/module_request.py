@@ -17,7 +17,7 @@ import torch
 
 from preheat import tensors
 from preheat.errors import RequestError
-from preheat.json_text import decoded, loads, shown_name
+from preheat.json_text import decoded, in_bytes, loads, shown_name
 from preheat.module_config import InputConfig, ModuleLimits
 
 Kind = Literal["json", "npy", "safetensors", "image", "text"]
@@ -80,7 +80,7 @@ class Reader:
         """
         if not isinstance(row, Mapping) or not row:
             raise RequestError("is empty; send tensors as JSON, .npy or safetensors, with their Content-Type", "body")
-        parts = {name: _part(value) for name, value in row.items()}
+        parts = {name: in_bytes(value) for name, value in row.items()}
         accept = _accepted(parts.pop(ACCEPT, None), headers.get("accept"))
         sent: dict[str, Any] = {}
         for envelope in ("data", "body"):
@@ -235,13 +235,6 @@ def sizes_of(found: Mapping[str, torch.Tensor], specs: Mapping[str, InputConfig]
             if isinstance(extent, str) and sizes.setdefault(extent, size) != size:
                 raise RequestError(f"has {extent} {size}, another input has {sizes[extent]}", name)
     return sizes
-
-
-def _part(value: object) -> object:
-    """TorchServe has decoded what calls itself text."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
-    return bytes(value) if isinstance(value, bytearray | memoryview) else value
 
 
 def _accepted(part: object, header: str | None) -> Accept:

@@ -15,7 +15,7 @@ from torch import nn
 from preheat import modules, tensors
 from preheat.batching import RunReport
 from preheat.compilation import Phase, Router
-from preheat.config import ModelConfig, ModuleConfig, ShapesConfig
+from preheat.config import ModelConfig, ModuleConfig, ShapesConfig, model_place
 from preheat.device import DTYPES
 from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
@@ -91,7 +91,7 @@ class ModuleWork:
         module = modules.load(config.module, model_dir, manifest, device)
         tokenizer = None
         if config.module.path is not None:
-            tokenizer = modules.load_tokenizer(modules.pretrained_folder(config.module, model_dir))
+            tokenizer = modules.load_tokenizer(model_place(config.module.path, model_dir))
         return cls(module, tokenizer, config, device, modules.sources(config.module, model_dir, manifest))
 
     @property

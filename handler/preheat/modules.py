@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from preheat.config import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, ModuleError
 from preheat.importing import digest, load_file, make_importable
@@ -43,7 +44,7 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
     model = manifest.get("model", {})
     weights = folder / model["serializedFile"] if model.get("serializedFile") else None
     if config.path is not None:
-        module = _from_transformers(config, pretrained_folder(config, folder))
+        module = _from_transformers(config, model_place(config.path, folder))
     elif config.factory is not None:
         module = _from_factory(config.factory, folder)
     elif model.get("modelFile"):
@@ -56,15 +57,6 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
     if weights is not None and config.path is None:
         _load_weights(module, weights)
     return module.to(device=device, dtype=DTYPES[config.dtype]).eval()
-
-
-def pretrained_folder(config: ModuleConfig, folder: Path) -> str | Path:
-    """`.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id."""
-    assert config.path is not None
-    if config.path == ".":
-        return folder / "model"
-    inside = folder / config.path
-    return inside if inside.is_dir() else config.path
 
 
 def load_tokenizer(place: str | Path) -> Any:

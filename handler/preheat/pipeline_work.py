@@ -18,7 +18,7 @@ from preheat.admission import check_cost
 from preheat.batching import RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
-from preheat.config import ModelConfig, ShapesConfig
+from preheat.config import ModelConfig, ShapesConfig, model_place
 from preheat.device import DTYPES
 from preheat.engine import Answer, Engine, Job
 from preheat.errors import ConfigError, RequestError
@@ -30,11 +30,7 @@ from preheat.variants import Variant, covering, plan_variants
 
 
 class PipelineWork:
-    """A diffusers pipeline behind `work.Work`.
-
-    `config.pipeline.path` is `.` for the archive's own folder `model`; a relative folder lies in the archive; anything else is a
-    path or a hub id.
-    """
+    """A diffusers pipeline behind `work.Work`."""
 
     fields = FIELDS
 
@@ -50,7 +46,7 @@ class PipelineWork:
         Raises:
             ConfigError, PipelineError: it cannot be served as the YAML says.
         """
-        path = _model_path(config.pipeline.path, model_dir)
+        path = model_place(config.pipeline.path, model_dir)
         return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
 
     @property
@@ -183,14 +179,6 @@ class PipelineWork:
             else responses.from_answer(answer, own)
             for answer, own in zip(answers, files, strict=True)
         ]
-
-
-def _model_path(path: str, model_dir: Path) -> str | Path:
-    """`.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id."""
-    if path == ".":
-        return model_dir / "model"
-    inside = model_dir / path
-    return inside if inside.is_dir() else path
 
 
 def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from preheat.errors import RequestError
-from preheat.json_text import LONGEST_WHOLE, decoded, loads, shown_name
+from preheat.json_text import LONGEST_WHOLE, decoded, in_bytes, loads, shown_name
 
 if TYPE_CHECKING:
     from preheat.config import DefaultsConfig, Guidance, LimitsConfig, Task
@@ -254,7 +254,7 @@ def _fields_of(row: object) -> dict[str, object]:
     if not isinstance(row, Mapping) or not row:
         # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
         raise RequestError("is empty; send JSON with the header Content-Type: application/json", "body")
-    parts = {name: _part(value) for name, value in row.items()}
+    parts = {name: in_bytes(value) for name, value in row.items()}
     for envelope in ("data", "body"):
         if envelope in parts:
             del parts[envelope]
@@ -264,13 +264,6 @@ def _fields_of(row: object) -> dict[str, object]:
                     raise RequestError("is given twice, in the JSON and beside it", shown_name(name))
             return {**inside, **parts}
     return parts
-
-
-def _part(value: object) -> object:
-    """A part in bytes: TorchServe has decoded those that call themselves text."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "surrogatepass")
-    return bytes(value) if isinstance(value, bytearray | memoryview) else value
 
 
 def _object(body: object) -> dict[str, object]:
