@@ -10,16 +10,21 @@ from typing import Any
 from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
-from ts.torch_handler.base_handler import BaseHandler
 
 from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import is_out_of_memory, pick_device, share_cpu
 from preheat.errors import OutOfMemory, RequestError
+from preheat.importing import left_out
 from preheat.metrics import Metrics
 from preheat.responses import Response
 from preheat.service import Service
 from preheat.state import StatusFile
+
+# BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of every start, and not what the
+# engine `openvino` here runs on.
+with left_out("openvino.torch"):
+    from ts.torch_handler.base_handler import BaseHandler
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types

@@ -119,3 +119,9 @@ def test_the_package_itself_imports_nothing() -> None:
 def test_a_modules_worker_does_not_import_diffusers() -> None:
     code = "import sys, preheat.service, preheat.module_work; sys.exit('diffusers' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})
+
+
+def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable() -> None:
+    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    code = "import sys, preheat_handler; assert 'openvino' not in sys.modules; import openvino.torch"
+    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})

@@ -6,7 +6,8 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -62,3 +63,16 @@ def make_importable(folder: Path) -> None:
 def digest(names: Sequence[str], folder: Path) -> dict[str, str]:
     """SHA-256 of each file: compiled code depends on it."""
     return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+
+
+@contextmanager
+def left_out(name: str) -> Iterator[None]:
+    """Importing the module `name` inside raises ImportError, unless it has been imported before."""
+    if name in sys.modules:
+        yield
+        return
+    sys.modules[name] = None  # type: ignore[assignment]  # as the import system documents it
+    try:
+        yield
+    finally:
+        del sys.modules[name]
