@@ -1,9 +1,11 @@
 """The bare diffusers pipeline in a loop: compiled, batched, cropped and encoded, with nobody asking over a network.
 
-    python -m bench.bare < spec.json > result.json
+    python -m bench.bare
 
 What the served pipeline is held against. It is compiled as anybody would do it, one static graph per bucket and batch size;
-none of Preheat's routing, planning or padding of rows is on this road.
+none of Preheat's routing, planning or padding of rows is on this road, but the worker's allocator settings are. A process that stays, so that it can be measured between
+two loads of the server: the first line it reads is the spec, every other one a question, and each gets a line of JSON. While it
+waits it takes no processor.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionXLPipeline
@@ -21,7 +22,7 @@ from diffusers import StableDiffusionXLPipeline
 from bench.bare_spec import Spec
 from preheat import images
 from preheat.buckets import Bucket, covering
-from preheat.device import DTYPES, pick_device, share_cpu
+from preheat.device import DTYPES, keep_freed_memory, pick_device, share_cpu
 
 WARM_CALLS = 2
 
@@ -35,6 +36,7 @@ class BareLoop:
         device = pick_device(0 if spec.on_gpu else None)
         if device.type == "cpu":
             share_cpu(1)
+            keep_freed_memory()
         pipe = StableDiffusionXLPipeline.from_pretrained(
             spec.model, torch_dtype=DTYPES[spec.dtype], use_safetensors=True, local_files_only=True
         )
@@ -43,32 +45,22 @@ class BareLoop:
         torch._dynamo.config.recompile_limit = 10 + 2 * len(self._buckets) * len(spec.batch_sizes)
         self._pipe.unet = torch.compile(self._pipe.unet, backend=spec.backend, dynamic=False)
 
-    def run(self) -> dict[str, Any]:
-        """Requests per second, by traffic and batch size."""
-        begun = time.perf_counter()
+    def warm(self) -> None:
+        """Compile everything, and meet it once more."""
         for size in self._spec.batch_sizes:
             for bucket in self._buckets:
                 for _ in range(WARM_CALLS):
                     self._paint([(bucket.height, bucket.width)] * size, bucket)
-        warm_seconds = time.perf_counter() - begun
-        rates = {
-            name: {str(size): self._rate(sizes, size) for size in self._spec.batch_sizes}
-            for name, sizes in self._spec.traffics.items()
-        }
-        return {
-            "warm_seconds": round(warm_seconds, 1),
-            "num_threads": torch.get_num_threads(),
-            "requests_per_second": rates,
-        }
 
-    def _rate(self, sizes: Sequence[tuple[int, int]], batch_size: int) -> float:
-        batches = list(full_batches(sizes, self._buckets, batch_size))
+    def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
+        """Requests per second; a pass over the traffic is always finished."""
+        batches = list(full_batches(self._spec.traffics[traffic], self._buckets, batch_size))
         begun, num_done = time.perf_counter(), 0
-        while time.perf_counter() - begun < self._spec.seconds:
+        while time.perf_counter() - begun < seconds:
             for bucket, batch in batches:
                 self._paint(batch, bucket)
                 num_done += len(batch)
-        return round(num_done / (time.perf_counter() - begun), 3)
+        return num_done / (time.perf_counter() - begun)
 
     @torch.inference_mode()
     def _paint(self, sizes: Sequence[tuple[int, int]], bucket: Bucket) -> list[bytes]:
@@ -106,11 +98,14 @@ def full_batches(
 
 
 def main() -> None:
-    result = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # whatever libraries print is no result
-    spec = Spec(**json.load(sys.stdin))
-    json.dump(BareLoop(spec).run(), result)
-    result.close()
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # whatever libraries print is no answer
+    loop, begun = BareLoop(Spec(**json.loads(sys.stdin.readline()))), time.perf_counter()
+    loop.warm()
+    warmed = {"warm_seconds": round(time.perf_counter() - begun, 1), "num_threads": torch.get_num_threads()}
+    print(json.dumps(warmed), file=answers)
+    for question in sys.stdin:
+        print(json.dumps(loop.rate(**json.loads(question))), file=answers)
 
 
 if __name__ == "__main__":

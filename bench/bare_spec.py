@@ -22,8 +22,6 @@ class Spec:
     prompts: Sequence[str]
     traffics: Mapping[str, Sequence[tuple[int, int]]]
     """The requests' sizes, by the traffic's name."""
-    seconds: float
-    """Of measuring, for each traffic and batch size; a pass over the traffic is always finished."""
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))

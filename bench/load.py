@@ -3,8 +3,9 @@
     python -m bench.load [--profile tiny|sdxl] ...
 
 Both paint the same sizes with the same steps through the same compiler on the same number of threads, and both encode every
-picture; what is left between them is the road. The clients live on this machine too, so on a CPU one core is left to them. The
-bare loop goes first and last, with a server that batches and one that does not in between; its rate is the mean of the two.
+picture; what is left between them is the road. The clients live on this machine too, so on a CPU one core is left to them.
+Machines drift: the two are compared in turn, bare, served, bare, served, bare, and each served rate is held against the mean of its
+neighbours. Before that a server gets as much traffic unmeasured, for Java compiles its code while it runs, as the pipeline does.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -48,6 +49,7 @@ from preheat.server import ServerError
 CACHE = STATE / "cache" / "inductor"
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
+NUM_ROUNDS = 3
 NUM_PROFILED = 12
 """Batches of each kind whose stages are measured."""
 SCRAPE_SECONDS = 5
@@ -76,7 +78,7 @@ def runs(batch: int) -> dict[str, list[Run]]:
     """By server: its batch size, and the loads in their order. Open loops come after the closed ones that they refer to."""
     full = 2 * batch  # while one batch is painted, the next one is there
     batching = [
-        *(Run("closed", "uniform", num_clients=clients) for clients in (batch, full)),
+        Run("closed", "uniform", num_clients=full),
         *(Run("closed", "mixed", num_clients=clients) for clients in (1, batch, full, 2 * full)),
         Run("closed", "mixed", "grpc", num_clients=full),
         *(Run("open", "mixed", share=share) for share in (0.5, 0.8)),
@@ -88,6 +90,14 @@ def runs(batch: int) -> dict[str, list[Run]]:
         Run("open", "mixed", share=0.8),
     ]
     return {"batching": batching, "no batching": single}
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What the clients ask for, by the traffic's name, and for how many seconds at a time."""
+
+    requests: Mapping[str, Sequence[Payload]]
+    seconds: float
 
 
 def served_yaml(profile: Profile, batch: int, *, backend: str, max_delay: int) -> dict[str, Any]:
@@ -117,8 +127,53 @@ def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payl
     ]
 
 
-def run_bare(spec: Spec, threads: Mapping[str, str]) -> dict[str, Any]:
-    return run_module("bench.bare", spec.to_json(), threads)
+class BareProcess:
+    """`bench.bare` in a process of its own, warm.
+
+    Raises:
+        PreheatError: it failed.
+    """
+
+    def __init__(self, spec: Spec, threads: Mapping[str, str]) -> None:
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # close() closes it
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "bench.bare"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+            env=environment(threads),
+        )
+        try:
+            self.warmed: Mapping[str, Any] = self._ask(spec.to_json())
+        except BaseException:
+            self.close()
+            raise
+
+    def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
+        """Requests per second in full batches of this size."""
+        rate: float = self._ask(json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds}))
+        return rate
+
+    def _ask(self, question: str) -> Any:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        with suppress(BrokenPipeError):  # that it has ended shows in its answer
+            print(question, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            status = self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().strip().splitlines() or [f"exit status {status}"]
+            raise PreheatError(f"bench.bare failed: {said[-1]}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        for stream in (self._process.stdin, self._process.stdout, self._errors):
+            assert stream is not None
+            with suppress(BrokenPipeError):
+                stream.close()
 
 
 def run_stages(
@@ -152,18 +207,28 @@ def run_module(module: str, spec: str, threads: Mapping[str, str]) -> dict[str, 
     Raises:
         PreheatError: it failed.
     """
-    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
-    env |= threads
-    env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
     done = subprocess.run(
-        [sys.executable, "-m", module], input=spec, check=False, capture_output=True, text=True, env=env
+        [sys.executable, "-m", module],
+        input=spec,
+        check=False,
+        capture_output=True,
+        text=True,
+        env=environment(threads),
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise PreheatError(f"{module} failed: {said[-1]}")
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+def environment(threads: Mapping[str, str]) -> dict[str, str]:
+    """Of a process beside the server: this repository's code, and what the server's worker has."""
+    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
+    env |= threads
+    env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
+    return env
 
 
 @contextmanager
@@ -206,6 +271,17 @@ def measure(
         "rate": round(rate, 3) if run.loop == "open" else None,
         **load_report.summary(traffic, counted, saturated=run.loop == "closed"),
     }
+
+
+def compare(bare: BareProcess, running: server.TorchServe, load: Load, traffic: str, batch: int) -> dict[str, Any]:
+    """Bare and served in turn, in batches of this size; twice as many clients, so that the next batch is there in time."""
+    requests = load.requests[traffic]
+    rates = {"bare": [bare.rate(traffic, batch, load.seconds)], "served": []}
+    for _ in range(NUM_ROUNDS):
+        seen = closed_loop(running, requests, "rest", 2 * batch, load.seconds)
+        rates["served"].append(seen.num_good / seen.seconds)
+        rates["bare"].append(bare.rate(traffic, batch, load.seconds))
+    return {"traffic": traffic, "batch": batch, **load_report.compared(rates["bare"], rates["served"])}
 
 
 def scrape(running: server.TorchServe) -> dict[str, float]:
@@ -269,36 +345,37 @@ def bench(
         "bare": {},
         "stages_ms": {},
         "served": {},
+        "compared": [],
     }
     (STATE / "bench").mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="model-", dir=STATE / "bench") as folder:
         console.print(f"making the pipeline of profile {profile} ...")
         model = chosen.build(Path(folder, "pipeline"))
-        console.print("bare pipeline: compiling, then painting in a loop ...")
-        spec = bare_spec(chosen, model, traffics, batch=batch, backend=backend, seconds=seconds)
-        document["bare"] = first = run_bare(spec, threads)
-        console.print(f"bare pipeline: {first['requests_per_second']} requests/s", markup=False)
         document["stages_ms"] = run_stages(chosen, model, traffics["mixed"], batch, threads)
-        for name, loads in runs(batch).items():
-            console.print(f"{name}: starting a server ...")
-            config = served_yaml(chosen, batch if name == "batching" else 1, backend=backend, max_delay=max_delay)
-            with serving(chosen, config, model, threads) as (running, ready_seconds):
-                rows = load_all(
-                    running, loads, {key: payloads(mixed, chosen) for key, mixed in traffics.items()}, seconds, console
-                )
-                with Client.to(running) as client:
-                    state = client.state()
-            document["served"][name] = {
-                "ready_seconds": round(ready_seconds, 1),
-                **{key: state[key] for key in ("compiles_since_ready", "incidents", "eager_fallbacks")},
-                "loads": rows,
-            }
-        last = run_bare(spec, threads)
-        console.print(f"bare pipeline, once more: {last['requests_per_second']} requests/s", markup=False)
-        document["bare"] = load_report.mean_of_bare(first, last)
-        document["throughput_over_bare"] = load_report.over_bare(document)
-        document["seconds"] = round(time.monotonic() - begun, 1)
-        load_report.write(document, output)
+        console.print("bare pipeline: compiling ...")
+        spec = bare_spec(chosen, model, traffics, batch=batch, backend=backend)
+        load = Load({name: payloads(wanted, chosen) for name, wanted in traffics.items()}, seconds)
+        with closing(BareProcess(spec, threads)) as bare:
+            document["bare"] = bare.warmed
+            for name, loads in runs(batch).items():
+                console.print(f"{name}: starting a server ...")
+                size = batch if name == "batching" else 1
+                config = served_yaml(chosen, size, backend=backend, max_delay=max_delay)
+                with serving(chosen, config, model, threads) as (running, ready_seconds):
+                    closed_loop(running, load.requests["mixed"], "rest", 2 * size, seconds)
+                    for traffic in traffics:
+                        document["compared"].append(compare(bare, running, load, traffic, size))
+                        console.print(f"  {load_report.compared_line(document['compared'][-1])}", markup=False)
+                    rows = load_all(running, loads, load, console)
+                    with Client.to(running) as client:
+                        state = client.state()
+                document["served"][name] = {
+                    "ready_seconds": round(ready_seconds, 1),
+                    **{key: state[key] for key in ("compiles_since_ready", "incidents", "eager_fallbacks")},
+                    "loads": rows,
+                }
+                document["seconds"] = round(time.monotonic() - begun, 1)
+                load_report.write(document, output)
     console.print(load_report.table(document))
     console.print(load_report.stages_table(document))
     console.print(load_report.verdict(document), markup=False)
@@ -308,14 +385,13 @@ def bench(
 def load_all(
     running: server.TorchServe,
     loads: Sequence[Run],
-    requests: Mapping[str, Sequence[Payload]],
-    seconds: float,
+    load: Load,
     console: Console,
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for run in loads:
         busiest = max((row["requests_per_second"] for row in rows if row["traffic"] == run.traffic), default=0.0)
-        rows.append(measure(running, run, requests[run.traffic], run.share * busiest, seconds))
+        rows.append(measure(running, run, load.requests[run.traffic], run.share * busiest, load.seconds))
         console.print(f"  {load_report.line(rows[-1])}", markup=False)
     return rows
 
@@ -334,7 +410,6 @@ def bare_spec(
     *,
     batch: int,
     backend: str,
-    seconds: float,
 ) -> Spec:
     return Spec(
         model=str(model),
@@ -347,7 +422,6 @@ def bare_spec(
         guidance_scale=GUIDANCE_SCALE,
         prompts=PROMPTS,
         traffics=traffics,
-        seconds=seconds,
     )
 
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
+from statistics import mean, median
 from typing import Any
 
 from rich.box import SIMPLE
@@ -49,29 +51,21 @@ def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) 
     return row
 
 
-def over_bare(document: Mapping[str, Any]) -> dict[str, float]:
-    """The served throughput over the bare loop's at the same batch size: the best closed loop of each traffic."""
-    found = {}
-    for name, size in (("batching", document["batch"]), ("no batching", 1)):
-        loads = document["served"].get(name, {}).get("loads", [])
-        for traffic, rates in document["bare"]["requests_per_second"].items():
-            best = max(
-                (row["requests_per_second"] for row in loads if row["traffic"] == traffic and row["loop"] == "closed"),
-                default=None,
-            )
-            if best is not None:
-                found[f"{traffic}, batches of {size}"] = round(best / rates[str(size)], 3)
-    return found
-
-
-def mean_of_bare(first: Mapping[str, Any], last: Mapping[str, Any]) -> dict[str, Any]:
-    """The bare loop before and after the servers as one, with the two rates that the mean was made of."""
-    both = [first["requests_per_second"], last["requests_per_second"]]
-    means = {
-        name: {size: round((rate + both[1][name][size]) / 2, 3) for size, rate in rates.items()}
-        for name, rates in both[0].items()
+def compared(bare: Sequence[float], served: Sequence[float]) -> dict[str, Any]:
+    """Rates in requests per second that were measured in turn, bare first and last: each served one over the mean of its neighbours."""
+    shares = [rate / mean(pair) for rate, pair in zip(served, pairwise(bare), strict=True)]
+    return {
+        "bare": [round(rate, 3) for rate in bare],
+        "served": [round(rate, 3) for rate in served],
+        "shares": [round(share, 4) for share in shares],
+        "share": round(median(shares), 4),
     }
-    return {**first, "requests_per_second": means, "first_and_last": both}
+
+
+def compared_line(row: Mapping[str, Any]) -> str:
+    each = ", ".join(f"{share:.1%}" for share in row["shares"])
+    rates = f"{mean(row['served']):.2f} requests/s against {mean(row['bare']):.2f}"
+    return f"{row['traffic']}, batches of {row['batch']}: served over bare {row['share']:.1%} ({each}; {rates})"
 
 
 def stages_table(document: Mapping[str, Any]) -> Table:
@@ -87,12 +81,11 @@ def stages_table(document: Mapping[str, Any]) -> Table:
 
 
 def verdict(document: Mapping[str, Any]) -> str:
-    shares = document["throughput_over_bare"]
-    said = ", ".join(f"{name}: {share:.1%}" for name, share in shares.items())
-    uniform = shares.get(f"uniform, batches of {document['batch']}", 0.0)
-    return (
-        f"served over bare: {said}; {TARGET:.0%} {'reached' if uniform >= TARGET else 'missed'} at the same batch size"
-    )
+    rows = document["compared"]
+    said = ", ".join(f"{row['traffic']}, batches of {row['batch']}: {row['share']:.1%}" for row in rows)
+    full = [row["share"] for row in rows if row["batch"] == document["batch"]]
+    reached = bool(full) and min(full) >= TARGET
+    return f"served over bare: {said}; {TARGET:.0%} {'reached' if reached else 'missed'} in full batches"
 
 
 def write(document: Mapping[str, Any], folder: Path) -> None:
@@ -127,9 +120,8 @@ def table(document: Mapping[str, Any]) -> Table:
     )
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
-    for traffic, rates in document["bare"]["requests_per_second"].items():
-        for size, rate in rates.items():
-            table.add_row(f"{traffic}, bare loop, {size} a batch", f"{rate:.2f}")
+    for row in document["compared"]:
+        table.add_row(f"{row['traffic']}, bare loop, {row['batch']} a batch", f"{mean(row['bare']):.2f}")
     for name, served in document["served"].items():
         table.add_section()
         table.add_row(f"[bold]{name}")
@@ -160,12 +152,11 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
     rows = [(name, row) for name, served in document["served"].items() for row in served["loads"] if "p50_ms" in row]
+    bare_rates = {(row["traffic"], row["batch"]): mean(row["bare"]) for row in document["compared"]}
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
     rate, latency = figure.subplots(1, 2, sharey=True)
     for place, (name, row) in enumerate(rows):
-        bare = document["bare"]["requests_per_second"][row["traffic"]][
-            "1" if name == "no batching" else str(document["batch"])
-        ]
+        bare = bare_rates[row["traffic"], 1 if name == "no batching" else document["batch"]]
         bars = rate.barh([place], [row["requests_per_second"]], 0.7, color=BLUE)
         rate.bar_label(
             bars, labels=[f" {row['requests_per_second']:.1f} ({row['requests_per_second'] / bare:.0%})"], fontsize=8

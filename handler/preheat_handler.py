@@ -13,7 +13,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from preheat import responses
 from preheat.config import ModelConfig
-from preheat.device import is_out_of_memory, pick_device, share_cpu
+from preheat.device import is_out_of_memory, keep_freed_memory, pick_device, share_cpu
 from preheat.errors import OutOfMemory, RequestError
 from preheat.importing import left_out
 from preheat.metrics import Metrics
@@ -50,6 +50,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             config = ModelConfig.parse(context.model_yaml_config or {})
             if self.device.type == "cpu":
                 share_cpu(config.minWorkers)
+                keep_freed_memory()
             self.service = Service(
                 config,
                 Path(properties["model_dir"]),

@@ -16,10 +16,11 @@ from bench import load_report, stages
 from bench.bare import full_batches
 from bench.bare_spec import Spec
 from bench.clients import Seen, Traffic, arrivals
-from bench.load import Run, bare_spec, mix, payloads, runs, served_yaml, warmed_sizes
+from bench.load import BareProcess, Run, bare_spec, mix, payloads, runs, served_yaml, warmed_sizes
 from bench.profiles import PROFILES
 from preheat.buckets import Bucket
 from preheat.config import ModelConfig
+from preheat.errors import PreheatError
 
 TINY = PROFILES["tiny"]
 COUNTED = {
@@ -72,12 +73,13 @@ def test_served_is_held_against_the_bare_loop_of_the_same_batch_size(tmp_path: P
         "on_gpu": False,
         "steps": 4,
         "batch": 4,
-        "bare": {"requests_per_second": {"uniform": {"1": 5.0, "4": 10.0}}},
+        "compared": [
+            {"traffic": "uniform", "batch": 4, **load_report.compared([9.0, 11.0, 9.0], [9.6, 9.7])},
+            {"traffic": "uniform", "batch": 1, **load_report.compared([5.0, 5.0], [4.0])},
+        ],
         "served": {name: {"loads": rows} for name, rows in loads.items()},
     }
-    document["throughput_over_bare"] = load_report.over_bare(document)
-    assert document["throughput_over_bare"] == {"uniform, batches of 4": 0.96, "uniform, batches of 1": 0.8}
-    assert "95% reached" in load_report.verdict(document)
+    assert "batches of 4: 96.5%, uniform, batches of 1: 80.0%; 95% reached" in load_report.verdict(document)
     load_report.write(document, tmp_path)
     assert json.loads((tmp_path / "load.json").read_text()) == document
     assert (tmp_path / "load.png").read_bytes()[:4] == b"\x89PNG"
@@ -135,7 +137,7 @@ def test_both_roads_get_the_same_buckets_sizes_steps_and_compiler() -> None:
     traffics = mix(TINY)
     config = served_yaml(TINY, 4, backend="inductor", max_delay=20)
     parsed = ModelConfig.parse(config)
-    spec = bare_spec(TINY, Path("/m"), traffics, batch=4, backend="inductor", seconds=1)
+    spec = bare_spec(TINY, Path("/m"), traffics, batch=4, backend="inductor")
     assert [bucket for bucket in parsed.pt2.shapes.buckets] == [Bucket(*size) for size in spec.buckets]
     assert parsed.pt2.shapes.batch_sizes == (1, 2, 4) and set(spec.batch_sizes) <= {1, 2, 4} and parsed.batchSize == 4
     assert config["pt2"]["compile"] == {"enable": True, "backend": spec.backend, "dynamic": False}
@@ -160,8 +162,14 @@ def test_loads_are_of_every_kind_and_named_apart() -> None:
         assert all(run.loop == "open" for run in rows[first_open:])
 
 
-def test_the_bare_loop_is_the_mean_of_before_and_after() -> None:
-    first, last = ({"num_threads": 1, "requests_per_second": {"uniform": {"1": rate}}} for rate in (10.0, 13.0))
-    mean = load_report.mean_of_bare(first, last)
-    assert mean["num_threads"] == 1 and mean["requests_per_second"] == {"uniform": {"1": 11.5}}
-    assert mean["first_and_last"] == [{"uniform": {"1": 10.0}}, {"uniform": {"1": 13.0}}]
+def test_a_served_rate_is_held_against_the_bare_ones_beside_it() -> None:
+    row = load_report.compared([10.0, 12.0, 8.0, 8.0], [11.0, 9.0, 2.0])
+    assert row["shares"] == [1.0, 0.9, 0.25] and row["share"] == 0.9
+    assert "90.0% (100.0%, 90.0%, 25.0%; 7.33 requests/s against 9.50)" in load_report.compared_line(
+        {"traffic": "mixed", "batch": 4, **row}
+    )
+
+
+def test_a_bare_process_that_fails_says_why() -> None:
+    with pytest.raises(PreheatError, match=r"bench\.bare failed: .*unexpected keyword argument 'nonsense'"):
+        BareProcess(SimpleNamespace(to_json=lambda: '{"nonsense": 1}'), {})  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from preheat.batching import RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
 from preheat.config import ModelConfig, ShapesConfig, model_place
-from preheat.device import DTYPES
+from preheat.device import DTYPES, num_cores
 from preheat.engine import Answer, Engine, Job
 from preheat.errors import ConfigError, RequestError
 from preheat.pipelines import DiffusionPipeline
@@ -37,7 +37,8 @@ class PipelineWork:
     def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device) -> None:
         self._pipeline, self._config, self._device = pipeline, config, device
         self.shapes = _resolved_shapes(config, pipeline)
-        self._encoders = ThreadPoolExecutor(torch.get_num_threads(), "encode")
+        # The model's own threads sleep meanwhile, so there is a core for each.
+        self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     @classmethod
     def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
