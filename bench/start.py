@@ -127,7 +127,7 @@ class Bench:
                 if reply.status != 200:
                     raise PreheatError(f"the first request was answered with {reply.status}")
                 state = client.state()
-            log = (running.logs / "model_log.log").read_text(encoding="utf-8", errors="replace")  # of all workers
+            log = (running.logs / "model_log.log").read_text(encoding="utf-8", errors="replace")
         finally:
             running.stop()
         return {
@@ -137,7 +137,8 @@ class Bench:
             "engine": reply.headers["x-preheat-engine"],
             "initialize_seconds": state["ready_seconds"],
             "compiles_at_boot": state["compiles_at_boot"],
-            "warmed": {word: log.count(f", cache {word})") for word in ("hit", "partial", "miss", "none")},
+            "warmed": {word: log.count(f", cache {word})") for word in ("hit", "partial", "miss")},
+            "cache_of_one_worker": [row["cache"] for row in state["buckets"]],
             "workers": {
                 "published": log.count("published the compile cache"),
                 "loaded": log.count("loaded the compile cache"),

@@ -8,8 +8,10 @@ import json
 import random
 import re
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -120,3 +122,22 @@ def random_request(rng: random.Random) -> dict[str, Any]:
         if rng.random() < 0.5:
             request["mask_image"] = noise(height, width, "L")
     return request
+
+
+@contextmanager
+def started(archives: Sequence[Path], work: Path, *, wait: float = 900, **options: Any) -> Iterator[server.TorchServe]:
+    """A server on ports of its own, READY unless `wait` is 0 seconds, and stopped in the end; `options` are `server.start`'s."""
+    running = server.start(archives, work / "run", ports=server.Ports.free(), **options)
+    try:
+        if wait:
+            running.wait_ready(wait)
+        yield running
+    finally:
+        running.stop()
+
+
+@contextmanager
+def serving(archive: Path, work: Path, *, wait: float = 900, **options: Any) -> Iterator[Served]:
+    """`started`, with a client."""
+    with started([archive], work, wait=wait, **options) as running, Client.to(running) as client:
+        yield Served(running, client)

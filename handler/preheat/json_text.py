@@ -1,13 +1,18 @@
-"""JSON and text as clients send them: read without surprises, and refused by field."""
+"""JSON, text and base64 as clients send them: read without surprises, and refused by field."""
 
 from __future__ import annotations
 
+import base64
 import json
+import re
 
 from preheat.errors import RequestError
 
 LONGEST_WHOLE = 40
 """Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server busy."""
+
+_DATA_URL = re.compile(rb"data:[^,]{0,200};base64,", re.IGNORECASE)
+_WHITE = b" \t\r\n"
 
 
 def loads(text: str) -> object:
@@ -45,6 +50,23 @@ def decoded(value: bytes, name: str) -> str:
         return value.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"is not UTF-8 (byte {error.start})", name) from None
+
+
+def from_base64(text: str, name: str, max_bytes: int, *, refusal: str = "is not base64") -> bytes:
+    """The bytes in `text`, with or without a data URL's head; the size is checked before anything is decoded."""
+    try:
+        raw = text.encode("ascii")
+    except UnicodeEncodeError:
+        raise RequestError(refusal, name) from None
+    head = _DATA_URL.match(raw)
+    coded = raw[head.end() if head else 0 :].translate(None, _WHITE)  # the base64 command wraps its lines
+    size = len(coded) // 4 * 3
+    if size - 2 > max_bytes:
+        raise RequestError(f"has about {size} bytes, at most {max_bytes} are allowed", name)
+    try:
+        return base64.b64decode(coded, validate=True)
+    except ValueError:
+        raise RequestError(refusal, name) from None
 
 
 def shown_name(name: object) -> str:

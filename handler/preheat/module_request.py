@@ -7,7 +7,6 @@ at `body`.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -17,7 +16,7 @@ import torch
 
 from preheat import tensors
 from preheat.errors import RequestError
-from preheat.json_text import decoded, in_bytes, loads, shown_name
+from preheat.json_text import decoded, from_base64, in_bytes, loads, shown_name
 from preheat.module_config import InputConfig, ModuleLimits
 
 Kind = Literal["json", "npy", "safetensors", "image", "text"]
@@ -160,7 +159,7 @@ class Reader:
         if isinstance(value, torch.Tensor):
             return value
         if isinstance(value, str):
-            value = _from_base64(value, name, self.limits)
+            value = _image(value, name, self.limits)
         if isinstance(value, bytes):
             if value.startswith(tensors.NPY_MAGIC):
                 return tensors.from_npy(value, name)
@@ -286,14 +285,10 @@ def _json(data: bytes, name: str) -> object:
         raise RequestError(f"is not JSON: {error}", name) from None
 
 
-def _from_base64(text: str, name: str, limits: ModuleLimits) -> bytes:
+def _image(text: str, name: str, limits: ModuleLimits) -> bytes:
     """An image in JSON."""
-    if len(text) // 4 * 3 - 2 > limits.max_image_bytes:
-        raise RequestError(f"has about {len(text) // 4 * 3} bytes, at most {limits.max_image_bytes} are allowed", name)
-    try:
-        data = base64.b64decode(text, validate=True)
-    except ValueError:
-        raise RequestError("must be lists of numbers, or an image in base64", name) from None
+    refusal = "must be lists of numbers, or an image in base64"
+    data = from_base64(text, name, limits.max_image_bytes, refusal=refusal)
     if not data.startswith(_IMAGES):
-        raise RequestError("must be lists of numbers, or an image in base64", name)
+        raise RequestError(refusal, name)
     return data

@@ -6,7 +6,6 @@ Messages quote numbers and short words, never a prompt or an image.
 
 from __future__ import annotations
 
-import base64
 import json
 import re
 import secrets
@@ -16,7 +15,7 @@ from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from preheat.errors import RequestError
-from preheat.json_text import LONGEST_WHOLE, decoded, in_bytes, loads, shown_name
+from preheat.json_text import LONGEST_WHOLE, decoded, from_base64, in_bytes, loads, shown_name
 
 if TYPE_CHECKING:
     from preheat.config import DefaultsConfig, Guidance, LimitsConfig, Task
@@ -32,9 +31,6 @@ TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
 DEADLINE_HEADER = "x-preheat-deadline"
 NUM_SEEDS = 2**63
 """Seeds run from 0 to one less: what a torch.Generator takes without wrapping."""
-
-_DATA_URL = re.compile(rb"data:[^,]{0,200};base64,", re.IGNORECASE)
-_WHITE = b" \t\r\n"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -224,7 +220,7 @@ class _Sent:
         if value is None:
             return None
         if isinstance(value, str):
-            value = _from_base64(value, name, max_bytes)
+            value = from_base64(value, name, max_bytes)
         if not isinstance(value, bytes):
             raise RequestError(f"must be an image file in base64, got {_shown(value)}", name)
         if not value:
@@ -281,23 +277,6 @@ def _object(body: object) -> dict[str, object]:
     if body is None or body in (b"", ""):
         raise RequestError("is empty; send a JSON object", "body")
     raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
-
-
-def _from_base64(text: str, name: str, max_bytes: int) -> bytes:
-    """The bytes in `text`, with or without a data URL's head; the size is checked before anything is decoded."""
-    try:
-        raw = text.encode("ascii")
-    except UnicodeEncodeError:
-        raise RequestError("is not base64", name) from None
-    head = _DATA_URL.match(raw)
-    coded = raw[head.end() if head else 0 :].translate(None, _WHITE)  # the base64 command wraps its lines
-    size = len(coded) // 4 * 3
-    if size - 2 > max_bytes:
-        raise RequestError(f"has about {size} bytes, at most {max_bytes} are allowed", name)
-    try:
-        return base64.b64decode(coded, validate=True)
-    except ValueError:
-        raise RequestError("is not base64", name) from None
 
 
 def _unknown(name: object) -> RequestError:

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from preheat import server, tiny
+from preheat import tiny
 from preheat.archiving import build_archive
-from preheat.client import Client
-from served import CACHE, CONFIG, Served
+from served import CACHE, CONFIG, Served, serving
 
 
 @pytest.fixture(scope="session")
@@ -24,10 +23,5 @@ def served(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """What `make demo` serves, warm."""
     work = tmp_path_factory.mktemp("served")
     archive = build_archive(CONFIG, tiny_sdxl, output=work / "archives")
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE)
-    try:
-        running.wait_ready(900)
-        with Client.to(running) as client:
-            yield Served(running, client)
-    finally:
-        running.stop()
+    with serving(archive, work, cache=CACHE) as warm:
+        yield warm

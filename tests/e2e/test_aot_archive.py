@@ -15,13 +15,11 @@ import torch
 import yaml
 from PIL import Image
 
-from preheat import server
 from preheat.archiving import build_archive
-from preheat.client import Client
 from preheat.config import ModelConfig
 from preheat.service import Service
 from preheat.state import StatusFile
-from served import Served
+from served import Served, serving
 
 BUCKETS = [[64, 128], [96, 64]]
 CONFIG: dict[str, Any] = {
@@ -51,14 +49,8 @@ def archive(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def ahead(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Served where no C++ compiler is to be found, from a compile cache that nobody has filled."""
     work = tmp_path_factory.mktemp("ahead")
-    env = {"CXX": "no-such-compiler"}
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=work / "cache", env=env)
-    try:
-        running.wait_ready(300)
-        with Client.to(running) as client:
-            yield Served(running, client)
-    finally:
-        running.stop()
+    with serving(archive, work, cache=work / "cache", env={"CXX": "no-such-compiler"}) as warm:
+        yield warm
 
 
 def test_one_package_a_bucket_and_none_with_weights(archive: Path) -> None:

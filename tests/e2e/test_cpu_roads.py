@@ -26,7 +26,7 @@ from preheat.client import Client
 from preheat.config import ModelConfig
 from preheat.service import Service
 from preheat.state import StatusFile
-from served import Served
+from served import Served, started
 
 BUCKETS = [[64, 128], [96, 64]]
 NEEDED = {"openvino": "openvino", "ipex": "intel_extension_for_pytorch"}
@@ -71,15 +71,8 @@ def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         archives.append(build_archive(path, work / "resnet", output=work, archive_format="no-archive", external=True))
     if not archives:
         pytest.skip("needs the extra openvino, or IPEX in its own environment: make test-ipex")
-    properties = {"ipex_enable": "true"}
-    running = server.start(
-        archives, work / "run", ports=server.Ports.free(), cache=work / "cache", properties=properties
-    )
-    try:
-        running.wait_ready(300)
-        yield running
-    finally:
-        running.stop()
+    with started(archives, work, cache=work / "cache", properties={"ipex_enable": "true"}) as warm:
+        yield warm
 
 
 @pytest.fixture(params=NEEDED)

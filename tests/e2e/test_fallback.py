@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from preheat import server
 from preheat.archiving import build_archive
-from preheat.client import Client
-from served import Served, opened
+from served import opened, serving
 
 LONE = """
 minWorkers: 1
@@ -24,18 +22,11 @@ def test_without_a_compiler_the_server_becomes_ready_eagerly_and_loudly(tiny_sdx
     config = tmp_path / "lone.yaml"
     config.write_text(LONE)
     archive = build_archive(config, tiny_sdxl, output=tmp_path / "archives")
-    env = {"CXX": "no-such-compiler"}
-    running = server.start([archive], tmp_path / "run", ports=server.Ports.free(), cache=tmp_path / "cache", env=env)
-    try:
-        running.wait_ready(300)
-        with Client.to(running) as client:
-            served = Served(running, client)
-            reply = client.predict({"prompt": "a", "height": 60, "width": 50})
-            state, fallbacks = served.state(), served.metric("preheat_eager_fallbacks_total")
-    finally:
-        running.stop()
+    with serving(archive, tmp_path, cache=tmp_path / "cache", env={"CXX": "no-such-compiler"}) as served:
+        reply = served.client.predict({"prompt": "a", "height": 60, "width": 50})
+        state, fallbacks = served.state(), served.metric("preheat_eager_fallbacks_total")
     assert reply.headers["x-preheat-engine"] == "eager" and opened(reply.body).size == (50, 60)
     (row,) = state["buckets"]
     assert row["engine"] == "eager" and "no-such-compiler" in row["reason"]
     assert state["eager_fallbacks"] == fallbacks == 1 and state["compiles_at_boot"] == 0
-    assert "no-such-compiler" in (running.logs / "model_log.log").read_text()
+    assert "no-such-compiler" in (served.running.logs / "model_log.log").read_text()

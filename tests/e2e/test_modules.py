@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import yaml
 from preheat import server, tiny
 from preheat.archiving import build_archive
 from preheat.client import Client, Reply
-from served import CACHE, Served, blocks
+from served import CACHE, Served, blocks, started
 
 NUM_REQUESTS = 1000
 LENGTHS, HEIGHTS, WIDTH = (16, 32), (32, 48), 32
@@ -73,16 +74,9 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modules]:
         tiny.build(name, work / name)
         (work / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         archives.append(build_archive(work / f"{name}.yaml", work / name, output=work / "archives"))
-    running = server.start(archives, work / "run", ports=server.Ports.free(), cache=CACHE)
-    clients: dict[str, Client] = {}
-    try:
-        running.wait_ready(900)
-        clients |= {name: Client.to(running, name) for name in ("bert", "resnet", "plain")}
-        yield Modules(running, clients, work)
-    finally:
-        for client in clients.values():
-            client.close()
-        running.stop()
+    with started(archives, work, cache=CACHE) as warm, ExitStack() as stack:
+        names = ("bert", "resnet", "plain")
+        yield Modules(warm, {name: stack.enter_context(Client.to(warm, name)) for name in names}, work)
 
 
 def test_the_readmes_two_commands_work_as_pasted(modules: Modules) -> None:

@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import yaml
 
-from preheat import archiving, server
+from preheat import archiving
 from preheat.client import Client, Reply
-from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, streamed
+from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, serving, streamed
 
 # Appended to the archive's entry file. `large` does not fit beside others, and says so when all steps are done; `huge` never fits.
 FAULTS = """
@@ -63,13 +63,8 @@ def faulty(served: Served, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFac
         archive = archiving.build_archive(work / "faulty.yaml", tiny_sdxl, output=work / "archives")
     threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as many as `served` has: other code otherwise
     env = threads | {"PYTHONPATH": ""}  # what stands there would go before the archive's own entry
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE, env=env)
-    try:
-        running.wait_ready(900)
-        with Client.to(running) as client:
-            yield Served(running, client)
-    finally:
-        running.stop()
+    with serving(archive, work, cache=CACHE, env=env) as warm:
+        yield warm
 
 
 def together(client: Client, requests: Sequence[Mapping[str, Any]]) -> list[Reply]:

@@ -22,6 +22,7 @@ from PIL import Image
 from preheat import server
 from preheat.archiving import build_archive
 from preheat.client import Client
+from served import started
 
 PRODUCTION = server.ROOT / "archive" / "config.properties"
 KUBERNETES = server.ROOT / "archive" / "kubernetes"
@@ -48,13 +49,8 @@ def archive(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def production(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.TorchServe]:
     """A server with every setting of production but its addresses and places."""
-    run_dir = tmp_path_factory.mktemp("production") / "run"
-    running = server.start([archive], run_dir, ports=server.Ports.free(), base=PRODUCTION)
-    try:
-        running.wait_ready(300)
-        yield running
-    finally:
-        running.stop()
+    with started([archive], tmp_path_factory.mktemp("production"), base=PRODUCTION) as warm:
+        yield warm
 
 
 @pytest.fixture(scope="module")
@@ -141,19 +137,15 @@ def test_a_pod_lives_before_it_is_ready_and_serves_without_tokens(archive: Path,
     deployment = yaml.safe_load((KUBERNETES / "deployment.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     ready = container["readinessProbe"]["exec"]["command"]
-    properties = KUBERNETES / "config.properties"
-    running = server.start([archive], tmp_path / "run", ports=server.Ports.free(), base=properties)
-    try:
-        alive = f"{running.inference}{container['livenessProbe']['httpGet']['path']}"
+    with started([archive], tmp_path, wait=0, base=KUBERNETES / "config.properties") as pod:
+        alive = f"{pod.inference}{container['livenessProbe']['httpGet']['path']}"
         assert ask("GET", alive).json() == {"status": "Healthy"}
-        status, said = probe(ready, running)
+        status, said = probe(ready, pod)
         assert status == 1 and "0 of 1 workers READY" in said
-        running.wait_ready(300)
-        assert probe(ready, running) == (0, "ready")
+        pod.wait_ready(300)
+        assert probe(ready, pod) == (0, "ready")
         assert ask("GET", alive).status_code == 200
-        assert not (running.run_dir / "key_file.json").exists()
-        with Client.to(running) as client:
+        assert not (pod.run_dir / "key_file.json").exists()
+        with Client.to(pod) as client:
             assert (client.predict(REQUEST).status, client.predict_grpc(REQUEST).status) == (200, 0)
-        assert ask("DELETE", f"{running.management}/models/sdxl").status_code == 405
-    finally:
-        running.stop()
+        assert ask("DELETE", f"{pod.management}/models/sdxl").status_code == 405

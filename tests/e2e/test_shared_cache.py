@@ -10,10 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from preheat import server
 from preheat.archiving import build_archive
-from preheat.client import Client
-from served import Served
+from served import Served, serving
 
 PAIR = """
 minWorkers: 2
@@ -37,14 +35,8 @@ def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config = work / "pair.yaml"
     config.write_text(PAIR.replace("SHARED", str(work / "shared")))
     archive = build_archive(config, tiny_sdxl, output=work / "archives")
-    env = {"PREHEAT_CACHE_KEY": "0123456789abcdef"}
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=work / "inductor", env=env)
-    try:
-        running.wait_ready(900)
-        with Client.to(running) as client:
-            yield Served(running, client)
-    finally:
-        running.stop()
+    with serving(archive, work, cache=work / "inductor", env={"PREHEAT_CACHE_KEY": "0123456789abcdef"}) as warm:
+        yield warm
 
 
 def shared_cache_metrics(pair: Served) -> dict[str, float]:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from preheat import server
 from preheat.archiving import build_archive
 from preheat.client import Client, Reply
-from served import CACHE, Served
+from served import CACHE, Served, serving
 
 PAIR = """
 minWorkers: 2
@@ -65,12 +64,8 @@ def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config = work / "pair.yaml"
     config.write_text(PAIR)
     archive = build_archive(config, tiny_sdxl, output=work / "archives")
-    running = server.start([archive], work / "run", ports=server.Ports.free(), cache=CACHE)
-    try:
-        with Client.to(running) as client:
-            yield Served(running, client)
-    finally:
-        running.stop()
+    with serving(archive, work, wait=0, cache=CACHE) as cold:
+        yield cold
 
 
 def test_ready_says_no_while_ping_says_healthy_and_yes_once_both_workers_are_warm(pair: Served) -> None:
