@@ -31,14 +31,16 @@ TITLES = {
     "ipex": "IPEX (torch 2.8)",
     "inductor": "Inductor",
     "frozen": "Inductor, frozen",
+    "tuned": "Inductor, frozen and tuned",
     "aot": "AOTInductor",
     "openvino": "OpenVINO",
 }
-SLOW = ("inductor", "frozen", "aot")
-"""They run a C++ compiler for up to a minute."""
+SLOW = ("inductor", "frozen", "tuned", "aot")
+"""They run a C++ compiler for up to a minute, or minutes."""
 COMPILE: Mapping[str, Mapping[str, Any]] = {
     "inductor": {"backend": "inductor"},
     "frozen": {"backend": "inductor", "options": {"freezing": True}},
+    "tuned": {"backend": "inductor", "options": {"freezing": True, "max_autotune": True}},
     "openvino": {"backend": "openvino"},
 }
 """Arguments of `pt2.compile`."""

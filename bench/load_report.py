@@ -81,11 +81,11 @@ def stages_table(document: Mapping[str, Any]) -> Table:
 
 
 def verdict(document: Mapping[str, Any]) -> str:
+    """Where sizes are mixed, requests of several buckets share no run, while the bare loop sorts them: not the same batch size."""
     rows = document["compared"]
     said = ", ".join(f"{row['traffic']}, batches of {row['batch']}: {row['share']:.1%}" for row in rows)
-    full = [row["share"] for row in rows if row["batch"] == document["batch"]]
-    reached = bool(full) and min(full) >= TARGET
-    return f"served over bare: {said}; {TARGET:.0%} {'reached' if reached else 'missed'} in full batches"
+    (full,) = (row["share"] for row in rows if (row["traffic"], row["batch"]) == ("uniform", document["batch"]))
+    return f"served over bare: {said}; {TARGET:.0%} {'reached' if full >= TARGET else 'missed'} at the same batch size"
 
 
 def write(document: Mapping[str, Any], folder: Path) -> None:

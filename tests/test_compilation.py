@@ -238,6 +238,19 @@ def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkey
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_without_a_compiler_convolutions_are_channels_last(watch: CompileWatch) -> None:
+    module, inputs = Toy(), sample(2, 4, 8, 8)
+    with torch.no_grad():
+        plain = module(inputs)
+        router = build_router("toy", module, Pt2Config(), torch.float32, CPU)
+        torch.testing.assert_close(module(inputs), plain)
+    assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
+    router.phase = Phase.SERVE
+    router.start_run()
+    module(inputs)
+    assert router.run.engines == {"eager"} and router.run.incidents == 0
+
+
 def test_ipex_that_is_not_installed_is_a_loud_eager(
     watch: CompileWatch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
