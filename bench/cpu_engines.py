@@ -18,7 +18,7 @@ from bench.cpu_models import cast, first_tensor, make
 from preheat import aot, server
 from preheat.compilation import DynamicDims, Phase, map_tensors
 from preheat.config import Pt2Config
-from preheat.device import DTYPES
+from preheat.device import DTYPES, keep_freed_memory, share_cpu
 from preheat.errors import PreheatError
 from preheat.exporting import difference
 from preheat.roads import build_router
@@ -182,6 +182,8 @@ def serve(model: str, dtype: str, lines: IO[str], answers: IO[str]) -> None:
     def say(answer: Mapping[str, Any]) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
+    share_cpu(1)
+    keep_freed_memory()
     try:
         cell = Local("ipex", model, dtype)
     except PreheatError as error:

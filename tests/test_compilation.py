@@ -213,8 +213,8 @@ class FakeIpex:
     def __init__(self) -> None:
         self.dtypes: list[torch.dtype] = []
 
-    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool) -> nn.Module:
-        assert not inplace
+    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool) -> nn.Module:
+        assert not inplace and not weights_prepack
         self.dtypes.append(dtype)
         return copy.deepcopy(module)
 
@@ -280,14 +280,14 @@ def test_ipex_leaves_a_module_without_convolutions_in_its_layout(
 class BrokenIpex(FakeIpex):
     """Refuses float16, gets bfloat16 wrong, and spoils its copy of any other module."""
 
-    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool) -> nn.Module:
+    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool) -> nn.Module:
         if dtype == torch.float16:
             raise AssertionError("no float16 here")
         if dtype == torch.bfloat16:
-            wrong = super().optimize(module, dtype, inplace)
+            wrong = super().optimize(module, dtype, inplace, weights_prepack)
             wrong.conv.weight.data.mul_(1.5)  # type: ignore[union-attr, operator]
             return wrong
-        spoilt = super().optimize(module, dtype, inplace)
+        spoilt = super().optimize(module, dtype, inplace, weights_prepack)
         spoilt.conv.register_parameter("weight", None)  # type: ignore[union-attr]
         return spoilt
 
