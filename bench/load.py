@@ -15,14 +15,13 @@ import datetime
 import json
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -38,6 +37,7 @@ from bench import load_report, sizes
 from bench.bare_spec import Spec
 from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
 from bench.machine import machine, versions
+from bench.processes import CACHE, BareProcess, run_module
 from bench.profiles import PROFILES, Profile, model_yaml
 from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
 from preheat import images, server
@@ -46,7 +46,6 @@ from preheat.client import Client
 from preheat.errors import PreheatError
 from preheat.server import ServerError
 
-CACHE = STATE / "cache" / "inductor"
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
 NUM_ROUNDS = 3
@@ -127,55 +126,6 @@ def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payl
     ]
 
 
-class BareProcess:
-    """`bench.bare` in a process of its own, warm.
-
-    Raises:
-        PreheatError: it failed.
-    """
-
-    def __init__(self, spec: Spec, threads: Mapping[str, str]) -> None:
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # close() closes it
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.bare"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            env=environment(threads),
-        )
-        try:
-            self.warmed: Mapping[str, Any] = self._ask(spec.to_json())
-        except BaseException:
-            self.close()
-            raise
-
-    def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
-        """Requests per second in full batches of this size."""
-        rate: float = self._ask(json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds}))
-        return rate
-
-    def _ask(self, question: str) -> Any:
-        assert self._process.stdin is not None and self._process.stdout is not None
-        with suppress(BrokenPipeError):  # that it has ended shows in its answer
-            print(question, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            status = self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().strip().splitlines() or [f"exit status {status}"]
-            raise PreheatError(f"bench.bare failed: {said[-1]}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.kill()
-        self._process.wait()
-        for stream in (self._process.stdin, self._process.stdout, self._errors):
-            assert stream is not None
-            with suppress(BrokenPipeError):
-                stream.close()
-
-
 def run_stages(
     profile: Profile, model: Path, sizes: Sequence[tuple[int, int]], batch: int, threads: Mapping[str, str]
 ) -> dict[str, Any]:
@@ -199,36 +149,6 @@ def noise(height: int, width: int) -> str:
     """A PNG in base64 that compresses as badly as any."""
     pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return base64.b64encode(images.encode(Image.fromarray(pixels), "png")).decode()
-
-
-def run_module(module: str, spec: str, threads: Mapping[str, str]) -> dict[str, Any]:
-    """A module of this bench in a process of its own, which gives its memory back.
-
-    Raises:
-        PreheatError: it failed.
-    """
-    done = subprocess.run(
-        [sys.executable, "-m", module],
-        input=spec,
-        check=False,
-        capture_output=True,
-        text=True,
-        env=environment(threads),
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PreheatError(f"{module} failed: {said[-1]}")
-    result: dict[str, Any] = json.loads(done.stdout)
-    return result
-
-
-def environment(threads: Mapping[str, str]) -> dict[str, str]:
-    """Of a process beside the server: this repository's code, and what the server's worker has."""
-    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
-    env |= threads
-    env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
-    return env
 
 
 @contextmanager

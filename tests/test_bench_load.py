@@ -16,7 +16,8 @@ from bench import load_report, stages
 from bench.bare import full_batches
 from bench.bare_spec import Spec
 from bench.clients import Seen, Traffic, arrivals
-from bench.load import BareProcess, Run, bare_spec, mix, payloads, runs, served_yaml, warmed_sizes
+from bench.load import Run, bare_spec, mix, payloads, runs, served_yaml, warmed_sizes
+from bench.processes import BareProcess
 from bench.profiles import PROFILES
 from preheat.buckets import Bucket
 from preheat.config import ModelConfig
