@@ -29,6 +29,9 @@ GRPC_MANAGEMENT_PORT ?= 7071
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
 
+# The servers of the end-to-end tests come first and stay in one process; the other one works through the rest.
+TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
+
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
@@ -55,7 +58,7 @@ demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out
 	$(BIN)/preheat demo $(MODEL_OPTION)
 
 test: lint ## lint, types and every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO_PROCESSES)
 
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
@@ -65,7 +68,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
 test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
-	$(IPEX_BIN)/python -m pytest tests/test_*.py tests/e2e/test_cpu_roads.py
+	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) tests/test_*.py tests/e2e/test_cpu_roads.py
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')

@@ -105,7 +105,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
             if not is_out_of_memory(error):
                 raise
-            return responses.from_error(OutOfMemory("the request's inputs do not fit into memory"))
+            failure = OutOfMemory("the request's inputs do not fit into memory")
+            self.metrics.failed(failure.code)
+            return responses.from_error(failure)
 
     def _is_grpc(self, index: int) -> bool:
         """A gRPC call has no url_path; a client's own input of that name is a dict."""

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,6 +10,14 @@ from preheat.watch import CompileWatch
 
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the cores.
 torch.set_num_threads(1)
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    """`make test` runs two processes: end-to-end tests, which share servers, stay in one, and so do those of a file."""
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).parts[0]))
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preheat.admission import check_cost, num_steps
+from preheat.admission import check_cost
 from preheat.buckets import Bucket
 from preheat.errors import RequestError
 from test_engine import make_request
@@ -39,5 +39,5 @@ def test_the_factor_that_weighs_most_is_at_fault(asked: dict[str, int], bucket: 
 
 
 def test_an_image_costs_the_steps_that_are_left_of_its_way() -> None:
-    assert num_steps(make_request(num_inference_steps=10, strength=0.35)) == 10
-    assert num_steps(make_request(num_inference_steps=10, strength=0.35, image=b"i")) == 3
+    assert make_request(num_inference_steps=10, strength=0.35).num_run_steps == 10
+    assert make_request(num_inference_steps=10, strength=0.35, image=b"i").num_run_steps == 3

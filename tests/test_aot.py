@@ -100,7 +100,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 def attached(
     watch: CompileWatch, folder: Path, *, fingerprint: str = FINGERPRINT, trust: Trust = OWNER, **made_with: Any
 ) -> tuple[Toy, Router]:
-    module, router = made(watch, **made_with)
+    module, router = made(watch, export={"aot_compile": True}, **made_with)
     aot.attach({"toy": router}, {"toy": module}, folder, fingerprint, trust, CPU)
     return module, router
 
@@ -241,6 +241,18 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
         assert route.engine == "compiled" and words in str(route.reason)
     else:
         assert router.idle
+        router.phase = Phase.SERVE
+        router.start_run()
+        warm(module, 2)
+        assert router.run.fallen == 1 and router.run.engines == {"eager"}
+
+
+def test_with_one_package_missing_there_is_something_to_compile_and_to_share(watch: CompileWatch, folder: Path) -> None:
+    _, router = attached(watch, folder)
+    assert router.ahead and not router.compiles
+    edit_index(folder, lambda index: index["packages"].append(index["packages"][0] | {"file": "gone.pt2"}))
+    _, router = attached(watch, folder)
+    assert router.ahead and "gone.pt2" in str(router.ahead_reason) and router.compiles
 
 
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16

@@ -8,8 +8,9 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from preheat.cache import (
     own_inductor_folder,
     sync_inductor_cache,
     synchronized_inductor_cache,
+    writable_inductor_folder,
 )
 from preheat.share import Share
 from preheat.trust import Trust
@@ -214,11 +216,34 @@ def test_a_share_that_goes_away_costs_a_warning(
 def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    living, dead = own_inductor_folder(), base / "preheat-inductor-dead"
+    living = own_inductor_folder()
+    dead, elsewhere = living.with_name(f"{living.name}-dead"), base / "preheat-inductor-another-machine-1"
     dead.mkdir()
+    elsewhere.mkdir()  # its worker may live: on a network file system its lock may not be seen here
     monkeypatch.setattr(preheat_cache, "_NEWBORN_SECONDS", 0.0)
     own_inductor_folder()
-    assert living.is_dir() and not dead.exists()
+    assert living.is_dir() and elsewhere.is_dir() and not dead.exists()
+
+
+@pytest.mark.parametrize("prepare", [own_inductor_folder, writable_inductor_folder])
+def test_a_folder_that_cannot_be_written_costs_a_warning(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    prepare: Callable[[], object],
+) -> None:
+    (base / "file").write_text("in the way")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(base / "file" / "inductor"))
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    prepare()
+    folder = Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+    assert folder.is_dir() and folder.parent == tmp_path and "cannot compile in" in caplog.text
+
+
+def test_a_folder_that_can_be_written_stays(base: Path) -> None:
+    writable_inductor_folder()
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(base)
 
 
 @pytest.mark.parametrize(

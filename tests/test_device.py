@@ -9,22 +9,24 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from preheat.device import is_out_of_memory
 
 HANDLER = Path(__file__).parent.parent / "handler"
 
-# Page faults of filling a block of 64 MiB once it has been filled and freed before: before and after `release_memory`.
+# Page faults of filling blocks of 128 MiB in all that have been filled and freed before: before and after `release_memory`.
 FAULTS = """
-import resource, torch
+import resource, numpy, torch
 from preheat.device import keep_freed_memory, release_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.ones(2**24)
+    [numpy.ones(2**21) for _ in range(8)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 keep_freed_memory()
-faults()
-again = faults()
+again = [faults() for _ in range(20)][-1]
 release_memory(torch.device("cpu"))
 print(again, faults())
 """
@@ -33,7 +35,7 @@ print(again, faults())
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
 def test_freed_memory_is_kept_until_it_is_released_unless_the_user_has_settings_of_his_own() -> None:
     kept, released = page_faults()
-    plain, _ = page_faults(MALLOC_MMAP_THRESHOLD_="1048576")
+    plain, _ = page_faults(MALLOC_ARENA_MAX="8")
     assert 4 * kept < plain and 4 * kept < released
 
 
@@ -47,3 +49,19 @@ def page_faults(**settings: str) -> list[int]:
         check=True,
     )
     return [int(word) for word in done.stdout.split()]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), True),
+        (MemoryError(), True),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:118] DefaultCPUAllocator: can't allocate memory"), True),
+        (RuntimeError("aoti_torch_empty_strided(4, ...) API call failed at /tmp/x.cpp, line 9"), True),
+        (RuntimeError("aoti_torch_empty_strided_pinned(\n4) API call failed at /tmp/x.cpp, line 9"), True),
+        (RuntimeError("aoti_torch_cpu_convolution(...) API call failed at /tmp/x.cpp, line 9"), False),
+        (ValueError("not enough values to unpack"), False),
+    ],
+)
+def test_every_allocators_failure_is_told_from_the_models_own(error: Exception, expected: bool) -> None:
+    assert is_out_of_memory(error) is expected

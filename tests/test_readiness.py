@@ -189,6 +189,20 @@ def run_ready(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+def test_the_command_waits_for_a_server_that_was_not_started_here(tmp_path: Path) -> None:
+    """As in a pod: no record of a server, and TorchServe's default address."""
+    code = "from preheat import readiness, cli; readiness.wait = lambda *args, **kwargs: exit(f'waits {kwargs}'); cli.main()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, "ready", "--wait", "7"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(HANDLER)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stderr == "waits {'seconds': 7.0}\n"
+
+
 def test_the_command_exits_0_or_1_and_imports_nothing_heavy(management: Management, tmp_path: Path) -> None:
     management.models["fox"] = (1, ["UNLOADING"])
     no = run_ready("--management", management.url, cwd=tmp_path)

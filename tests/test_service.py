@@ -181,14 +181,14 @@ def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(watch: CompileWatch,
 def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     watch: CompileWatch, models: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    service = start(models / "sdxl", pipeline=TEXT_ONLY)
+    service = start(models / "sdxl", pipeline=TEXT_ONLY, shapes={"invariant": True})
     torch.set_default_dtype(torch.float64)
     try:
         (answer,) = ask(service, {"prompt": "my secret", "seed": 1})
     finally:
         torch.set_default_dtype(torch.float32)
     state = service.current_state()
-    assert answer.engine == "eager"
+    assert (answer.engine, answer.exact) == ("eager", "rounding")  # not what the same request gets from compiled code
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
     assert "incident: unet" in caplog.text and "secret" not in caplog.text
 

@@ -7,12 +7,6 @@ from preheat.errors import RequestError
 from preheat.request import ImageRequest
 
 
-def num_steps(request: ImageRequest) -> int:
-    """The denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers' image-to-image pipelines)."""
-    steps = request.num_inference_steps
-    return steps if request.image is None else int(min(steps * request.strength, steps))
-
-
 def check_cost(request: ImageRequest, bucket: Bucket, *, least_area: int, max_cost: int | None) -> None:
     """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing does).
 
@@ -21,7 +15,7 @@ def check_cost(request: ImageRequest, bucket: Bucket, *, least_area: int, max_co
     Raises:
         RequestError: it costs more; at fault is the factor that weighs most.
     """
-    steps = num_steps(request)
+    steps = request.num_run_steps
     cost = bucket.area * steps * request.num_images
     if max_cost is None or cost <= max_cost:
         return

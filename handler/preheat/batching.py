@@ -64,6 +64,8 @@ class Outcome:
         """Add a run that this request had rows in; one whose rows took several is as slow as the slowest of them."""
         self.engine = run.engine if first else slowest({run.engine, self.engine})
         self.incident |= run.incident
+        if run.incident and self.exact == "bitwise":
+            self.exact = "rounding"  # it ran on another engine than the same request does otherwise
         self.fell_back |= run.fell_back
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import atexit
 import fcntl
+import glob
 import hashlib
 import json
 import logging
 import os
+import platform
 import shutil
 import tempfile
 import time
@@ -44,6 +46,7 @@ __all__ = [
     "sync_inductor_cache",
     "synchronized_inductor_cache",
     "without_headers_if_warmed",
+    "writable_inductor_folder",
 ]
 
 logger = logging.getLogger(__name__)
@@ -169,21 +172,57 @@ def own_inductor_folder() -> Path:
     """Make an empty folder for Inductor and Triton that no other process uses; gone when this process ends.
 
     Inductor reads the variable each time, so it may have compiled before; TORCHINDUCTOR_CACHE_DIR, where it was set, names
-    the parent. Folders of workers that were killed are removed on the way.
+    the parent; where that cannot be written, with a warning, the folder of temporary files is. Folders of this machine's workers
+    that were killed are removed on the way.
+
+    Raises:
+        OSError: nothing can be written there either.
     """
     parent = Path(os.environ.get(_FOLDER) or tempfile.gettempdir())
     if parent.name.startswith(_PREFIX):
         parent = parent.parent  # a second start in the same process
-    parent.mkdir(parents=True, exist_ok=True)
-    _remove_orphans(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir=parent))
-    # Held, never released: it says that the folder's owner lives. Compile workers are spawned and do not inherit it.
-    fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_EX)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        folder = _new_folder(parent)
+    except OSError as error:
+        elsewhere = Path(tempfile.gettempdir())
+        logger.warning("cannot compile in %s: %s; compiling in %s", parent, _text(error), elsewhere)
+        folder = _new_folder(elsewhere)
     os.environ[_FOLDER] = str(folder)
     # Triton's default has the GPU's number in it, and the same contents would get another digest on each GPU.
     os.environ[_TRITON_FOLDER] = str(folder / "triton")
     return folder
+
+
+def writable_inductor_folder() -> None:
+    """See to it that Inductor can write: where TORCHINDUCTOR_CACHE_DIR cannot be, this process gets a folder of its own."""
+    named = os.environ.get(_FOLDER)
+    if named:
+        try:
+            _try_writing(Path(named))
+        except OSError:
+            own_inductor_folder()
+
+
+def _new_folder(parent: Path) -> Path:
+    _try_writing(parent)
+    _remove_orphans(parent)
+    folder = Path(tempfile.mkdtemp(prefix=_of_this_machine(), dir=parent))
+    with suppress(OSError):  # a file system without locks: then nobody takes the folder for an orphan either
+        # Held, never released: it says that the folder's owner lives. Compile workers are spawned and do not inherit it.
+        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_EX)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _try_writing(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder) as file:
+        file.write(bytes(2**16))  # a full disk still makes empty files
+
+
+def _of_this_machine() -> str:
+    """What its folders' names begin with: on a shared parent, locks of other machines may not be seen."""
+    return f"{_PREFIX}{platform.node() or 'localhost'}-"
 
 
 @contextmanager
@@ -208,11 +247,12 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
             Kernels._get_uncompiled_header = named  # type: ignore[method-assign]
     else:
         yield
-    mark.touch()
+    with suppress(OSError):  # the next start makes the header once more
+        mark.touch()
 
 
 def _remove_orphans(parent: Path) -> None:
-    for path in parent.glob(f"{_PREFIX}*"):
+    for path in parent.glob(f"{glob.escape(_of_this_machine())}*"):
         with suppress(OSError):
             # A folder is locked right after it is made; give that moment time.
             if path.is_symlink() or time.time() - path.lstat().st_ctime < _NEWBORN_SECONDS:

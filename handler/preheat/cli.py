@@ -110,7 +110,7 @@ def ready(
     if wait and not verdict.ready and known:
         _wait(_recall(known), min_workers, wait)
         verdict = readiness.check(url, models, min_workers, token)
-    elif wait and not verdict.ready and management:
+    elif wait and not verdict.ready:
         verdict = readiness.wait(url, models, min_workers, token, seconds=wait)
     for line in verdict.missing:
         print(line)

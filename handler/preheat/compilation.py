@@ -255,7 +255,7 @@ class Router:
         """Whether warm-up has to compile, for all that is known so far."""
         if any(route.engine == "compiled" for route in self.routes.values()):
             return True
-        return self._fast is not None and self._shape_bound and not self.ahead
+        return self._fast is not None and self._shape_bound and not (self.ahead and self.ahead_reason is None)
 
     def start_variant(self) -> None:
         self.visited = {}
@@ -265,7 +265,7 @@ class Router:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.idle and self.phase is not Phase.OBSERVE:
-            self.run.fallen += self.reason is not None
+            self.run.fallen += (self.reason or self.ahead_reason) is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
             return self._run_open(args, kwargs)

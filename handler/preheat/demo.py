@@ -12,7 +12,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,16 +73,8 @@ def run(state: Path, out: Path, console: Console | None = None) -> None:
         PreheatError: the server did not become ready, or an answer is not what was asked for.
     """
     console = console or Console()
-    begun = time.monotonic()
-    running = _start(state, console)
-    try:
-        with WarmupProgress(console) as progress:
-            running.wait_ready(1800, watch=progress.update)
-        ready_seconds = time.monotonic() - begun
-        console.print(f"READY after {ready_seconds:.1f} s: REST {running.inference}, gRPC {running.grpc}")
+    with serving("sdxl", CONFIG, state, console) as (running, ready_seconds):
         pictures = _ask_all(running)
-    finally:
-        running.stop()
     _save(pictures, ready_seconds, out)
     table = _table(pictures)
     console.print(table)
@@ -89,16 +82,30 @@ def run(state: Path, out: Path, console: Console | None = None) -> None:
     console.print(f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server is stopped.")
 
 
-def _start(state: Path, console: Console) -> server.TorchServe:
-    run_dir = state / "run" / "demo"
+@contextmanager
+def serving(family: str, config: Path, state: Path, console: Console) -> Iterator[tuple[server.TorchServe, float]]:
+    """A server of a tiny model of this family, warm, and the seconds that took.
+
+    Raises:
+        PreheatError: the server did not become ready.
+    """
+    begun, run_dir = time.monotonic(), state / "run" / f"demo-{family}"
     left = server.recall(run_dir)
     if left is not None:
         left.stop()  # an earlier demo that was killed before it could do so itself
-    console.print("Building a tiny SDXL pipeline and its archive ...")
-    model = build_tiny("sdxl", state / "models" / "tiny-sdxl")
-    archive = build_archive(CONFIG, model, output=state / "archives")
+    console.print(f"Building a tiny {family} and its archive ...")
+    model = build_tiny(family, state / "models" / config.stem)
+    archive = build_archive(config, model, output=state / "archives")
     console.print("Starting TorchServe; its worker compiles and warms every bucket:")
-    return server.start([archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor")
+    running = server.start([archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor")
+    try:
+        with WarmupProgress(console) as progress:
+            running.wait_ready(1800, watch=progress.update)
+        seconds = time.monotonic() - begun
+        console.print(f"READY after {seconds:.1f} s: REST {running.inference}, gRPC {running.grpc}")
+        yield running, seconds
+    finally:
+        running.stop()
 
 
 def build_tiny(family: str, folder: Path) -> Path:

@@ -8,6 +8,7 @@ import importlib
 import logging
 import os
 import platform
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -29,10 +30,10 @@ _ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
+_FAILED_ALLOCATION = re.compile(r"aoti_torch_empty_strided\w*\(.*API call failed", re.DOTALL)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_KEPT_BYTES = 2**30
-"""Blocks up to this size are kept."""
-_KEPT_BYTES_OF_OLD = 2**25  # the most that glibc before 2.35 takes
+_KEPT_BYTES = 2**25
+"""Blocks up to this size are kept; it is the most that every glibc takes."""
 
 
 @contextmanager
@@ -82,22 +83,25 @@ def num_cores() -> int:
 def keep_freed_memory() -> None:
     """Let this process keep what tensors on the CPU give back, and use it again, as CUDA's caching allocator does.
 
-    glibc returns large blocks to the kernel, which zeroes every page when it is touched next: a tenth of a tiny SDXL's run on two
-    cores. A worker's shapes are its buckets', so the same blocks are wanted again. `release_memory` returns them. A setting of the
-    user's own (mallopt(3), GLIBC_TUNABLES) has the last word; other C libraries are left as they are.
+    glibc returns what lies free at its heap's end to the kernel, which zeroes every page when it is touched next: a tenth of a tiny
+    SDXL's run on two cores. A worker's shapes are its buckets', so the same blocks are wanted again. `release_memory` returns them. A
+    setting of the user's own (mallopt(3), GLIBC_TUNABLES) has the last word; other C libraries are left as they are.
     """
     own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     libc = _glibc()
     if libc is None or own:
         return
-    for threshold in (_KEPT_BYTES, _KEPT_BYTES_OF_OLD):
-        if libc.mallopt(_M_MMAP_THRESHOLD, threshold):
-            break
+    libc.mallopt(_M_MMAP_THRESHOLD, _KEPT_BYTES)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _glibc() -> ctypes.CDLL | None:
     return ctypes.CDLL(None) if platform.libc_ver()[0] == "glibc" else None
+
+
+def computes(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the device has instructions for it: a CPU without those for bfloat16 computes it more slowly than float32."""
+    return device.type != "cpu" or dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def missing_compiler(device: torch.device, backend: str) -> str | None:
@@ -150,8 +154,15 @@ def import_openvino() -> ModuleType:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device or the machine had no memory left; torch's CPU allocator raises a plain RuntimeError."""
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "DefaultCPUAllocator" in str(error)
+    """Whether the device or the machine had no memory left.
+
+    torch's CPU allocator raises a plain RuntimeError. Code from AOTInductor loses even its text: what is left is the name of the call
+    that failed, an allocation (AOTI_TORCH_ERROR_CODE_CHECK in torch/csrc/inductor/aoti_runtime/utils.h).
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    text = str(error)
+    return "DefaultCPUAllocator" in text or _FAILED_ALLOCATION.match(text) is not None
 
 
 def is_device_lost(error: BaseException) -> bool:

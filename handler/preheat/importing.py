@@ -15,6 +15,7 @@ from preheat.errors import ConfigError
 
 INSTALL = "install"
 """A function of this name in an imported file is called with every target before it is compiled."""
+_PREHEAT = ("preheat", "preheat_handler")
 _ARCHIVE = "__preheat_archive__"  # marks what was loaded here, which another archive's file of that name may replace
 
 
@@ -60,9 +61,16 @@ def make_importable(folder: Path) -> None:
         importlib.invalidate_caches()
 
 
-def digest(names: Sequence[str], folder: Path) -> dict[str, str]:
-    """SHA-256 of each file: compiled code depends on it."""
-    return {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+def imported_from(folder: Path) -> dict[str, str]:
+    """SHA-256 of the archive's files that have been imported so far, by their place in it: compiled code depends on them.
+
+    Preheat's own, which an archive may hold too, are known by their version.
+    """
+    root = folder.resolve()
+    own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in _PREHEAT}
+    files = {Path(file).resolve() for module in own.values() if (file := getattr(module, "__file__", None))}
+    inside = sorted(file for file in files if file.is_relative_to(root))
+    return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in inside}
 
 
 @contextmanager

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import io
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,11 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from preheat import server
-from preheat.archiving import build_archive
 from preheat.client import Client, Reply
-from preheat.demo import build_tiny
+from preheat.demo import serving
 from preheat.errors import PreheatError
-from preheat.progress import WarmupProgress
 
 LENGTHS = (1, 7, 31, 50, 100, 200, 333, 500)
 """Tokens."""
@@ -46,17 +43,10 @@ def run(model: str, state: Path, out: Path, console: Console | None = None) -> N
         PreheatError: the server did not become ready, or an answer is not what was asked for.
     """
     console = console or Console()
-    begun = time.monotonic()
-    running = _start(model, state, console)
-    try:
-        with WarmupProgress(console) as progress:
-            running.wait_ready(1800, watch=progress.update)
-        console.print(f"READY after {time.monotonic() - begun:.1f} s: REST {running.inference}, gRPC {running.grpc}")
-        with Client.to(running) as client:
-            answers = [answer for ask in _asks(model) for answer in _ask(client, ask)]
-            padding = client.state()["padding"]
-    finally:
-        running.stop()
+    config = server.ROOT / "model-config" / f"{model}.yaml"
+    with serving(model, config, state, console) as (running, _), Client.to(running) as client:
+        answers = [answer for ask in _asks(model) for answer in _ask(client, ask)]
+        padding = client.state()["padding"]
     out.mkdir(parents=True, exist_ok=True)
     (out / "answers.json").write_text(json.dumps({"padding": padding, "answers": answers}, indent=1), encoding="utf-8")
     console.print(_table(answers))
@@ -64,19 +54,6 @@ def run(model: str, state: Path, out: Path, console: Console | None = None) -> N
     shown = error if isinstance(error, str) else f"{error:.2g}"
     console.print(f"Padding changes an answer by {shown} at most here: {padding['exact']}.")
     console.print(f"The answers are in {out}/answers.json; the server is stopped.")
-
-
-def _start(model: str, state: Path, console: Console) -> server.TorchServe:
-    run_dir = state / "run" / f"demo-{model}"
-    left = server.recall(run_dir)
-    if left is not None:
-        left.stop()  # an earlier demo that was killed before it could do so itself
-    console.print(f"Building a tiny {model} and its archive ...")
-    folder = build_tiny(model, state / "models" / model)
-    config = server.ROOT / "model-config" / f"{model}.yaml"
-    archive = build_archive(config, folder, output=state / "archives")
-    console.print("Starting TorchServe; its worker compiles and warms every bucket:")
-    return server.start([archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor")
 
 
 def _asks(model: str) -> Iterator[Ask]:

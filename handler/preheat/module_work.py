@@ -59,10 +59,9 @@ class ModuleWork:
         tokenizer: Any,
         config: ModelConfig,
         device: torch.device,
-        sources: Mapping[str, str],
     ) -> None:
         assert config.module is not None
-        self._module, self._config, self._device, self._sources = module, config, device, sources
+        self._module, self._config, self._device = module, config, device
         self._own: ModuleConfig = config.module
         # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own defaults, whenever a request comes.
         unknown = {} if self._own.inputs else {"strategy": "exact"}
@@ -92,7 +91,7 @@ class ModuleWork:
         tokenizer = None
         if config.module.path is not None:
             tokenizer = modules.load_tokenizer(model_place(config.module.path, model_dir))
-        return cls(module, tokenizer, config, device, modules.sources(config.module, model_dir, manifest))
+        return cls(module, tokenizer, config, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -118,12 +117,12 @@ class ModuleWork:
         return {"module": self._own.model_dump(mode="json", include={"dtype", "inputs", "outputs"})}
 
     def structure(self) -> Mapping[str, Any]:
-        """Classes and settings of every module in it, the shapes of its weights, its transformers config, and its own source."""
+        """Classes and settings of every module in it, the shapes of its weights, and its transformers config."""
         config: Any = getattr(self._module, "config", None)
         settings = config.to_dict() if hasattr(config, "to_dict") else {}
         settings.pop("_name_or_path", None)  # where the folder lies today
         weights = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._module.state_dict().items()}
-        return {"module": repr(self._module), "config": settings, "weights": weights, "sources": self._sources}
+        return {"module": repr(self._module), "config": settings, "weights": weights}
 
     def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
         """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows before anything is compiled."""

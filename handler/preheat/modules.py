@@ -6,7 +6,6 @@ import importlib
 import inspect
 import logging
 import pickle
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -20,7 +19,7 @@ from torch import nn
 from preheat.config import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, ModuleError
-from preheat.importing import digest, load_file, make_importable
+from preheat.importing import load_file, make_importable
 from preheat.module_config import ModuleConfig
 
 logger = logging.getLogger(__name__)
@@ -105,15 +104,6 @@ def _from_factory(name: str, folder: Path) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{name} returns a {type(module).__name__}, not an nn.Module", "module.factory")
     return module
-
-
-def sources(config: ModuleConfig, folder: Path, manifest: Manifest) -> dict[str, str]:
-    """SHA-256 of the archive's file that made the loaded module: the code of its forward, which no config tells of."""
-    model_file = manifest.get("model", {}).get("modelFile")
-    if config.factory is not None:
-        file = _source(sys.modules[config.factory.partition(":")[0]])
-        return digest([str(file.relative_to(folder.resolve()))], folder)
-    return digest([model_file], folder) if config.path is None and model_file else {}
 
 
 def _source(module: ModuleType) -> Path:

@@ -66,6 +66,12 @@ class ImageRequest:
             return "text-to-image"
         return "image-to-image" if self.mask_image is None else "inpainting"
 
+    @property
+    def num_run_steps(self) -> int:
+        """Denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers' image-to-image pipelines)."""
+        steps = self.num_inference_steps
+        return steps if self.image is None else int(min(steps * self.strength, steps))
+
 
 FIELDS = tuple(one.name for one in fields(ImageRequest))
 
@@ -142,12 +148,9 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
         raise RequestError(
             f"this model is served without guidance: 0 to 1, got {request.guidance_scale}", "guidance_scale"
         )
-    steps = request.num_inference_steps
-    # diffusers starts an image on its way, and has no step left to run where this comes to 0
-    if request.image is not None and int(min(steps * request.strength, steps)) < 1:
-        raise RequestError(
-            f"{request.strength} of {steps} steps is less than one step; ask for more of either", "strength"
-        )
+    if request.num_run_steps < 1:
+        shares = f"{request.strength} of {request.num_inference_steps} steps"
+        raise RequestError(f"{shares} is less than one step; ask for more of either", "strength")
     if request.num_images > 1 and request.response_format != "b64_json" and not request.stream:
         raise RequestError("more than one image needs response_format b64_json, or stream", "num_images")
     if request.preview_every and not request.stream:

@@ -19,13 +19,19 @@ import torch
 import preheat
 from preheat import aot
 from preheat.batching import RunReport
-from preheat.cache import SharedCache, fingerprint, synchronized_inductor_cache, without_headers_if_warmed
+from preheat.cache import (
+    SharedCache,
+    fingerprint,
+    synchronized_inductor_cache,
+    without_headers_if_warmed,
+    writable_inductor_folder,
+)
 from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
-from preheat.device import peak_memory_bytes
+from preheat.device import computes, peak_memory_bytes
 from preheat.errors import ConfigError
-from preheat.importing import INSTALL, digest, load_files
+from preheat.importing import INSTALL, imported_from, load_files
 from preheat.metrics import Metrics, discard
 from preheat.modules import has_model
 from preheat.request import DEADLINE_HEADER, parse_deadline
@@ -79,15 +85,16 @@ class Service:
         _log_compile_config(config)
         trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
         imported = load_files(config.pt2.imports, model_dir)
-        self._imports = digest(config.pt2.imports, model_dir)
         self._work = load_work(config, model_dir, manifest or {}, device)
         self._shapes = self._work.shapes
         self.state.strategy = self._shapes.strategy
         _refuse_dynamic_cuda_graphs(config, device)
+        if not computes(self._work.dtype, device):
+            logger.warning("this CPU has no instructions for %s: float32 would be faster", self._work.dtype)
         self._routers = self._build_routers(imported)
         self._work.engage(self._routers, self._report)
         self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
-        self.state.fingerprint = self._fingerprint()
+        self.state.fingerprint = self._fingerprint(model_dir)
         if config.pt2.export.aot_compile:
             self._attach_packages(model_dir / aot.FOLDER, trust)
         with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as own_folder:
@@ -148,10 +155,10 @@ class Service:
                 install(target)
         return {name: build_router(name, target, pt2, work.dtype, self._device) for name, target in targets.items()}
 
-    def _fingerprint(self) -> str:
+    def _fingerprint(self, model_dir: Path) -> str:
         compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
         compiled["batchSize"] = self.config.batchSize
-        compiled |= {**self._work.settings(), "imports": self._imports}
+        compiled |= {**self._work.settings(), "imports": self.config.pt2.imports, "sources": imported_from(model_dir)}
         return fingerprint(self._device, compiled, self._work.structure())
 
     def _attach_packages(self, folder: Path, trust: Trust) -> None:
@@ -168,6 +175,7 @@ class Service:
             yield None
             return
         if cache.shared is None:
+            writable_inductor_folder()
             with self._headers():
                 yield None
             return

@@ -64,6 +64,11 @@ def test_metrics_tell_it_apart(pair: Served) -> None:
         time.sleep(0.1)
 
 
+def test_hits_are_a_metric_too(pair: Served) -> None:
+    """Both workers' gauges have the bucket; which of them each label shows is as TorchServe logs it."""
+    assert pair.metric("preheat_warm_seconds", Cache="miss") > pair.metric("preheat_warm_seconds", Cache="hit") > 0
+
+
 def test_both_workers_serve(pair: Served) -> None:
     assert len(pair.worker_pids()) == 2
     replies = [pair.client.predict({"prompt": "a", "height": 60, "width": 50, "seed": 3}) for _ in range(6)]
