@@ -100,7 +100,7 @@ def folder(built: Path, tmp_path: Path) -> Path:
 def attached(
     watch: CompileWatch, folder: Path, *, fingerprint: str = FINGERPRINT, trust: Trust = OWNER, **made_with: Any
 ) -> tuple[Toy, Router]:
-    module, router = made(watch, export={"aot_compile": True}, **made_with)
+    module, router = made(watch, **({"export": {"aot_compile": True}} | made_with))
     aot.attach({"toy": router}, {"toy": module}, folder, fingerprint, trust, CPU)
     return module, router
 
