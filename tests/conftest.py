@@ -14,6 +14,7 @@ torch.set_num_threads(1)
 TESTS = Path(__file__).parent
 
 
+@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     """`make test` runs two processes: end-to-end tests, which share servers, stay in one, and so do those of a file."""
     for item in items:

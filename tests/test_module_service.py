@@ -381,13 +381,14 @@ def test_a_factory_that_is_no_file_of_the_archive_is_refused(watch: CompileWatch
 
 @pytest.mark.parametrize("by_factory", [True, False])
 def test_compiled_code_depends_on_every_file_that_the_model_imports(
-    watch: CompileWatch, tmp_path: Path, by_factory: bool
+    watch: CompileWatch, tmp_path: Path, by_factory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two forwards of one class, weights and repr are two programs."""
     seen = []
     for index, forward in enumerate(("relu", "tanh")):
         folder = tmp_path / str(index)
         folder.mkdir()
+        monkeypatch.chdir(folder)  # as TorchServe's workers do
         called = MODEL_FILE.replace("self.layer(x).relu()", "steps_of_two.act(self.layer(x))")
         (folder / "net_of_two.py").write_text(f"import steps_of_two\n{called}\n\ndef make():\n    return Net()\n")
         (folder / "steps_of_two.py").write_text(f"from torch import {forward} as act\n")

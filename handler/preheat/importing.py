@@ -68,8 +68,9 @@ def imported_from(folder: Path) -> dict[str, str]:
     """
     root = folder.resolve()
     own = {name: module for name, module in sys.modules.items() if name.partition(".")[0] not in _PREHEAT}
-    files = {Path(file).resolve() for module in own.values() if (file := getattr(module, "__file__", None))}
-    inside = sorted(file for file in files if file.is_relative_to(root))
+    files = {Path(file) for module in own.values() if (file := getattr(module, "__file__", None))}
+    # torch.classes says that its file is "_classes.py", which is nowhere.
+    inside = sorted(place for file in files if file.is_absolute() and (place := file.resolve()).is_relative_to(root))
     return {str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in inside}
 
 
