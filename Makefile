@@ -30,7 +30,7 @@ GRPC_MANAGEMENT_PORT ?= 7071
 export GOMP_SPINCOUNT ?= 1000
 
 # The servers of the end-to-end tests come first and stay in one process; the other one works through the rest.
-TWO_PROCESSES := -n 2 --dist loadgroup --no-loadscope-reorder
+TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')

@@ -1,24 +1,27 @@
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
 from preheat.watch import CompileWatch
 
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the cores.
 torch.set_num_threads(1)
 
-TESTS = Path(__file__).parent
+
+class ByFolder(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
+    """Of the processes of `make test`, one runs all end-to-end tests, which share servers; the tests of a file stay together."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return "/".join(nodeid.partition("::")[0].split("/")[:2])
 
 
-@pytest.hookimpl(tryfirst=True)  # pytest-xdist reads the marks in the same hook
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
-    """`make test` runs two processes: end-to-end tests, which share servers, stay in one, and so do those of a file."""
-    for item in items:
-        item.add_marker(pytest.mark.xdist_group(item.path.relative_to(TESTS).parts[0]))
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
+    return ByFolder(config, log)
 
 
 @pytest.fixture
