@@ -13,15 +13,20 @@ from preheat.watch import CompileWatch
 torch.set_num_threads(1)
 
 
-class ByFolder(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
-    """Of the processes of `make test`, one runs all end-to-end tests, which share servers; the tests of a file stay together."""
+ALONE = ("aot_archive", "cpu_roads", "exact_compiles", "fallback", "modules", "production_config", "shared_cache")
+"""End-to-end tests whose servers share nothing with other files."""
+
+
+class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
+    """Which tests stay together in one process of `make test`: those of a file, and end-to-end ones that share a server or its cache."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return "/".join(nodeid.partition("::")[0].split("/")[:2])
+        file = nodeid.partition("::")[0]
+        return file if file.endswith(tuple(f"/test_{name}.py" for name in ALONE)) else "/".join(file.split("/")[:2])
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFolder:
-    return ByFolder(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
+    return ByServer(config, log)
 
 
 @pytest.fixture
