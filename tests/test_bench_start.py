@@ -31,7 +31,7 @@ DOCUMENT: dict[str, Any] = {
     "on_gpu": False,
     "versions": {"torch": "2.13.0"},
     "buckets": [[256, 256]],
-    "starts": {"eager": row(10), "cold": row(100), "second": row(20), "aot": {"skipped": "none"}},
+    "starts": {"eager": row(10), "cold": row(100), "second": row(20), "aot": {"error": "PreheatError: no package"}},
 }
 
 
@@ -57,4 +57,4 @@ def test_the_result_is_a_file_a_picture_and_a_table(tmp_path: Path) -> None:
     console = Console(width=120, record=True, file=(tmp_path / "out").open("w"))
     console.print(start.table(DOCUMENT))
     text = console.export_text()
-    assert "second worker, shared cache" in text and "skipped" in text
+    assert "second worker, shared cache" in text and "failed" in text
