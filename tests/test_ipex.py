@@ -39,7 +39,7 @@ def routed(module: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
     return build_router("module", module, Pt2Config(), dtype, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [resnet, bert])
 def test_it_serves_what_eager_float32_gives(make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
@@ -61,16 +61,4 @@ def test_it_serves_what_eager_float32_gives(make: Any, dtype: torch.dtype, monke
         module(given[:1])  # any shape: nothing is compiled
     assert router.run.engines == {"ipex"} and router.run.incidents == router.run.fallen == 0
     assert result.dtype == dtype
-    assert difference(result, expected) < {torch.float32: 1e-5, torch.bfloat16: 5e-2}[dtype]
-
-
-def test_float16_which_it_cannot_compute_falls_to_eager(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    module, inputs = resnet()
-    module.eval().to(torch.float16)
-    router = routed(module, torch.float16, monkeypatch)
-    with torch.inference_mode():
-        module(inputs.half())
-    engines = [route.engine for route in router.routes.values()] or [router.engine]
-    assert engines == ["eager"] and (router.reason or "ipex" in caplog.text)
+    assert difference(result, expected) < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]

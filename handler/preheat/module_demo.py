@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
@@ -100,11 +101,11 @@ def _first(value: Any) -> list[float]:
 
 
 def _table(answers: list[dict[str, Any]]) -> Table:
-    table = Table(title="tiny model, random weights")
+    name = next(iter(answers[0]["shapes"]))
+    table = Table(title="tiny model, random weights", box=SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
     for heading in ("asked", "from", "bucket", "padding", "engine", "ms", "answer"):
         table.add_column(heading, no_wrap=True)
     for answer in answers:
-        name, shape = next(iter(answer["shapes"].items()))
         table.add_row(
             answer["asked"],
             answer["protocol"],
@@ -112,6 +113,6 @@ def _table(answers: list[dict[str, Any]]) -> Table:
             f"{answer['padding']:.0%}",
             answer["engine"],
             f"{answer['milliseconds']:.0f}",
-            f"{name} {'x'.join(map(str, shape))}",
+            "x".join(map(str, answer["shapes"][name])),
         )
     return table
