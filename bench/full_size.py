@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from preheat import tiny
-from preheat.device import pick_device
+from preheat.device import any_device
 
 UNET: Mapping[str, Any] = {
     "sample_size": 128,
@@ -105,7 +105,7 @@ def _bfloat16() -> Iterator[None]:
 
 
 def main() -> None:
-    device = pick_device(0)
+    device = any_device()
     if device.type != "cuda":
         sys.exit(
             f"the profile sdxl needs a CUDA GPU, and torch {torch.__version__} sees none; use the profile tiny on this machine"

@@ -12,7 +12,7 @@ from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
 from preheat import responses
-from preheat.config import ModelConfig
+from preheat.config import ModelConfig, names_a_family
 from preheat.device import is_out_of_memory, keep_freed_memory, pick_device, share_cpu
 from preheat.errors import OutOfMemory, RequestError
 from preheat.importing import left_out
@@ -42,14 +42,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """
         self.context, self.manifest = context, context.manifest
         properties = context.system_properties
-        self.device = pick_device(properties.get("gpu_id"))
         self.metrics = Metrics(self._emit)
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
-            config = ModelConfig.parse(context.model_yaml_config or {})
+            config = self._config()
+            self.device = pick_device(properties.get("gpu_id"), config.deviceType)
+            share_cpu(config.minWorkers)
             if self.device.type == "cpu":
-                share_cpu(config.minWorkers)
                 keep_freed_memory()
             self.service = Service(
                 config,
@@ -89,6 +89,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
         return self.service.current_state().document()
+
+    def _config(self) -> ModelConfig:
+        """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe has lost the first."""
+        read = self.context.model_yaml_config or {}
+        name = (self.manifest or {}).get("model", {}).get("configFile")
+        if name is None or not isinstance(read, Mapping) or not names_a_family(read):
+            return ModelConfig.parse(read)
+        return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
         if not row and self.context.get_request_header(index, "describe") == "True":

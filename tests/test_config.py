@@ -15,9 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from preheat.buckets import Bucket
-from preheat.config import ModelConfig, Pt2Config, ShapesConfig
+from preheat.config import SERVING_MODES, ModelConfig, Pt2Config, ShapesConfig
 from preheat.errors import ConfigError
 from preheat.pt2_forms import TORCH_COMPILE_ARGUMENTS
+from preheat.yaml_text import read_yaml
 
 MODEL_CONFIGS = sorted((Path(__file__).parent.parent / "model-config").glob("*.yaml"))
 
@@ -226,6 +227,101 @@ def test_sections_take_our_own_objects() -> None:
 
 def test_torch_knows_no_argument_that_the_legacy_form_does_not() -> None:
     assert set(inspect.signature(torch.compile).parameters) - {"model"} <= set(TORCH_COMPILE_ARGUMENTS)
+
+
+MODES = [
+    ("continuousBatching: true", "continuousBatching", "it will be a language model's"),
+    ("sequenceBatching: true", "sequenceBatching", "have no memory of each other"),
+    ("asyncCommunication: true", "asyncCommunication", "a batch is answered as one"),
+    ("parallelType: pp", "parallelType", "for more GPUs, minWorkers"),
+    ("parallelType: tp", "parallelType", "for more GPUs, minWorkers"),
+    ("torchrun: {nproc-per-node: 2}", "torchrun", "for more GPUs, minWorkers"),
+]
+
+
+@pytest.mark.parametrize("family", ["pipeline", "module"])
+@pytest.mark.parametrize(("text", "path", "instead"), MODES, ids=[text for text, _, _ in MODES])
+def test_a_contract_that_no_family_keeps_is_refused(text: str, path: str, instead: str, family: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(f"{text}\n{family}: {{}}")
+    assert caught.value.path == path
+    assert f"is not for a {family}: " in caught.value.message and instead in caught.value.message
+
+
+def test_a_family_that_keeps_a_contract_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SERVING_MODES, "continuousBatching", (frozenset({"module"}), "batchSize"))
+    assert parse("continuousBatching: true\nmodule: {}").continuousBatching
+    with pytest.raises(ConfigError, match="is not for a pipeline: batchSize"):
+        parse("continuousBatching: true\npipeline: {}")
+
+
+def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
+    assert parse("continuousBatching: false\nsequenceBatching: false\npipeline: {}").continuousBatching is False
+
+
+@pytest.mark.parametrize(
+    ("text", "warned"),
+    [
+        ("batchSize: 4\npt2: {shapes: {batch_sizes: [1, 2]}}", "a batch of 4 requests (batchSize) is split into runs of 2"),
+        ("batchSize: 1\npt2: {shapes: {batch_sizes: [8]}}", "filled up to 8 rows, and a batch has 1 requests at most"),
+        ("batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}", "only num_images fills runs of 4"),
+        ("batchSize: 2\nmodule: {}\npt2: {shapes: {batch_sizes: [1, 4]}}", "nothing fills runs of 4"),
+        ("batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4], invariant: true}}", "filled up to 4 rows"),
+        ("batchSize: 4\npt2: {shapes: {batch_sizes: [1, 4]}}", None),
+        ("batchSize: 4\npt2: {shapes: {batch_sizes: [4], invariant: true}}", None),
+        ("batchSize: 4\npt2: {shapes: {batch_sizes: dynamic}}", None),
+        ("{}", None),
+        ("pt2: inductor", "pt2: this form is deprecated"),
+        ("pt2: {compile: {enable: true, backend: nonsense}}", "pt2.compile.backend: 'nonsense' is not a backend"),
+    ],
+)
+def test_what_loads_and_is_hardly_meant_is_said(text: str, warned: str | None) -> None:
+    warnings = parse(text).warnings
+    assert warnings == () if warned is None else len(warnings) == 1 and warned in warnings[0]
+
+
+@pytest.mark.parametrize("path", MODEL_CONFIGS, ids=lambda path: path.stem)
+def test_the_shipped_configs_leave_nothing_to_warn_of(path: Path) -> None:
+    assert ModelConfig.load(path).warnings == ()
+
+
+TWICE = [
+    ("batchSize: 1\nminWorkers: 1\nbatchSize: 2", "batchSize", "stands twice, in lines 1 and 3"),
+    ("pt2:\n  shapes: {}\n  shapes: {fit: pad}", "pt2.shapes", "stands twice, in lines 2 and 3"),
+    ("pipeline: {dtype: float32, dtype: float16}", "pipeline.dtype", "stands twice, in lines 1 and 1"),
+    ("handler: {a: [{b: 1}, {c: 1, c: 1}]}", "handler.a[1].c", "stands twice"),
+    ("handler: {on: 1, true: 2}", "handler.true", "stands twice"),  # one key to YAML 1.1
+]
+
+
+@pytest.mark.parametrize(("text", "path", "message"), TWICE, ids=[text.replace("\n", ", ") for text, _, _ in TWICE])
+def test_a_key_that_stands_twice_is_refused(text: str, path: str, message: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.load(file)
+    assert caught.value.path == path and message in caught.value.message
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "handler: {a: &x {b: 1}, c: *x, d: *x}",
+        "handler: {a: &x {b: 1}, c: {<<: *x, b: 2}}",  # what is merged may be overridden
+        "handler: {a: {b: 1}, c: {b: 1}}",
+        "handler: {1: a, '1': b}",
+    ],
+)
+def test_what_only_looks_like_a_second_time_loads(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text(text)
+    assert read_yaml(file) == yaml.safe_load(text)
+
+
+def test_a_file_whose_anchors_refer_to_themselves_ends(tmp_path: Path) -> None:
+    file = tmp_path / "model.yaml"
+    file.write_text("handler: &x {a: *x}")
+    assert list(read_yaml(file)) == ["handler"]
 
 
 BAD = [

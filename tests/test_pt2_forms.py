@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import list_backends
+from torch._dynamo.backends import registry
 from ts.context import Context
 from ts.torch_handler import base_handler
 from ts.utils.util import PT2Backend, get_yaml_config
@@ -209,6 +211,55 @@ def test_our_backends_are_torchserves() -> None:
 def test_eager_against_the_looks_of_it_is_said(data: object, warned: str | None) -> None:
     warning = ModelConfig.parse({"pt2": data}).pt2.compile.warning
     assert warning is None if warned is None else warned in (warning or "")
+
+
+# In a YAML of ours, beside `pipeline: {}`: what is wrong, where, and what would be right.
+REFUSED_IN_OURS = [
+    ({"compile": {"enable": True, "backend": "openvno"}}, "pt2.compile.backend", "did you mean openvino?"),
+    ({"compile": {"enable": True, "backend": "inductorr"}}, "pt2.compile.backend", "did you mean inductor?"),
+    ({"compile": {"enable": True, "backend": "Inductor"}}, "pt2.compile.backend", "did you mean inductor?"),
+    ({"compile": {"enable": True, "backend": "zzz"}}, "pt2.compile.backend", "known here: aot_cudagraphs, aot_eager,"),
+    ({"compile": {"enable": True, "backend": None}}, "pt2.compile.backend", "nothing is no backend"),
+    ({"compile": {"enable": True, "backend": 3}}, "pt2.compile.backend", "3 is no backend"),
+    ({"compile": {"enable": True, "backend": ["inductor"]}}, "pt2.compile.backend", "['inductor'] is no backend"),
+    ({"compile": {"enable": True, "backend": 3}, "import": ["a.py"]}, "pt2.compile.backend", "3 is no backend"),
+    ({"compile": {"enable": True, "backend": "relu_accuracy_error_TESTING_ONLY"}}, "pt2.compile.backend", "no backend"),
+    ({"backend": "cudagraph"}, "pt2.backend", "did you mean cudagraphs?"),
+    ("onnxrtt", "pt2", "did you mean onnxrt?"),
+    ({"compile": {"enable": "true"}}, "pt2.compile.enable", "must be true or false, got 'true'"),
+    ({"compile": {"enable": None}}, "pt2.compile.enable", "must be true or false, got nothing"),
+    ({"compile": {"enable": 1}}, "pt2.compile.enable", "must be true or false, got 1"),
+]
+
+
+@pytest.mark.parametrize("family", ["pipeline", "module"])
+@pytest.mark.parametrize(("data", "path", "message"), REFUSED_IN_OURS, ids=str)
+def test_a_yaml_of_ours_never_means_eager_by_mistake(data: object, path: str, message: str, family: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        ModelConfig.parse({"pt2": data, family: {}})
+    assert caught.value.path == path and message in caught.value.message
+
+
+def test_what_is_packaged_here_is_ours_whatever_it_names() -> None:
+    with pytest.raises(ConfigError, match="did you mean inductor"):
+        ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": "inducter"}}}, ours=True)
+
+
+class PlugIn:
+    """An installed package's entry point in the group `torch_dynamo_backends`."""
+
+
+@pytest.mark.parametrize("backend", ["cudagraphs", "tvm", "eager_noexcept", "a_plug_in"])
+def test_a_yaml_of_ours_may_name_whatever_torch_compile_knows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    list_backends(())  # discovers the real plug-ins, once
+    monkeypatch.setitem(registry._BACKENDS, "a_plug_in", PlugIn())
+    config = ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": backend}}, "pipeline": {}})
+    assert config.pt2.compile.enable and config.pt2.compile.warning is None
+
+
+def test_files_that_are_imported_may_bring_a_backend_of_their_own() -> None:
+    compiled = {"enable": True, "backend": "my_backend"}
+    assert ModelConfig.parse({"pt2": {"compile": compiled, "import": ["mine.py"]}, "module": {}}).pt2.compile.enable
 
 
 @pytest.mark.parametrize(("data", "legacy"), [("inductor", True), ({}, True), ({"compile": {"enable": True}}, False)])

@@ -22,7 +22,7 @@ from torch._logging._internal import set_logs
 from preheat import aot
 from preheat.compilation import Phase
 from preheat.config import ModelConfig
-from preheat.device import attention_backend, pick_device, share_cpu
+from preheat.device import any_device, attention_backend, pick_device, share_cpu
 from preheat.errors import PreheatError
 from preheat.service import Service
 from preheat.state import Phase as StatePhase
@@ -92,7 +92,7 @@ class Rehearsal(Service):
 
 def main(config_path: Path, root: Path, folder: Path) -> None:
     config = ModelConfig.load(config_path)
-    device = pick_device(None if config.deviceType == "cpu" else 0)
+    device = pick_device(None, "cpu") if config.deviceType == "cpu" else any_device()
     if device.type == "cpu":
         share_cpu(config.minWorkers)
     rehearsal = Rehearsal(config, root, device, status=StatusFile(None, config_path.stem))

@@ -6,6 +6,7 @@ weights stay outside, `model/`: the pipeline's or transformers folder as it was.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -20,6 +21,8 @@ import yaml
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ArchiveError
 from preheat.yaml_errors import keys_of
+
+logger = logging.getLogger(__name__)
 
 ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 
@@ -52,7 +55,9 @@ def build_archive(
         ConfigError: the YAML cannot be used.
         ArchiveError: the folder is no pipeline, holds pickled weights, or cannot be packaged.
     """
-    loaded = ModelConfig.load(config)
+    loaded = ModelConfig.load(config, ours=True)
+    for warning in loaded.warnings:
+        logger.warning("%s: %s", config.name, warning)
     aot = loaded.pt2.export.aot_compile or aot
     name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):

@@ -6,11 +6,10 @@ unknown key or a wrong value is a ConfigError that names the YAML path, the valu
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal, get_args
 
-import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from preheat.errors import ConfigError
@@ -19,6 +18,7 @@ from preheat.pt2_forms import CompileConfig, normalized
 from preheat.schema import BatchSizes, BucketPair, Count, FrozenMapping, Listed, Positive, Section, Text
 from preheat.trust import TrustMode
 from preheat.yaml_errors import explained, keys_of, refuse_twice, shown
+from preheat.yaml_text import read_yaml
 
 __all__ = [
     "Attention",
@@ -299,6 +299,19 @@ class PipelineConfig(Section):
         return self
 
 
+Family = Literal["pipeline", "module"]
+"""What is served, by its section of the YAML."""
+
+SERVING_MODES: dict[str, tuple[frozenset[Family], str]] = {
+    "continuousBatching": (frozenset(), "it will be a language model's; batchSize and maxBatchDelay make batches here"),
+    "sequenceBatching": (frozenset(), "requests here have no memory of each other; leave it out"),
+    "asyncCommunication": (frozenset(), "a batch is answered as one here; batchSize and maxBatchDelay make batches"),
+    "parallelType": (frozenset(), "each worker holds the whole model on one GPU; for more GPUs, minWorkers"),
+    "torchrun": (frozenset(), "each worker is one process on one GPU; for more GPUs, minWorkers"),
+}
+"""TorchServe's other contracts with a handler, by key: the families that keep it, and what the others have instead."""
+
+
 class ModelConfig(Section):
     """A whole model YAML.
 
@@ -344,7 +357,33 @@ class ModelConfig(Section):
     @property
     def names_a_family(self) -> bool:
         """Whether the YAML says what is served; if not, the archive's manifest may, as with BaseHandler."""
-        return not {"pipeline", "module"}.isdisjoint(self.model_fields_set)
+        return names_a_family(self.model_fields_set)
+
+    @property
+    def family(self) -> Family:
+        return "pipeline" if self.module is None else "module"
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What loads, and is hardly meant; each begins with its YAML path."""
+        legacy = "pt2: this form is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}"
+        said = (self.pt2.compile.warning, legacy if self.pt2.compile.legacy else None, *self._odd_batches())
+        return tuple(filter(None, said))
+
+    def _odd_batches(self) -> Iterator[str]:
+        """Where `batch_sizes`, the rows of a run, and `batchSize`, the requests that come together, do not go together."""
+        shapes, most = self.pt2.shapes, self.batchSize
+        if shapes.batch_sizes == "dynamic":
+            return
+        sizes = (max(shapes.batch_sizes),) if shapes.invariant else shapes.batch_sizes
+        path = "pt2.shapes.batch_sizes"
+        if max(sizes) < most:
+            yield f"{path}: a batch of {most} requests (batchSize) is split into runs of {max(sizes)}"
+        if min(sizes) > most:
+            yield f"{path}: every run is filled up to {min(sizes)} rows, and a batch has {most} requests at most (batchSize)"
+        elif max(sizes) > most:
+            filled = "only num_images fills" if self.family == "pipeline" else "nothing fills"
+            yield f"{path}: {filled} runs of {max(sizes)}, since batches are of {most} requests at most (batchSize)"
 
     def as_module(self) -> ModelConfig:
         """This config for a module of which it says nothing."""
@@ -378,6 +417,13 @@ class ModelConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _serve_as_asked(self) -> ModelConfig:
+        for key, (families, instead) in SERVING_MODES.items():
+            if getattr(self, key) and self.family not in families:
+                raise ConfigError(f"is not for a {self.family}: {instead}", key)
+        return self
+
+    @model_validator(mode="after")
     def _agree(self) -> ModelConfig:
         if self.minWorkers is not None and self.maxWorkers is not None and self.minWorkers > self.maxWorkers:
             raise ConfigError(f"{self.minWorkers} is over maxWorkers ({self.maxWorkers})", "minWorkers")
@@ -390,8 +436,11 @@ class ModelConfig(Section):
         return self
 
     @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> ModelConfig:
+    def parse(cls, data: Mapping[str, Any], *, ours: bool = False) -> ModelConfig:
         """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes from it).
+
+        Args:
+            ours: read it as a YAML that names what it serves, even if it does not; see `pt2_forms.normalized`.
 
         Raises:
             ConfigError: an unknown key or a wrong value, with its YAML path.
@@ -399,26 +448,26 @@ class ModelConfig(Section):
         if not isinstance(data, Mapping):
             raise ConfigError(f"a model YAML is a mapping of keys to values, got {shown(data)}")
         if "pt2" in data:
-            data = {**data, "pt2": normalized(data["pt2"], keys_of(Pt2Config))}
+            ours = ours or names_a_family(data)
+            data = {**data, "pt2": normalized(data["pt2"], keys_of(Pt2Config), ours=ours)}
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
             raise explained(error, data, cls) from None
 
     @classmethod
-    def load(cls, path: Path) -> ModelConfig:
-        """The config in the YAML file at `path`.
+    def load(cls, path: Path, *, ours: bool = False) -> ModelConfig:
+        """The config in the YAML file at `path`; see `parse`.
 
         Raises:
-            ConfigError: the file cannot be read, is no YAML, or holds an unknown key or a wrong value.
+            ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key twice, or a wrong value.
         """
-        try:
-            data = yaml.safe_load(path.read_bytes())
-        except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{path} is not valid YAML: {error}") from error
-        return cls.parse(data)
+        return cls.parse(read_yaml(path), ours=ours)
+
+
+def names_a_family(data: Collection[str]) -> bool:
+    """Whether these keys of a YAML say what is served; if none does, the YAML may be TorchServe's own."""
+    return "pipeline" in data or "module" in data
 
 
 def model_place(path: str, archive: Path) -> str | Path:

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import importlib
 import logging
+import math
 import os
 import platform
 import re
@@ -13,11 +14,14 @@ import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from preheat.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +34,17 @@ _ATTENTION = {
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
 
+CPUS_VARIABLE = "PREHEAT_CPUS"
+
+_OUT_OF_MEMORY = re.compile(
+    # "CUDA error", "CUDA driver error" (the virtual memory API), "Triton Error [CUDA]"; cuBLAS, cuDNN 8 and 9, cuSOLVER.
+    r"DefaultCPUAllocator|\bout of memory\b|_ALLOC(ATION)?_FAILED|"
+    # cuDNN, with "GET was" or "FIND was": no engine whose workspace could be had.
+    r"unable to find an engine to execute",
+    re.IGNORECASE,
+)
+_CUDA_OUT_OF_MEMORY = 2
+"""cudaErrorMemoryAllocation, an AcceleratorError's `error_code`."""
 _FAILED_ALLOCATION = re.compile(r"aoti_torch_empty_strided\w*\(.*API call failed", re.DOTALL)
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 _KEPT_BYTES = 2**25
@@ -51,17 +66,34 @@ def attention_backend(name: str) -> Iterator[None]:
         yield
 
 
-def pick_device(gpu_id: int | str | None) -> torch.device:
+def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None = None) -> torch.device:
     """The device of this worker, made current.
 
-    `gpu_id` is what TorchServe assigns in `context.system_properties`. TorchServe 0.12 does not narrow CUDA_VISIBLE_DEVICES per
-    worker, so without `set_device` every worker would also hold a context on GPU 0.
+    `gpu_id` is what TorchServe assigns in `context.system_properties`, `wanted` the YAML's `deviceType`. TorchServe 0.12 does not
+    narrow CUDA_VISIBLE_DEVICES per worker, so without `set_device` every worker would also hold a context on GPU 0.
+
+    Raises:
+        ConfigError: there is a GPU for this worker that torch cannot use, or none although the YAML insists on one. A model that
+            is sized for a GPU would compile for hours on a CPU, or be served a hundred times slower without a word.
     """
-    if gpu_id is None or not torch.cuda.is_available():
+    if wanted == "cpu" or (gpu_id is None and wanted is None):
         return torch.device("cpu")
+    if gpu_id is None:
+        raise ConfigError("gpu, and TorchServe gave this worker none: it counts those that nvidia-smi shows", "deviceType")
     device = torch.device("cuda", int(gpu_id))
-    torch.cuda.set_device(device)
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.set_device(device)
+    except (AssertionError, RuntimeError) as error:  # the first: a torch without CUDA
+        reason = str(error).strip().partition("\n")[0].rstrip(".")
+        text = f"TorchServe gave this worker GPU {gpu_id}, which torch {torch.__version__} cannot use: {reason}"
+        raise ConfigError(f"{text}. To serve on the CPU, say deviceType: cpu", "deviceType") from error
     return device
+
+
+def any_device() -> torch.device:
+    """The first GPU, or the CPU of a machine without one: where no TorchServe deals them out."""
+    return pick_device(0 if torch.cuda.is_available() else None)
 
 
 def share_cpu(num_workers: int | None) -> None:
@@ -70,14 +102,63 @@ def share_cpu(num_workers: int | None) -> None:
     Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores are many times slower than
     one. Dynamo guards on the number of threads, so it must not change later. OMP_NUM_THREADS has the last word.
     """
+    cores = num_cores()
+    if cores < len(os.sched_getaffinity(0)):  # which is what Inductor counts
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     if "OMP_NUM_THREADS" not in os.environ:
-        # A YAML that names no number of workers gets one per core from TorchServe.
-        torch.set_num_threads(max(1, num_cores() // max(1, num_workers or num_cores())))
+        # A YAML that names no number of workers gets one per GPU from TorchServe, or one per core.
+        by_default = torch.cuda.device_count() if torch.cuda.is_initialized() else cores
+        torch.set_num_threads(max(1, cores // (num_workers or by_default)))
 
 
 def num_cores() -> int:
-    """Cores that this process may use."""
-    return len(os.sched_getaffinity(0))
+    """Cores that the workers may use together: those that the process may run on, that its cgroups pay for, and at most PREHEAT_CPUS.
+
+    Raises:
+        ConfigError: PREHEAT_CPUS is no whole number above 0.
+    """
+    limits = [len(os.sched_getaffinity(0)), cpu_quota()]
+    if text := os.environ.get(CPUS_VARIABLE):
+        if not text.isascii() or not text.isdigit() or int(text) < 1:
+            raise ConfigError(f"must be a whole number above 0, got {text!r}", CPUS_VARIABLE)
+        limits.append(int(text))
+    return min(limit for limit in limits if limit is not None)
+
+
+def cpu_quota(root: Path = Path("/")) -> int | None:
+    """Cores that the quotas of this process's cgroups amount to, rounded up; None where there is no quota.
+
+    Whatever is set on a cgroup holds for those inside it, so the least on the way up counts. A container may see its own cgroup as
+    the root, or (version 1) be told a path that exists on the host alone: what is not there is passed over.
+    """
+    try:
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return None
+    quotas = []
+    for line in lines:  # hierarchy:controllers:path
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            mounts = ["sys/fs/cgroup", "sys/fs/cgroup/unified"]
+        elif "cpu" in controllers.split(","):
+            mounts = [f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu"]
+        else:
+            continue
+        inside = [part for part in path.split("/") if part not in ("", "..")]
+        for mount in mounts:
+            quotas += [_quota_of(root.joinpath(mount, *inside[:depth])) for depth in range(len(inside) + 1)]
+    return min((math.ceil(quota) for quota in quotas if quota is not None), default=None)
+
+
+def _quota_of(cgroup: Path) -> float | None:
+    """cpu.max of version 2, else the two files of version 1 (kernel: admin-guide/cgroup-v2, scheduler/sched-bwc)."""
+    for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
+        try:
+            quota, period = (word for file in files for word in (cgroup / file).read_text().split())
+            return int(quota) / int(period) if quota not in ("max", "-1") else None
+        except (OSError, ValueError):
+            continue
+    return None
 
 
 def keep_freed_memory() -> None:
@@ -156,13 +237,17 @@ def import_openvino() -> ModuleType:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left.
 
-    torch's CPU allocator raises a plain RuntimeError. Code from AOTInductor loses even its text: what is left is the name of the call
-    that failed, an allocation (AOTI_TORCH_ERROR_CODE_CHECK in torch/csrc/inductor/aoti_runtime/utils.h).
+    torch's allocators have an error of their own, for CUDA, or a plain RuntimeError. CUDA's libraries allocate past them, and their
+    failures are known by their words alone. Code from AOTInductor loses even those: what is left is the name of the call that
+    failed, an allocation (AOTI_TORCH_ERROR_CODE_CHECK in torch/csrc/inductor/aoti_runtime/utils.h).
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
+    if not isinstance(error, RuntimeError):  # the others' words are about something else
+        return False
     text = str(error)
-    return "DefaultCPUAllocator" in text or _FAILED_ALLOCATION.match(text) is not None
+    by_code = getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
+    return by_code or _OUT_OF_MEMORY.search(text) is not None or _FAILED_ALLOCATION.match(text) is not None
 
 
 def is_device_lost(error: BaseException) -> bool:

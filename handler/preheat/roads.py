@@ -137,7 +137,7 @@ def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Road:
     """
     if device.type == "cpu" and not config.export.aot_compile:
         _lay_out(module)
-    return Road()
+    return Road(reason=config.compile.warning)
 
 
 def _lay_out(module: nn.Module) -> bool:

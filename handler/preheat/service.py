@@ -82,7 +82,9 @@ class Service:
         self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self._watch = CompileWatch()
-        _log_compile_config(config)
+        self.state.warnings = list(config.warnings)
+        for warning in config.warnings:
+            logger.warning("%s", warning)
         trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
         imported = load_files(config.pt2.imports, model_dir)
         self._work = load_work(config, model_dir, manifest or {}, device)
@@ -306,15 +308,6 @@ def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> No
     """CUDA graphs are recorded per size, so with any size allowed they would be recorded inside requests."""
     if config.pt2.shapes.strategy == "dynamic" and uses_cuda_graphs(config.pt2.compile.kwargs, device):
         raise ConfigError("records CUDA graphs, which strategy: dynamic cannot; use mode: default", "pt2.compile.mode")
-
-
-def _log_compile_config(config: ModelConfig) -> None:
-    """Pass on what the config has to say about itself."""
-    pt2 = config.pt2
-    if pt2.compile.warning:
-        logger.warning("%s", pt2.compile.warning)
-    if pt2.compile.legacy:
-        logger.warning("this form of pt2 is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}")
 
 
 def _row(record: Record) -> dict[str, Any]:

@@ -34,6 +34,8 @@ class ServerState:
     engine, warm_seconds, cache, reason."""
     padding: Mapping[str, Any] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` (or words) and `exact`, the header's word; empty for a pipeline."""
+    warnings: list[str] = field(default_factory=list)
+    """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0
     compiles_since_ready: int = 0
     eager_fallbacks: int = 0
