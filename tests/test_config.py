@@ -262,7 +262,10 @@ def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
 @pytest.mark.parametrize(
     ("text", "warned"),
     [
-        ("batchSize: 4\npt2: {shapes: {batch_sizes: [1, 2]}}", "a batch of 4 requests (batchSize) is split into runs of 2"),
+        (
+            "batchSize: 4\npt2: {shapes: {batch_sizes: [1, 2]}}",
+            "a batch of 4 requests (batchSize) is split into runs of 2",
+        ),
         ("batchSize: 1\npt2: {shapes: {batch_sizes: [8]}}", "filled up to 8 rows, and a batch has 1 requests at most"),
         ("batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}", "only num_images fills runs of 4"),
         ("batchSize: 2\nmodule: {}\npt2: {shapes: {batch_sizes: [1, 4]}}", "nothing fills runs of 4"),

@@ -15,8 +15,19 @@ HANDLER = Path(__file__).parent.parent / "handler"
 # Each layer may import itself and what stands before it. The third column is what it may take from outside.
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
-        {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "yaml_text", "request", "state"}
-        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"},
+        {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
+        | {
+            "trust",
+            "bundle",
+            "share",
+            "variants",
+            "dims",
+            "module_config",
+            "json_text",
+            "importing",
+            "admission",
+            "yaml_text",
+        },
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),

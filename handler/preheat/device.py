@@ -79,7 +79,9 @@ def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None =
     if wanted == "cpu" or (gpu_id is None and wanted is None):
         return torch.device("cpu")
     if gpu_id is None:
-        raise ConfigError("gpu, and TorchServe gave this worker none: it counts those that nvidia-smi shows", "deviceType")
+        raise ConfigError(
+            "gpu, and TorchServe gave this worker none: it counts those that nvidia-smi shows", "deviceType"
+        )
     device = torch.device("cuda", int(gpu_id))
     try:
         torch.cuda.init()  # type: ignore[no-untyped-call]
