@@ -464,6 +464,17 @@ def test_plain_yamls_compile_in_the_first_request_and_say_so(
     assert answer.engine == "compiled" and service.current_state().compiles_since_ready > 0
 
 
+@pytest.mark.parametrize("form", ["pt2: nonsense", "pt2: {compile: {enable: 'true'}}"])
+def test_what_torchserve_would_overlook_is_a_warning_and_counts_every_request(
+    watch: CompileWatch, plain: Path, form: str
+) -> None:
+    service = served_plainly(plain, form)
+    (answer,) = ask(service, [[1.0, 2.0, 3.0, 4.0]])
+    state = service.current_state()
+    assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
+    assert len(state.warnings) >= 1 and "nothing is compiled" in state.warnings[0]
+
+
 def test_a_compile_that_fails_in_a_request_falls_back_once_and_loudly(
     watch: CompileWatch, plain: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

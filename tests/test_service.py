@@ -107,6 +107,21 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
 
 
+def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(watch: CompileWatch, models: Path) -> None:
+    pt2 = {"compile": {"enable": True, "backend": "nonsense"}, "shapes": {"buckets": [[64, 64]]}}
+    config = ModelConfig.parse({"pt2": pt2})
+    service = Service(config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own"))
+    (answer,) = ask(service, {"num_inference_steps": 1})
+    state = service.current_state()
+    assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
+    assert {row["engine"] for row in state.buckets} == {"eager"}
+    assert all("'nonsense' is not a backend that TorchServe supports" in row["reason"] for row in state.buckets)
+    assert any("'nonsense'" in warning for warning in state.document()["preheat"]["warnings"])
+    with pytest.raises(WarmupError, match="nonsense"):
+        config = ModelConfig.parse({"pt2": {**pt2, "on_failure": "fail"}})
+        Service(config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own"))
+
+
 def _watch_previews(service: Service, body: dict[str, Any]) -> None:
     """Ask for a stream with a preview of every step, and see that each picture is told all of them."""
     job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})

@@ -37,9 +37,9 @@ class Denoiser(nn.Module):
 class Server:
     """Serves a variant by one call of the denoiser, under the grad mode of real requests."""
 
-    def __init__(self, watch: CompileWatch, backend: Any = "eager", **settings: Any) -> None:
+    def __init__(self, watch: CompileWatch, backend: Any = "eager", compile: Any = None, **settings: Any) -> None:
         self.denoiser, self.watch = Denoiser(), watch
-        config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": backend}}})
+        config = Pt2Config.model_validate({"compile": compile or {"enable": True, "kwargs": {"backend": backend}}})
         self.router: Router = build_router("unet", self.denoiser, config, torch.float32, torch.device("cpu"))
         self.served: list[Variant] = []
         self.steps: list[Step] = []
@@ -56,6 +56,20 @@ class Server:
     def engines(self) -> dict[tuple[object, int], str]:
         return {(record.bucket, record.batch_size): record.engine for record in self.warmup.records}
 
+
+def failing(*_: object) -> Any:
+    raise ValueError("no kernel")
+
+
+# Compiling was asked for, in each of the ways in which there is nothing to show for it.
+IN_VAIN: list[dict[str, Any]] = [
+    {"enable": False, "warning": "pt2.compile.backend: 'nonsense' is not a backend"},  # TorchServe's own YAMLs alone
+    {"enable": True, "kwargs": {"backend": "nvfuser"}},  # a name that TorchServe knows and torch does not
+    {"enable": True, "kwargs": {"backend": "eager", "nonsense": 1}},
+    {"enable": True, "kwargs": {"backend": "eager", "disable": True}},
+    {"enable": True, "kwargs": {"backend": failing}},
+    {"enable": True, "kwargs": {"backend": "openvino", "options": {"config": "nonsense"}}},
+]
 
 VARIANTS = plan_variants([SMALL, WIDE], [1, 2], [True, False], ["text-to-image"])
 
@@ -188,3 +202,27 @@ def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> No
     assert server.warmup.prove(VARIANTS[:1]) == 1
     assert server.router.phase is Phase.SERVE
     assert server.engines()[WIDE, 2] == "eager"
+
+
+@pytest.mark.parametrize("compile", IN_VAIN, ids=str)
+def test_eager_though_compiling_was_asked_for_always_has_a_reason(watch: CompileWatch, compile: dict[str, Any]) -> None:
+    server = Server(watch, compile=compile)
+    server.warmup.warm(VARIANTS)
+    assert {record.engine for record in server.warmup.records} == {"eager"}
+    assert all(record.reason for record in server.warmup.records)
+    server.warmup.prove(())
+    server.serve(VARIANTS[0])
+    assert server.router.run.fallen > 0
+
+
+@pytest.mark.parametrize("compile", IN_VAIN, ids=str)
+def test_on_failure_fail_counts_every_reason(watch: CompileWatch, compile: dict[str, Any]) -> None:
+    with pytest.raises(WarmupError, match="unet has no engine"):
+        Server(watch, compile=compile, on_failure="fail").warmup.warm(VARIANTS)
+
+
+def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
+    server = Server(watch, compile={"enable": False}, on_failure="fail")
+    server.warmup.warm(VARIANTS)
+    assert {(record.engine, record.reason) for record in server.warmup.records} == {("eager", None)}
+    assert server.router.run.fallen == 0

@@ -102,13 +102,16 @@ def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
         )
     if str(options.get("device", "CPU")).upper() != "CPU":
         raise ValueError(f"option device is {options['device']}, and only CPU is served")
+    config = options.get("config") or {}
+    if not isinstance(config, Mapping):
+        raise ValueError(f"option config must be a mapping of OpenVINO's properties, got {config!r}")
     cached = {"CACHE_DIR": str(options.get("cache_dir", "cache"))} if options.get("model_caching") else {}
     return {
         "PERFORMANCE_HINT": "LATENCY",  # one stream with all threads: a worker runs one batch at a time
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
         "ENABLE_CPU_PINNING": False,  # each of several workers would pin its threads to the same first cores
         **cached,
-        **(options.get("config") or {}),
+        **config,
     }
 
 
