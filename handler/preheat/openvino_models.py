@@ -104,7 +104,7 @@ def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"option device is {options['device']}, and only CPU is served")
     config = options.get("config") or {}
     if not isinstance(config, Mapping):
-        raise ValueError(f"option config must be a mapping of OpenVINO's properties, got {config!r}")
+        raise ValueError(f"option config is no mapping of properties: {config!r}")  # noqa: TRY004  as every option
     cached = {"CACHE_DIR": str(options.get("cache_dir", "cache"))} if options.get("model_caching") else {}
     return {
         "PERFORMANCE_HINT": "LATENCY",  # one stream with all threads: a worker runs one batch at a time
