@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from preheat_handler import PreheatHandler
 from ts.context import Context
 
 from preheat.errors import ConfigError
+from preheat_handler import PreheatHandler
 
 
 def load(folder: Path, text: str, gpu: int | None = None) -> None:
