@@ -16,12 +16,18 @@ import yaml
 
 from preheat import cli, server
 from preheat.config import ModelConfig
+from preheat.device import CPUS_VARIABLE
 
 ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT / "archive"
 FOLDER = ARCHIVE / "kubernetes"
 VERSIONS = ["1.25", "1.37"]
 """The oldest and the newest whose schemas are bundled."""
+SECONDS_A_GRAPH = 90
+"""The most that model-config/sdxl.yaml reckons with."""
+RESTART_SECONDS = 600
+"""A worker's way back with its compile cache, with room to spare."""
+SHARED_SETTINGS = ("GOMP_SPINCOUNT", "TS_DECODE_INPUT_REQUEST")
 
 
 def documents(path: Path) -> list[dict[str, Any]]:
@@ -108,12 +114,56 @@ def test_the_startup_budget_outlasts_a_cold_start() -> None:
     assert DEPLOYMENT["progressDeadlineSeconds"] > startup_budget(), "a rollout that still compiles would have failed"
 
 
-def test_ping_is_asked_for_life_and_for_nothing_else() -> None:
-    assert PROBES["livenessProbe"]["httpGet"] == {"path": "/ping", "port": "http"}
-    for name in ("startupProbe", "readinessProbe"):
-        assert set(PROBES[name]) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"exec"}
-        assert PROBES[name]["exec"]["command"][:2] == ["preheat", "ready"]
-        assert PROBES[name]["timeoutSeconds"] > 5, "`preheat ready` gives the management API 5 seconds"
+def test_a_cold_start_at_its_slowest_takes_half_of_its_timeout() -> None:
+    """Loading, observing and the proof come on top of what is compiled, and what a timeout ends has published nothing."""
+    config = served()
+    graphs_a_bucket = 2 if config.pt2.shapes.batch_sizes == "dynamic" else len(config.pt2.shapes.batch_sizes)
+    graphs = len(config.pt2.shapes.buckets) * len(config.pt2.targets) * graphs_a_bucket
+    assert config.startupTimeout is not None and config.startupTimeout >= 2 * SECONDS_A_GRAPH * graphs
+
+
+def test_every_probe_asks_whether_the_workers_are_ready() -> None:
+    """/ping says Healthy a second after start, and as long as TorchServe tries to start a worker again."""
+    for probe in PROBES.values():
+        assert set(probe) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"exec"}
+        assert probe["exec"]["command"] == PROBES["readinessProbe"]["exec"]["command"]
+        assert probe["exec"]["command"][:2] == ["preheat", "ready"]
+        assert probe["timeoutSeconds"] > 5, "`preheat ready` gives the management API 5 seconds"
+
+
+def test_a_pod_whose_worker_dies_again_and_again_starts_anew_before_torchserve_gives_up() -> None:
+    probe, patience = PROBES["livenessProbe"], served().maxRetryTimeoutInSec
+    seconds = probe["periodSeconds"] * probe["failureThreshold"]
+    assert patience is not None and RESTART_SECONDS <= seconds < patience
+
+
+def test_the_workers_of_a_pod_share_its_cores() -> None:
+    """A cpu request is no quota: without being told, they count the node's. OMP_NUM_THREADS would be for each of them."""
+    environment = {entry["name"]: entry for entry in CONTAINER["env"]}
+    assert environment[CPUS_VARIABLE]["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
+    assert not {"OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"} & set(environment)
+    assert float(CONTAINER["resources"]["requests"]["cpu"]).is_integer(), "Kubernetes rounds it up"
+
+
+def test_the_image_has_the_environment_that_preheat_serve_gives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (sent,) = [line[1:] for line in DOCKERFILE if line[:1] == ["ENV"]]
+    image = dict(setting.split("=", 1) for setting in sent)
+    given: list[dict[str, str]] = []
+
+    def run(*_: Any, env: dict[str, str], **__: Any) -> subprocess.CompletedProcess[bytes]:
+        given.append(env)
+        return subprocess.CompletedProcess([], 1)
+
+    for name in SHARED_SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(server.subprocess, "run", run)
+    with pytest.raises(server.ServerError):
+        server._launch(tmp_path, tmp_path, None, {})
+    (environment,) = given
+    assert {name: image[name] for name in SHARED_SETTINGS} == {name: environment[name] for name in SHARED_SETTINGS}
+    assert image["TS_DECODE_INPUT_REQUEST"] == "false"
 
 
 def test_a_kubelet_can_ask_ping_which_has_no_token() -> None:
@@ -121,7 +171,7 @@ def test_a_kubelet_can_ask_ping_which_has_no_token() -> None:
     assert "NetworkPolicy/preheat" in MANIFESTS, "without tokens something else must say who may ask"
 
 
-@pytest.mark.parametrize("name", ["startupProbe", "readinessProbe"])
+@pytest.mark.parametrize("name", PROBES)
 def test_the_exec_probes_are_commands_that_exist(name: str, tmp_path: Path) -> None:
     command = PROBES[name]["exec"]["command"]
     done = subprocess.run(

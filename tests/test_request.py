@@ -102,6 +102,21 @@ def test_plain_text_is_a_prompt() -> None:
     assert parse({"body": '{"prompt": "a cat"}'}).prompt == '{"prompt": "a cat"}'
 
 
+PLAIN = "text/plain; charset=utf-8"
+
+
+@pytest.mark.parametrize("body", [b"a cat", bytearray(b"a cat"), "a cat"])
+@pytest.mark.parametrize("content_type", [PLAIN, "TEXT/Plain"])
+def test_text_is_a_prompt_whether_torchserve_decodes_it_or_not(body: object, content_type: str) -> None:
+    assert parse({"body": body}, content_type=content_type).prompt == "a cat"
+
+
+@pytest.mark.parametrize(("body", "says"), [(b"\xff", "is not UTF-8 (byte 0)"), (b"", "is empty")])
+def test_text_that_is_none_is_refused(body: bytes, says: str) -> None:
+    error = refused({"body": body}, content_type=PLAIN)
+    assert error.field == "body" and says in error.message
+
+
 def test_null_is_as_good_as_absent_and_an_empty_prompt_is_a_prompt() -> None:
     request = of(**dict.fromkeys(set(FIELDS) - {"prompt"}), prompt="")
     assert request.prompt == "" and request.num_inference_steps == 7 and request.task == "text-to-image"

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, get_args
 
 from preheat.errors import RequestError
 from preheat.json_text import LONGEST_WHOLE, decoded, from_base64, in_bytes, loads, shown_name
@@ -87,9 +87,10 @@ def parse_row(
 ) -> ImageRequest:
     """The request in one row of a TorchServe batch.
 
-    A row is `{"body": ...}` over REST (a parsed JSON object, text that is the prompt, or bytes of JSON), `{"data": JSON
-    bytes}` over gRPC, or one entry per field (multipart, gRPC map): text as UTF-8, numbers as JSON writes them, images
-    as raw files. Entries beside `body` or `data` add to its fields.
+    A row is `{"body": ...}` over REST (bytes of JSON or, by its content type, of text that is the prompt; either one decoded
+    already, where TS_DECODE_INPUT_REQUEST leaves that to TorchServe), `{"data": JSON bytes}` over gRPC, or one entry per field
+    (multipart, gRPC map): text as UTF-8, numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add
+    to its fields.
 
     Raises:
         RequestError: anything that is not a legal request; nothing else is raised, whatever the row holds.
@@ -97,7 +98,7 @@ def parse_row(
     if content_type is not None and content_type.lower().startswith("application/x-www-form-urlencoded"):
         # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart: JSON arrives as no fields at all.
         raise RequestError("is form-encoded; send JSON with the header Content-Type: application/json", "body")
-    sent = _Sent(_fields_of(row))
+    sent = _Sent(_fields_of(row, is_text=(content_type or "").lower().startswith("text/")))
     prompt = sent.text("prompt", limits.max_prompt_chars)
     if prompt is None:
         raise RequestError("is missing", "prompt")
@@ -248,8 +249,8 @@ def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
 
-def _fields_of(row: object) -> dict[str, object]:
-    """The fields by name, from any of the shapes that TorchServe gives a row."""
+def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
+    """The fields by name, from any of the shapes that TorchServe gives a row; of text, `body` is the prompt."""
     if not isinstance(row, Mapping) or not row:
         # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
         raise RequestError("is empty; send JSON with the header Content-Type: application/json", "body")
@@ -257,7 +258,8 @@ def _fields_of(row: object) -> dict[str, object]:
     for envelope in ("data", "body"):
         if envelope in parts:
             del parts[envelope]
-            inside = _object(row[envelope])
+            body = row[envelope]
+            inside = _object(decoded(bytes(body), "body") if is_text and _is_bytes(body) else body)
             for name in parts:
                 if name in inside:
                     raise RequestError("is given twice, in the JSON and beside it", shown_name(name))
@@ -265,8 +267,12 @@ def _fields_of(row: object) -> dict[str, object]:
     return parts
 
 
+def _is_bytes(body: object) -> TypeGuard[bytes | bytearray | memoryview]:
+    return isinstance(body, bytes | bytearray | memoryview)
+
+
 def _object(body: object) -> dict[str, object]:
-    if isinstance(body, bytes | bytearray | memoryview) and len(body):
+    if _is_bytes(body) and len(body):
         try:
             body = loads(decoded(bytes(body), "body"))
         except ValueError as error:

