@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-from xdist.scheduler import LoadScopeScheduling
 
 from preheat.watch import CompileWatch
 
@@ -13,19 +12,10 @@ from preheat.watch import CompileWatch
 torch.set_num_threads(1)
 
 
-ALONE = ("aot_archive", "cpu_roads", "exact_compiles", "fallback", "modules", "production_config", "shared_cache")
-"""End-to-end tests whose servers share nothing with other files."""
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    from by_server import ByServer  # a machine lent for tests/gpu alone may have no pytest-xdist
 
-
-class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
-    """Which tests stay together in one process of `make test`: those of a file, and end-to-end ones that share a server or its cache."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        file = nodeid.partition("::")[0]
-        return file if file.endswith(tuple(f"/test_{name}.py" for name in ALONE)) else "/".join(file.split("/")[:2])
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByServer:
     return ByServer(config, log)
 
 

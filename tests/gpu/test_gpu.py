@@ -61,32 +61,41 @@ def pixels(answer: Answer) -> Any:
 
 def assert_hot(service: Service) -> None:
     state = service.current_state()
-    assert state.state == "hot" and state.compiles_at_boot > 0
-    assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
-    assert {row["engine"] for row in state.buckets} == {"compiled"}
+    assert state.state == "hot" and state.compiles_at_boot > 0, state
+    assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0), state
+    assert {row["engine"] for row in state.buckets} == {"compiled"}, state.buckets
+
+
+def counted() -> str:
+    """What Dynamo and Inductor counted, for whoever reads a failure on a machine that is gone by then."""
+    return "\n".join(f"{name}: {dict(counters[name])}" for name in ("stats", "graph_break", "inductor", "cudagraphs"))
 
 
 def test_cuda_graphs_are_recorded_in_warm_up_and_only_replayed_afterwards(watch: CompileWatch, model: Path) -> None:
     counters.clear()
     service = start(model, compile={"mode": "reduce-overhead"})
     recorded = watch.events["cudagraph_recording"]
-    assert recorded >= len(BUCKETS)  # else Inductor skipped the graphs, and nothing is shown here
-    assert counters["inductor"]["cudagraph_skips"] == 0
+    assert recorded >= len(BUCKETS), counted()  # else Inductor skipped the graphs, and nothing is shown here
+    assert counters["inductor"]["cudagraph_skips"] == 0, counted()
     for body in ASKED * 3:
         (answer,) = ask(service, body)
         assert answer.engine == "compiled"
     assert {answer.engine for answer in ask(service, *ASKED, *ASKED)} == {"compiled"}
-    assert watch.events["cudagraph_recording"] == recorded
+    assert watch.events["cudagraph_recording"] == recorded, (watch.events, counted())
     assert_hot(service)
 
 
-def test_a_replayed_graph_paints_what_eager_paints(watch: CompileWatch, model: Path) -> None:
+def test_a_replayed_graph_paints_what_eager_paints(
+    watch: CompileWatch, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Replays write into the same memory: an output that is not copied in time would show the next step's."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its roundings are not what is compared here
     compiled = [pixels(answer) for answer in ask(start(model, compile={"mode": "reduce-overhead"}), *ASKED)]
     torch.compiler.set_stance("default")
     eager = [pixels(answer) for answer in ask(start(model, compile={"backend": "eager"}), *ASKED)]
     for mine, theirs in zip(compiled, eager, strict=True):
-        assert np.abs(mine - theirs).max() <= 2
+        difference = np.abs(mine - theirs)
+        assert difference.max() <= 2, f"{difference.max()} of 255, in {(difference > 2).mean():.1%} of the pixels"
 
 
 def test_the_same_seed_is_the_same_picture_whoever_shares_the_batch(watch: CompileWatch, model: Path) -> None:
