@@ -311,7 +311,6 @@ def test_nan_is_no_small_difference(watch: CompileWatch, folder: Path) -> None:
     assert "returns" in str(package.fault((whole[:2],), (whole,))) and "returns" in str(package.fault((), (whole,)))
 
 
-@pytest.mark.parametrize("scope", ["full", "regional"])
 def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
     theirs, name = torch.ones(4, dtype=torch.bfloat16), "unet-0.pt2"
     with caplog.at_level(logging.INFO):
@@ -322,6 +321,7 @@ def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFix
     assert not caplog.messages
 
 
+@pytest.mark.parametrize("scope", ["full", "regional"])
 def test_torch_compile_is_called_only_when_something_falls_to_it(
     watch: CompileWatch, folder: Path, scope: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
