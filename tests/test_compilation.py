@@ -238,6 +238,18 @@ def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkey
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.parametrize(
+    ("device", "ahead", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+)
+def test_on_a_gpu_what_torch_compiles_has_channels_last_weights_and_what_a_package_is_given_has_not(
+    watch: CompileWatch, device: str, ahead: bool, expected: bool
+) -> None:
+    module = Toy()
+    own = {"compile": {"enable": True, "kwargs": {"backend": "eager"}}, "export": {"aot_compile": ahead}}
+    build_router("toy", module, Pt2Config.model_validate(own), torch.float32, torch.device(device))
+    assert module.conv.weight.is_contiguous(memory_format=torch.channels_last) is expected
+
+
 def test_without_a_compiler_convolutions_are_channels_last(watch: CompileWatch) -> None:
     module, inputs = Toy(), sample(2, 4, 8, 8)
     with torch.no_grad():

@@ -81,6 +81,9 @@ def _torch_compile(
     """Nothing is compiled yet, so only bad arguments fail here.
 
     Where packages are expected to serve, `torch.compile` itself is put off to the first call: it imports all of Inductor.
+
+    On a GPU convolutions have channels_last weights. Inductor would change their layout in every call, or, in graphs with a dynamic
+    batch, leave them and their slower kernels (decide_layout_opt in torch/_inductor/graph.py, convolution in kernel/conv.py).
     """
     regional = config.scope == "regional"
     missing = missing_compiler(device, kwargs.get("backend", "inductor"))
@@ -92,6 +95,8 @@ def _torch_compile(
     if config.export.aot_compile:
         compiled = cache(lambda: compile_target(module, forward, kwargs, regional=regional))
         return Road("compiled", lambda *args, **kwargs: compiled()(*args, **kwargs))
+    if device.type == "cuda":
+        _lay_out(module)
     try:
         return Road("compiled", compile_target(module, forward, kwargs, regional=regional))
     except (TypeError, ValueError, RuntimeError) as error:
