@@ -88,8 +88,8 @@ def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dic
 
 
 def _leave_inference_mode(module: nn.Module) -> None:
-    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: diffusers casts an SDXL VAE
-    to float32 in the middle of a request.
+    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: some models register buffers
+    in their forward.
     """
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
