@@ -201,6 +201,9 @@ class ModuleWork:
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
 
+    def unfit(self) -> Mapping[str, int]:
+        return self._engine.unfit
+
     def parse(
         self,
         row: Mapping[str, object],
