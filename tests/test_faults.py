@@ -1,4 +1,4 @@
-"""What one failed allocation leaves behind: nothing. In every stage of every task and in every dtype, on two threads."""
+"""What one failed allocation leaves behind: nothing. In every stage of every task and in every dtype."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def half_served(folder: Path, dtype: str = "bfloat16", **keys: Any) -> Service:
     )
 
 
-def bodies(task: str, count: int = 4) -> list[dict[str, Any]]:
+def bodies(task: str, count: int = 2) -> list[dict[str, Any]]:
     return [TASKS[task] | {"height": 60, "width": 50, "seed": seed} for seed in range(count)]
 
 
@@ -112,13 +112,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", autouse=True)
-def two_threads() -> Iterator[None]:
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(1)
-
-
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     """A hot worker in this dtype, and what it paints without faults."""
@@ -126,7 +119,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults()
         faults.install(patch)
-        service = half_served(folder, request.param)
+        service = half_served(folder, request.param, shapes={"batch_sizes": [1, 2]})
         expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
         yield Bench(service, faults, request.param, expected)
     torch.compiler.set_stance("default")
@@ -141,8 +134,8 @@ def hot(bench: Bench) -> Iterator[Bench]:
     yield bench
     bench.faults.stage = None
     for task in TASKS:
-        answers = ask(bench.service, *bodies(task))
-        assert_like(bench, task, answers)
+        answers = ask(bench.service, *bodies(task, 1))
+        assert np.abs(pictures(answers)[0] - bench.expected[task][0]).max() <= TOLERANCE[bench.dtype]
         assert {answer.engine for answer in answers} == {"compiled"}
     state = bench.service.current_state()
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (0, 0, 0)
@@ -154,26 +147,19 @@ def assert_like(bench: Bench, task: str, answers: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize(("task", "stage"), IN_STAGES)
-def test_a_batch_that_does_not_fit_is_split_and_never_painted_twice_again(hot: Bench, task: str, stage: str) -> None:
-    hot.faults.stage, hot.faults.most_rows = stage, 2
-    hot.faults.runs.clear()
+def test_what_does_not_fit_is_split_or_a_507_and_never_painted_twice_again(hot: Bench, task: str, stage: str) -> None:
+    faults = hot.faults
+    faults.stage, faults.most_rows, faults.runs = stage, 1, []
     assert_like(hot, task, ask(hot.service, *bodies(task)))
-    assert [rows for rows, _ in hot.faults.runs] == [4, 2, 2]
-    assert hot.service.current_state().unfit == {f"64x64, {task}, guidance": 4}
-    hot.faults.runs.clear()
+    assert [rows for rows, _ in faults.runs] == [2, 1, 1]
+    assert hot.service.current_state().unfit == {f"64x64, {task}, guidance": 2}
+    faults.runs = []
     assert_like(hot, task, ask(hot.service, *bodies(task)))
-    steps = hot.faults.runs[0][1]
-    assert hot.faults.runs == [[2, steps], [2, steps]], "row-steps are those of four pictures"
-
-
-@pytest.mark.parametrize(("task", "stage"), IN_STAGES)
-def test_what_does_not_fit_alone_is_a_507_and_the_next_request_is_served(hot: Bench, task: str, stage: str) -> None:
-    hot.faults.stage, hot.faults.most_rows = stage, 0
+    steps = faults.runs[0][1]
+    assert faults.runs == [[1, steps], [1, steps]], "row-steps are those of two pictures"
+    faults.most_rows = 0
     (answer,) = hot.service.run([hot.service.parse({"body": {"prompt": "a cat"} | bodies(task)[0]})])
     assert isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
-    hot.faults.stage = None
-    (again,) = ask(hot.service, bodies(task)[0])
-    assert not answer.pictures and again.pictures
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -188,12 +174,12 @@ def test_a_picture_that_cannot_be_encoded_is_that_requests_507(
         return encode(picture, output_format)
 
     monkeypatch.setattr(images, "encode", failing)
-    forms = ["png", "webp", "png", "png"]
+    forms = ["png", "webp"]
     answers = ask(
         hot.service, *(body | {"output_format": form} for body, form in zip(bodies(task), forms, strict=True))
     )
     responses = hot.service.respond(answers)
-    assert [response.code for response in responses] == [200, 507, 200, 200]
+    assert [response.code for response in responses] == [200, 507]
     assert b"OutOfMemory" in responses[1].body and b"webp" in responses[1].body
 
 
@@ -207,20 +193,20 @@ def test_the_vae_keeps_the_dtype_and_the_weights_that_it_has(hot: Bench) -> None
     assert {dtype for dtype, _ in before.values()} == {torch.bfloat16 if hot.dtype == "bfloat16" else torch.float32}
 
 
-@pytest.mark.parametrize("batch_sizes", [[1, 2, 4], "dynamic"])
-@pytest.mark.parametrize("stage", ["step", "decode"])
+@pytest.mark.parametrize(("batch_sizes", "stage"), [([1, 2, 4], "decode"), ("dynamic", "step")])
 def test_a_batch_size_that_does_not_fit_in_warm_up_is_not_served_and_nothing_turns_eager(
     watch: CompileWatch, folder: Path, batch_sizes: Any, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     faults = Faults(stage, 2)
     faults.install(monkeypatch)
-    service = half_served(folder, shapes={"batch_sizes": batch_sizes})
+    tasks = ["text-to-image", "inpainting"]
+    service = half_served(folder, shapes={"batch_sizes": batch_sizes}, pipeline={"tasks": tasks})
     state = service.current_state()
     smallest = 4 if batch_sizes != "dynamic" else 3
-    assert state.unfit == {f"64x64, {task}, guidance": smallest for task in TASKS}
+    assert state.unfit == {f"64x64, {task}, guidance": smallest for task in tasks}
     assert {(row["engine"], row["reason"]) for row in state.buckets} == {("compiled", "")}
     faults.runs.clear()
-    answers = ask(service, *bodies("text-to-image"))
+    answers = ask(service, *bodies("text-to-image", 4))
     assert [rows for rows, _ in faults.runs] == [2, 2] and {answer.engine for answer in answers} == {"compiled"}
 
 
