@@ -14,12 +14,15 @@ import pytest
 import torch
 from torch import nn
 
+import old_folders
 from preheat import aot
+from preheat.aot_build import Rehearsal
 from preheat.compilation import Inputs, Phase, Router
 from preheat.config import ModelConfig, Pt2Config
-from preheat.errors import ConfigError
-from preheat.exporting import fault
+from preheat.errors import AheadError, ConfigError
+from preheat.exporting import export, fault
 from preheat.roads import build_router
+from preheat.state import StatusFile
 from preheat.trust import Trust
 from preheat.watch import CompileWatch, forbid_compiling
 
@@ -369,3 +372,53 @@ def test_calls_that_differ_in_more_than_the_batch_get_packages_of_their_own() ->
 def test_a_strategy_without_a_list_of_shapes_is_refused(strategy: str) -> None:
     with pytest.raises(ConfigError, match="pt2.export.aot_compile"):
         ModelConfig.parse({"pt2": {"export": {"aot_compile": True}, "shapes": {"strategy": strategy}}})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(dtype: str, tmp_path: Path) -> None:
+    """Its VAE says `force_upcast`: the calls that are kept have the dtype that the module has afterwards too."""
+    old_folders.sdxl(tmp_path / "model")
+    names = ("unet", "vae.decoder", "vae.encoder")
+    config = {
+        "batchSize": 2,
+        "pt2": {
+            "compile": {"enable": True},
+            "targets": names,
+            "shapes": {"buckets": [[64, 64]], "batch_sizes": [1, 2]},
+        },
+        "pipeline": {"dtype": dtype, "guidance": "on", "tasks": ["text-to-image", "image-to-image"]},
+    }
+    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
+    for wanted in rehearsal._wanted:
+        export(rehearsal._work.target(wanted.target), wanted.plan.inputs, wanted.plan.dims)
+    assert sorted(wanted.target for wanted in rehearsal._wanted) == sorted(names), (
+        "one package each: batches are sliced"
+    )
+
+
+def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    old_folders.sdxl(tmp_path / "model")
+    shapes = {"buckets": [[64, 64]], "batch_sizes": [1]}
+    config = {"pt2": {"compile": {"enable": True}, "shapes": shapes}, "pipeline": {"tasks": ["text-to-image"]}}
+    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
+    monkeypatch.setattr(aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package"))
+    with pytest.raises(AheadError, match="^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"):
+        rehearsal.build(tmp_path / "aot")
+    assert not (tmp_path / "aot" / aot.INDEX).exists()
+
+
+def test_what_was_built_is_tried_with_the_modules_own_weights(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, _ = made(None)
+    plan = aot.Plan(inputs(MOST_ROWS), aot.Entry.parse(index_of(built)["packages"][0]).dims)
+    entry = aot.describe(built / "toy.pt2", "toy", ["64x64"], plan)
+    aot.check(module, plan, built / "toy.pt2", entry, CPU)
+    monkeypatch.setattr(Toy, "forward", lambda *args, **kwargs: (torch.ones(MOST_ROWS, 4, 8, 8),))
+    with pytest.raises(RuntimeError, match="differs from eager"):
+        aot.check(module, plan, built / "toy.pt2", entry, CPU)
+
+
+def index_of(folder: Path) -> dict[str, Any]:
+    document: dict[str, Any] = json.loads((folder / aot.INDEX).read_text())
+    return document

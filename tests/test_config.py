@@ -389,6 +389,11 @@ BAD = [
     ("pt2: {scope: whole}", "pt2.scope", "must be 'full' or 'regional', got 'whole'"),
     ("pt2: {on_failure: true}", "pt2.on_failure", "must be 'eager' or 'fail', got true"),
     ("pt2: {shapes: }", "pt2.shapes", "must be a mapping (key: value), got nothing"),
+    (
+        "pt2: {compile: {enable: true, options: {freezing: true}}, export: {aot_compile: true}}",
+        "pt2.compile.options.freezing",
+        "packages compiled ahead of time hold none; leave it out",
+    ),
     ("pt2: {export: {aot_compile: 1}}", "pt2.export.aot_compile", "must be true or false, got 1"),
     ("pt2: {debug: {guards: 'yes'}}", "pt2.debug.guards", "must be true or false, got 'yes'"),
     ("pt2: {cache: {key: ''}}", "pt2.cache.key", "must not be empty, got ''"),

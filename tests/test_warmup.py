@@ -226,3 +226,30 @@ def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
     server.warmup.warm(VARIANTS)
     assert {(record.engine, record.reason) for record in server.warmup.records} == {("eager", None)}
     assert server.router.run.fallen == 0
+
+
+def test_only_the_target_that_compiled_again_is_given_up(watch: CompileWatch) -> None:
+    """The decoder's graph is recorded once more in the replay; the denoiser, which ran in the same variant, stays compiled."""
+    server, decoder = Server(watch), Denoiser()
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}})
+    other = build_router("vae.decoder", decoder, config, torch.float32, torch.device("cpu"))
+
+    def serve(variant: Variant) -> None:
+        server.serve(variant)
+        other.start_run()
+        with torch.inference_mode():
+            decoder(torch.zeros(1, 1, variant.bucket.height, variant.bucket.width))
+
+    warmup = Warmup(serve, {"unet": server.router, "vae.decoder": other}, watch, on_failure="eager")
+    warmup.warm(VARIANTS)
+    plain = other._fast
+    assert plain is not None
+
+    def restless(*args: Any) -> Any:
+        watch.events["cudagraph_recording"] += 1
+        return plain(*args)
+
+    other._fast = restless
+    assert warmup.prove(VARIANTS) == 2, "in each bucket once: then it is eager"
+    engines = {(record.target, record.engine) for record in warmup.records}
+    assert ("unet", "eager") not in engines and ("vae.decoder", "eager") in engines

@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from preheat.compilation import DynamicDims, EngineName, Inputs, Router, tensor_shapes
 from preheat.errors import Untrusted
-from preheat.exporting import call_key, export, fault, tensors
+from preheat.exporting import call_key, export, fault, own_forward, tensors
 from preheat.trust import Trust
 from preheat.watch import eagerly
 
@@ -168,6 +168,22 @@ def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str
         )
 
 
+def check(module: nn.Module, made: Plan, path: Path, entry: Entry, device: torch.device) -> None:
+    """Load a package that was just built, and run it on the call that it was made for.
+
+    Raises:
+        LookupError, RuntimeError: a worker could not use it.
+    """
+    package = Package(entry, path.read_bytes(), module, device)
+    args, kwargs = made.inputs
+    with torch.inference_mode():
+        result = package(*args, **kwargs)
+        with eagerly(), own_forward(module):
+            why = package.fault(result, module(*args, **kwargs))
+    if why is not None:
+        raise RuntimeError(why)
+
+
 def describe(path: Path, target: str, buckets: Sequence[str], made: Plan) -> Entry:
     """The index entry of a package that was just made."""
     content = path.read_bytes()
@@ -250,6 +266,7 @@ def _options(compile_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     options |= dict(compile_kwargs.get("options") or {})
     options.pop("triton.cudagraphs", None)  # AOTInductor records none
     return options | {
+        "freezing": False,  # the environment can ask for it too (TORCHINDUCTOR_FREEZING), and no package holds weights
         "aot_inductor.package_constants_in_so": False,
         "always_keep_tensor_constants": True,  # else weights of eight numbers or fewer are written into the code
         "cpp.dynamic_threads": True,  # the worker's number of threads, not the builder's

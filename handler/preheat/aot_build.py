@@ -23,12 +23,14 @@ from preheat import aot
 from preheat.compilation import Phase
 from preheat.config import ModelConfig
 from preheat.device import any_device, attention_backend, pick_device, share_cpu
-from preheat.errors import PreheatError
+from preheat.errors import AheadError, PreheatError
 from preheat.service import Service
 from preheat.state import Phase as StatePhase
 from preheat.state import StatusFile
 from preheat.trust import Trust
 from preheat.warmup import Warmable
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -56,12 +58,29 @@ class Rehearsal(Service):
                 bucket = each.buckets[0]
                 progress.update(bars[bucket], description=f"{bucket} {each.target}")
                 path = folder / f"{each.target}-{bucket}-{len(entries)}.pt2"
-                with attention_backend(self.config.pt2.attention):
-                    module = self._work.target(each.target)
-                    aot.build(module, each.plan, path, self.config.pt2.compile.kwargs)
-                entries.append(aot.describe(path, each.target, each.buckets, each.plan))
+                entries.append(self._built(each, path))
                 progress.update(bars[bucket], advance=1, description=bucket)
         aot.write_index(folder, self.state.fingerprint, entries, Trust.resolve(self.config.pt2.cache.trust))
+
+    def _built(self, each: Wanted, path: Path) -> aot.Entry:
+        """One package, built and tried.
+
+        Raises:
+            AheadError: the compiler fails on it, or a worker could not use it.
+        """
+        module = self._work.target(each.target)
+        try:
+            with attention_backend(self.config.pt2.attention):
+                aot.build(module, each.plan, path, self.config.pt2.compile.kwargs)
+                entry = aot.describe(path, each.target, each.buckets, each.plan)
+                aot.check(module, each.plan, path, entry, self._device)
+        except Exception as error:  # the exporter's and the compiler's failures are of any type
+            logger.debug("%s", path.name, exc_info=True)
+            first_line = next(iter(str(error).strip().splitlines()), "")
+            raise AheadError(
+                f"no package can be made of {each.target} in {' and '.join(each.buckets)}: {type(error).__name__}: {first_line}"
+            ) from error
+        return entry
 
     def _attach_packages(self, folder: Path, trust: Trust) -> None:
         """They are about to be made."""

@@ -23,6 +23,9 @@ from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RunErro
 
 logger = logging.getLogger(__name__)
 
+_MOST_KINDS = 256
+"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the clients' own."""
+
 Exactness = Literal["bitwise", "rounding", "padded"]
 """How equal an answer is to the same request's alone: to the last bit, within rounding, or a little changed by its padding."""
 
@@ -115,6 +118,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         )
         if shapes.invariant:
             self._batch_sizes = (max(self._batch_sizes),)
+        self.unfit: dict[str, int] = {}
+        """By kind of run, the smallest batch size that has not fitted into memory, though there is a smaller one."""
 
     @abstractmethod
     def _job(self, answer: AnswerT) -> Queued:
@@ -126,6 +131,10 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
 
     @abstractmethod
     def _rows(self, answer: AnswerT) -> Sequence[RowT]: ...
+
+    @abstractmethod
+    def _kind(self, answer: AnswerT) -> str:
+        """What decides, beside the number of rows, how much memory this answer's runs take."""
 
     @abstractmethod
     def _run_chunk(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> None:
@@ -164,9 +173,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             self._run_rows(rows, self._batch_sizes)
 
     def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
-        """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller ones."""
-        start = 0
-        for size in split_rows(batch_sizes, len(rows)):
+        """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller ones, and so is its like."""
+        start, kind = 0, self._kind(rows[0][0])
+        for size in split_rows(self._fitting(kind, batch_sizes), len(rows)):
             chunk = rows[start : start + size]
             start += size
             try:
@@ -179,9 +188,24 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             release_memory(self._device)
             smaller = [other for other in batch_sizes if other < size]
             if smaller:
+                self._remember(kind, size)
                 self._run_rows(chunk, smaller)
             for answer, _ in () if smaller else chunk:
                 answer.error = OutOfMemory(self._too_large(answer))
+
+    def _fitting(self, kind: str, batch_sizes: Sequence[int]) -> Sequence[int]:
+        """Those that have not failed for want of memory; the smallest is always tried."""
+        unfit = self.unfit.get(kind)
+        fitting = [size for size in batch_sizes if unfit is None or size < unfit]
+        return fitting or [min(batch_sizes)]
+
+    def _remember(self, kind: str, size: int) -> None:
+        self.unfit[kind] = min(size, self.unfit.get(kind, size))
+        logger.error(
+            "%s: %d rows do not fit into memory; from now on it runs in smaller batches", kind, self.unfit[kind]
+        )
+        if len(self.unfit) > _MOST_KINDS:
+            del self.unfit[next(iter(self.unfit))]
 
     @abstractmethod
     def _too_large(self, answer: AnswerT) -> str:
@@ -191,8 +215,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         self, call: Callable[[], T], *, num_rows: int, num_real_rows: int, planned_eager: bool
     ) -> tuple[T, RunReport]:
         """What `call`, one run of the model, gives under the served global state, and how it ran; the report is told."""
+        smallest = num_rows <= min(self._batch_sizes)
         for router in self._routers.values():
-            router.start_run(planned_eager=planned_eager)
+            router.start_run(planned_eager=planned_eager, smallest=smallest)
         started = time.perf_counter()
         # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
         with torch.inference_mode(), attention_backend(self._attention):

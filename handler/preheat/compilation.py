@@ -194,6 +194,7 @@ class Run:
     """What one run of the pipeline met at this target."""
 
     planned_eager: bool = False  # outside every bucket on purpose (`oversize: eager`)
+    smallest: bool = True  # no smaller batch could be tried instead
     engines: set[EngineName] = field(default_factory=set)
     incidents: int = 0  # calls with an unforeseen shape or guard, served eagerly
     fallen: int = 0  # calls that warm-up had found no engine for
@@ -240,6 +241,11 @@ class Router:
         self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
         self.ahead: list[Ahead] = []
         self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
+        self.recompiled: dict[
+            Signature, Route
+        ] = {}  # calls of the proof that met a compile event, since `start_variant`
+        self.num_events: Callable[[], int] = lambda: 0  # compile events of the process, where somebody counts them
+        self._captured = False  # whether Dynamo has made a graph of it
         self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
         self._forward, self._fast, self._make, self._fault = forward, fast, make, fault
         self._shape_bound, self._cuda_graphs = shape_bound or fast is None, cuda_graphs
@@ -258,10 +264,10 @@ class Router:
         return self._fast is not None and self._shape_bound and not (self.ahead and self.ahead_reason is None)
 
     def start_variant(self) -> None:
-        self.visited = {}
+        self.visited, self.recompiled = {}, {}
 
-    def start_run(self, *, planned_eager: bool = False) -> None:
-        self.run = Run(planned_eager)
+    def start_run(self, *, planned_eager: bool = False, smallest: bool = True) -> None:
+        self.run = Run(planned_eager, smallest)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if self.idle and self.phase is not Phase.OBSERVE:
@@ -276,6 +282,8 @@ class Router:
         route = self.routes.get(key)
         if self.phase is Phase.WARM:
             return self._warm(key, route, args, kwargs)
+        if self.phase is Phase.PROVE:
+            return self._prove(key, args, kwargs)
         return self._serve(key, route, args, kwargs)
 
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -342,6 +350,8 @@ class Router:
             try:
                 self._faults[ahead.name] = ahead.fault(ahead(*args, **kwargs), expected)
             except RuntimeError as error:
+                if self._is_the_runs(error):
+                    raise
                 self._faults[ahead.name] = f"{type(error).__name__}: {error}".strip()
             if self._faults[ahead.name] is not None:
                 logger.error("%s: %s is not used: %s", self.name, ahead.name, self._faults[ahead.name])
@@ -358,6 +368,8 @@ class Router:
         try:
             ahead = self._make((args, kwargs), self.dims)
         except Exception as error:  # the exporter's and the converter's failures are of any type
+            if self._is_the_runs(error):
+                raise
             logger.exception("%s: %s failed, this shape stays eager", self.name, self.engine)
             return None, f"{self.engine}: {type(error).__name__}: {error}".strip()
         self.ahead.append(ahead)
@@ -375,10 +387,14 @@ class Router:
             try:
                 result = self._run_fast(args, kwargs)
             except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+                self._captured |= graphs != num_graphs()
+                if self._is_the_runs(error):
+                    raise
                 reason = f"{type(error).__name__}: {error}".strip()
                 logger.exception("%s: %s failed, this shape stays eager", self.name, self.engine)
             else:
-                if graphs == num_graphs() and self._compiled_nothing_yet():
+                self._captured |= graphs != num_graphs()
+                if self._shape_bound and not self._captured:
                     reason = "torch.compile produced no graph for this module"
                     logger.error("%s: %s; this shape stays eager", self.name, reason)
                 elif self._fault is not None and (fault := self._fault(result, self._eager(args, kwargs))) is not None:
@@ -395,8 +411,17 @@ class Router:
         self.routes[key] = self.visited[key] = route
         return self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
 
-    def _compiled_nothing_yet(self) -> bool:
-        return self._shape_bound and not any(route.engine == self.engine for route in self.routes.values())
+    def _is_the_runs(self, error: Exception) -> bool:
+        """Whether a failure in warm-up says nothing of the compiled code: a smaller batch may fit, and that is served instead."""
+        return is_device_lost(error) or (is_out_of_memory(error) and not self.run.smallest)
+
+    def _prove(self, key: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """As a request would be served, and note if it compiled."""
+        events = self.num_events()
+        result = self._serve(key, self.routes.get(key), args, kwargs)
+        if self.num_events() != events and key in self.visited:
+            self.recompiled[key] = self.visited[key]
+        return result
 
     def _serve(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self.run.planned_eager:

@@ -188,6 +188,11 @@ class Pt2Config(Section):
                 f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; use buckets or fixed",
                 "pt2.export.aot_compile",
             )
+        if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):
+            raise ConfigError(
+                "freezes weights into the code, and packages compiled ahead of time hold none; leave it out",
+                "pt2.compile.options.freezing",
+            )
         return self
 
     @field_validator("targets")

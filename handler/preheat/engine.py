@@ -218,6 +218,11 @@ class Engine(Batcher[Answer, Row]):
     def _rows(self, answer: Answer) -> list[Row]:
         return answer.job.rows()
 
+    def _kind(self, answer: Answer) -> str:
+        plan, request = answer.job.plan, answer.job.request
+        how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
+        return ", ".join([str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])])
+
     def _too_large(self, answer: Answer) -> str:
         return f"painting {answer.job.plan.bucket} does not fit into memory"
 

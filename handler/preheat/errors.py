@@ -8,6 +8,7 @@
     │   ├── OutOfMemory          507: not even alone does it fit
     │   └── PipelineFailure      500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
+    ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
     ├── PipelineError    a pipeline folder cannot be served
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
@@ -82,6 +83,10 @@ class PipelineFailure(RunError):
 
 class ArchiveError(PreheatError):
     """A model folder that cannot be packaged."""
+
+
+class AheadError(PreheatError):
+    """A target that cannot be compiled ahead of time, or not so that a worker could load it."""
 
 
 class WarmupError(PreheatError):

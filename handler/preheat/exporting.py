@@ -24,7 +24,7 @@ dtype add up to, on both sides (bfloat16 on a small UNet: 0.04); other weights o
 def export(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> torch.export.ExportedProgram:
     """The graph of `module` for these inputs, which are left alone; `dims` names at most one number that varies."""
     # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that mode.
-    with torch.inference_mode(False), torch.no_grad(), _own_forward(module), eagerly():  # regional blocks are wrapped
+    with torch.inference_mode(False), torch.no_grad(), own_forward(module), eagerly():  # regional blocks are wrapped
         _leave_inference_mode(module)
         args, kwargs = map_tensors(inputs[0], torch.clone), map_tensors(inputs[1], torch.clone)
         shapes = _dynamic_shapes(module, inputs, dims)
@@ -97,8 +97,8 @@ def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dic
 
 
 def _leave_inference_mode(module: nn.Module) -> None:
-    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: diffusers casts an SDXL VAE
-    to float32 in the middle of a request.
+    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: some models register buffers
+    in their forward.
     """
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):
@@ -110,7 +110,7 @@ def _leave_inference_mode(module: nn.Module) -> None:
 
 
 @contextmanager
-def _own_forward(module: nn.Module) -> Iterator[None]:
+def own_forward(module: nn.Module) -> Iterator[None]:
     """The module without the router that stands in for its forward."""
     router = module.__dict__.pop("forward", None)
     try:

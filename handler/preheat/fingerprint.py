@@ -6,13 +6,20 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+import preheat
+
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
+_PASSING = {"_name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
+"""Keys of a component's config: where its folder lies today and who wrote it, and a list that diffusers makes of a set, in an order
+that is another one in each process (configuration_utils.py, register_to_config)."""
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapping[str, Any]) -> str:
@@ -22,16 +29,32 @@ def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapp
         device: where the code runs.
         config: the part of the model YAML that decides what is compiled, as plain data.
         structure: classes and configs of the pipeline's components.
+
+    It is the same in every process: whatever stands in `config` and `structure` for that process alone is left out.
     """
     facts = {
         "device": _device_facts(device),
         "versions": {name: _version(name) for name in _PACKAGES} | {"cuda": torch.version.cuda},
+        "preheat": preheat.__version__,
         "python": platform.python_version(),
         "libc": platform.libc_ver(),  # shared objects built against a newer one do not load
-        "config": config,
-        "structure": structure,
+        "config": settled(config),
+        "structure": settled(structure),
     }
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def settled(value: Any) -> Any:
+    """Plain data that says what `value` does and is equal in every process: no places, no addresses, sets in order."""
+    if isinstance(value, Mapping):
+        return {str(key): settled(item) for key, item in value.items() if key not in _PASSING}
+    if isinstance(value, (list, tuple)):
+        return [settled(item) for item in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(str(settled(item)) for item in value)
+    if value is None or isinstance(value, (bool, int, float)):
+        return value
+    return _ADDRESS.sub("", str(value))
 
 
 def _device_facts(device: torch.device) -> list[str]:

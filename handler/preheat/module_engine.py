@@ -141,6 +141,9 @@ class ModuleEngine(Batcher[Answer, Job]):
     def _rows(self, answer: Answer) -> list[Job]:
         return [answer.job]
 
+    def _kind(self, answer: Answer) -> str:
+        return str(answer.job.bucket)
+
     def _too_large(self, answer: Answer) -> str:
         return f"bucket {answer.job.bucket} does not fit into memory"
 

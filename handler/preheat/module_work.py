@@ -120,7 +120,6 @@ class ModuleWork:
         """Classes and settings of every module in it, the shapes of its weights, and its transformers config."""
         config: Any = getattr(self._module, "config", None)
         settings = config.to_dict() if hasattr(config, "to_dict") else {}
-        settings.pop("_name_or_path", None)  # where the folder lies today
         weights = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._module.state_dict().items()}
         return {"module": repr(self._module), "config": settings, "weights": weights}
 
@@ -201,6 +200,9 @@ class ModuleWork:
 
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
+
+    def unfit(self) -> Mapping[str, int]:
+        return self._engine.unfit
 
     def parse(
         self,

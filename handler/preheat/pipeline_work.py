@@ -140,6 +140,9 @@ class PipelineWork:
     def measure_padding(self) -> Mapping[str, Any]:
         return {}  # the canvas that is painted is the bucket: there is no picture without padding to compare with
 
+    def unfit(self) -> Mapping[str, int]:
+        return self._engine.unfit
+
     def parse(
         self,
         row: Mapping[str, object],

@@ -43,6 +43,7 @@ class Family:
         guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to the model as a number.
         patch: latent cells a side that the denoiser packs into one token; a bucket must be a multiple of VAE scale x patch.
         size_conditioning: the denoiser is told sizes (SDXL micro-conditioning, arXiv 2307.01952, section 2.2).
+        upcasts: its pipelines obey the VAE's `force_upcast`; diffusers' others ignore it.
     """
 
     name: str
@@ -50,10 +51,11 @@ class Family:
     guidance: Literal["cfg", "embedded"]
     patch: int
     size_conditioning: bool = False
+    upcasts: bool = False
 
 
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionXLPipeline": Family("sdxl", "unet", "cfg", patch=1, size_conditioning=True),
+    "StableDiffusionXLPipeline": Family("sdxl", "unet", "cfg", patch=1, size_conditioning=True, upcasts=True),
     "StableDiffusionPipeline": Family("sd", "unet", "cfg", patch=1),
     "StableDiffusion3Pipeline": Family("sd3", "transformer", "cfg", patch=2),
     "FluxPipeline": Family("flux", "transformer", "embedded", patch=2),
@@ -144,6 +146,7 @@ class DiffusionPipeline:
         _replace_scheduler(pipe, config.scheduler)
         if config.fused_lora is not None:
             _fuse_lora(pipe, config.fused_lora)
+        _steady_vae(pipe.vae, upcast=family.upcasts)
         pipe.to(device)
         return cls(pipe, family, config)
 
@@ -193,7 +196,6 @@ class DiffusionPipeline:
             if isinstance(component, nn.Module):
                 config = getattr(component, "config", {})
                 settings = config.to_dict() if hasattr(config, "to_dict") else dict(config)
-                settings.pop("_name_or_path", None)  # where the folder lies today
                 parts[name] = [type(component).__name__, settings]
             elif component is not None:
                 parts[name] = type(component).__name__
@@ -249,18 +251,12 @@ class DiffusionPipeline:
     def _fit_colours(self) -> LatentColours:
         """How this VAE's latents look. Runs its encoder, so it comes before routers stand in for anything."""
         vae, colours = self._pipe.vae, plain_colours()
-        dtype = vae.dtype
-        upcast = dtype == torch.float16 and vae.config.force_upcast  # SDXL's overflows, as its pipelines know too
         side = _COLOUR_CELLS * int(self._pipe.vae_scale_factor)
         with torch.no_grad():
-            if upcast:
-                vae.to(torch.float32)
             plain = (2 * colours - 1).to(vae.device, vae.dtype)[:, :, None, None].expand(-1, -1, side, side)
             encoded = vae.encode(plain)
             # (colours, channels, cells, cells); AutoencoderTiny (TAESD) has no distribution
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-            if upcast:
-                vae.to(dtype)
             inner = latents[:, :, 2:-2, 2:-2]  # away from the border, where the encoder sees its own padding
             return LatentColours.fit(_as_denoised(inner, vae.config).float().mean((2, 3)), colours)
 
@@ -294,6 +290,27 @@ def _weight_variant(folder: Path) -> str | None:
     """`fp16` for a folder that holds only half-precision files (`*.fp16.safetensors`)."""
     files = list(folder.glob("*/*.safetensors"))
     return "fp16" if files and all(".fp16." in file.name for file in files) else None
+
+
+def _steady_vae(vae: Any, *, upcast: bool) -> None:
+    """Give the VAE the dtype and the batch that it keeps: one picture at a time, whatever the run's batch is.
+
+    SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a call, and an exception in between
+    leaves it half-way. Its float16 alone overflows, so there it is float32 for good, and tensors are cast, which nothing can undo.
+    Slicing is also what lets a batch fit that was painted but could not be decoded, and one graph serve every batch size.
+    """
+    if hasattr(vae, "use_slicing"):
+        vae.enable_slicing()
+    if not (upcast and getattr(vae.config, "force_upcast", False)):
+        return
+    vae.register_to_config(force_upcast=False)
+    if vae.dtype == torch.float16:
+        vae.to(torch.float32)
+        vae.encode, vae.decode = _in_float32(vae.encode), _in_float32(vae.decode)
+
+
+def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda tensor, *args, **kwargs: call(tensor.float(), *args, **kwargs)
 
 
 def _replace_scheduler(pipe: Any, name: str | None) -> None:

@@ -146,6 +146,7 @@ class Service:
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
+        self.state.unfit = dict(self._work.unfit())
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 

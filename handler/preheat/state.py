@@ -32,6 +32,9 @@ class ServerState:
     buckets: list[Mapping[str, Any]] = field(default_factory=list)
     """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
     engine, warm_seconds, cache, reason."""
+    unfit: Mapping[str, int] = field(default_factory=dict)
+    """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did not fit into memory. Such runs are
+    split into smaller ones."""
     padding: Mapping[str, Any] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` (or words) and `exact`, the header's word; empty for a pipeline."""
     warnings: list[str] = field(default_factory=list)

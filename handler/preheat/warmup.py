@@ -98,6 +98,8 @@ class Warmup:
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
         self._own_folder = own_folder
         self._records: dict[tuple[Size, int, str], Record] = {}
+        for router in routers.values():
+            router.num_events = lambda: watch.num_events
 
     @property
     def records(self) -> list[Record]:
@@ -191,13 +193,14 @@ class Warmup:
             router.phase = phase
 
     def _give_up(self, why: str | None) -> bool:
-        """Turn the shapes at fault in the last replay into eager ones."""
-        found = False
+        """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled, or all where no call did."""
+        found, known = False, any(router.recompiled for router in self._routers.values())
         for router in self._routers.values():
             for key, route in list(router.visited.items()):
+                at_fault = why is not None and (key in router.recompiled or not known)
                 if route.engine == "eager" and router.routes.get(key) != route:
                     router.routes[key], found = route, True
-                elif why is not None and route.engine != "eager":
+                elif at_fault and route.engine != "eager":
                     router.routes[key] = router.visited[key] = Route("eager", why)
                     found = True
         return found

@@ -65,6 +65,9 @@ class Work(Protocol):
     def measure_padding(self) -> Mapping[str, Any]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a question."""
 
+    def unfit(self) -> Mapping[str, int]:
+        """By kind of run, the smallest batch size that has not fitted into memory."""
+
     def parse(
         self,
         row: Mapping[str, object],

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import old_folders
 from preheat import tiny
 from preheat.archiving import build_archive
 from served import CACHE, CONFIG, Served, serving
@@ -16,6 +17,12 @@ from served import CACHE, CONFIG, Served, serving
 def tiny_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny SDXL pipeline folder."""
     return tiny.build("sdxl", tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="session")
+def old_sdxl(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same as an older diffusers wrote it, with half-precision weights."""
+    return old_folders.sdxl(tmp_path_factory.mktemp("old") / "model")
 
 
 @pytest.fixture(scope="session")

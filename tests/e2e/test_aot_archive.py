@@ -33,16 +33,16 @@ CONFIG: dict[str, Any] = {
         "shapes": {"buckets": BUCKETS, "batch_sizes": "dynamic"},
         "on_failure": "fail",
     },
-    "pipeline": {"dtype": "float32", "defaults": {"num_inference_steps": 3}},
+    "pipeline": {"dtype": "bfloat16", "defaults": {"num_inference_steps": 3}},
 }
 
 
 @pytest.fixture(scope="module")
-def archive(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def archive(old_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("aot")
     config = folder / "ahead.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
-    return build_archive(config, tiny_sdxl, output=folder / "archives", archive_format="no-archive", aot=True)
+    return build_archive(config, old_sdxl, output=folder / "archives", archive_format="no-archive", aot=True)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +68,10 @@ def test_every_row_is_ahead_of_time_and_nothing_was_compiled(ahead: Served) -> N
     assert state["state"] == "hot" and state["compiles_at_boot"] == 0
 
 
-def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served, tiny_sdxl: Path) -> None:
+def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served, old_sdxl: Path) -> None:
     data = {**CONFIG, "pt2": {**CONFIG["pt2"], "compile": {"enable": False}}}
     config = ModelConfig.parse(data)
-    eager = Service(config, tiny_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
+    eager = Service(config, old_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
     for height, width in BUCKETS:
         for num_images in (1, 2, 3, 4):
             for scale in (0.0, 5.0):
@@ -99,7 +99,7 @@ def test_headers_name_the_engine(ahead: Served) -> None:
     assert ahead.client.predict({"prompt": "a", "height": 64, "width": 64}).headers["x-preheat-engine"] == "aot"
 
 
-def test_an_archive_from_another_machine_is_compiled_and_says_why(archive: Path, tiny_sdxl: Path) -> None:
+def test_an_archive_from_another_machine_is_compiled_and_says_why(archive: Path, old_sdxl: Path) -> None:
     """The archive's own YAML and folder with one fact of the fingerprint changed; compiled by Dynamo's `eager` backend."""
     data = yaml.safe_load((archive / "ahead.yaml").read_text())
     data["pt2"]["compile"]["backend"] = "eager"

@@ -1,4 +1,4 @@
-"""Two workers start cold on one shared cache under a real TorchServe: one compiles, the other loads what it made."""
+"""Two workers of an older folder start cold on one shared cache under a real TorchServe: one compiles, the other loads what it made."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ pt2:
   shapes: {buckets: [[64, 64]], batch_sizes: [1]}
   cache: {shared: SHARED, key: pair}
 pipeline:
+  dtype: bfloat16
   guidance: "off"
   tasks: [text-to-image]
   defaults: {num_inference_steps: 2}
@@ -30,11 +31,11 @@ pipeline:
 
 
 @pytest.fixture(scope="module")
-def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def pair(old_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     work = tmp_path_factory.mktemp("pair")
     config = work / "pair.yaml"
     config.write_text(PAIR.replace("SHARED", str(work / "shared")))
-    archive = build_archive(config, tiny_sdxl, output=work / "archives")
+    archive = build_archive(config, old_sdxl, output=work / "archives")
     with serving(archive, work, cache=work / "inductor", env={"PREHEAT_CACHE_KEY": "0123456789abcdef"}) as warm:
         yield warm
 

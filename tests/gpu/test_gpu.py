@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch._dynamo.utils import counters
 
+import old_folders
 from preheat import tiny
 from preheat.config import ModelConfig
 from preheat.device import pick_device
@@ -39,11 +44,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    folder: Path, *, compile: dict[str, Any] | None = None, dtype: str = "float32", batch_sizes: Any = (1, 2)
+    folder: Path,
+    *,
+    compile: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    batch_sizes: Any = (1, 2),
+    tasks: Sequence[str] = ("text-to-image",),
+    targets: Sequence[str] = ("unet",),
 ) -> Service:
     shapes = {"buckets": BUCKETS, "batch_sizes": list(batch_sizes)}
-    pipeline = {"dtype": dtype, "tasks": ["text-to-image"], "defaults": {"num_inference_steps": 3}}
+    pipeline = {"dtype": dtype, "tasks": list(tasks), "defaults": {"num_inference_steps": 3}}
     pt2 = {"compile": {"enable": True} | (compile or {}), "shapes": shapes, "on_failure": "fail"}
+    pt2["targets"] = list(targets)
     config = ModelConfig.parse({"batchSize": 4, "pt2": pt2, "pipeline": pipeline})
     return Service(config, folder, pick_device(0), status=StatusFile(None, "gpu"))
 
@@ -57,6 +69,13 @@ def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
 
 def pixels(answer: Answer) -> Any:
     return np.asarray(answer.pictures[0]).astype(int)
+
+
+def picture() -> str:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
 
 
 def assert_hot(service: Service) -> None:
@@ -82,6 +101,30 @@ def test_cuda_graphs_are_recorded_in_warm_up_and_only_replayed_afterwards(watch:
         assert answer.engine == "compiled"
     assert {answer.engine for answer in ask(service, *ASKED, *ASKED)} == {"compiled"}
     assert watch.events["cudagraph_recording"] == recorded, (watch.events, counted())
+    assert_hot(service)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_image_tasks_and_a_compiled_decoder_replay_their_graphs_too(
+    watch: CompileWatch, tmp_path: Path, dtype: str
+) -> None:
+    """A VAE whose weights moved between two requests, as diffusers' upcasts move them, would be recorded in requests."""
+    old_folders.sdxl(tmp_path / "model")
+    service = start(
+        tmp_path,
+        compile={"mode": "reduce-overhead"},
+        dtype=dtype,
+        tasks=("text-to-image", "image-to-image"),
+        targets=("unet", "vae.decoder"),
+    )
+    recorded = watch.events["cudagraph_recording"]
+    assert recorded >= 2 * len(BUCKETS)  # the denoiser's and the decoder's
+    source = {"image": picture(), "strength": 0.7}
+    for body in [*ASKED, *(body | source for body in ASKED)] * 2:
+        (answer,) = ask(service, body)
+        assert answer.engine == "compiled"
+    assert watch.events["cudagraph_recording"] == recorded
+    assert {row["target"] for row in service.state.buckets} == {"unet", "vae.decoder"}
     assert_hot(service)
 
 

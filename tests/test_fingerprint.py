@@ -1,0 +1,67 @@
+"""The fingerprint says what compiled code depends on, in the same words in every process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import old_folders
+import preheat
+from preheat.fingerprint import fingerprint, settled
+
+CPU = torch.device("cpu")
+PRINT = """
+import sys
+import torch
+from preheat.config import PipelineConfig
+from preheat.fingerprint import fingerprint
+from preheat.pipelines import DiffusionPipeline
+cpu = torch.device("cpu")
+structure = DiffusionPipeline.load(sys.argv[1], PipelineConfig(), cpu).structure()
+print(fingerprint(cpu, {}, structure))
+"""
+
+
+def printed(folder: Path, seed: int) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", PRINT, str(folder)],
+        env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(preheat.__file__).parents[1])},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout.split()[-1]
+
+
+def test_an_older_folder_has_one_fingerprint_in_all_processes_wherever_it_lies(tmp_path: Path) -> None:
+    """diffusers lists the keys that such a folder's config.json lack in the order of a set of strings."""
+    folders = [old_folders.sdxl(tmp_path / name) for name in ("one", "other")]
+    assert len({printed(folder, seed) for seed, folder in enumerate(folders, start=1)}) == 1
+
+
+def test_another_version_of_preheat_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = fingerprint(CPU, {}, {})
+    monkeypatch.setattr(preheat, "__version__", "another")
+    assert fingerprint(CPU, {}, {}) != before
+
+
+class Activated(nn.Linear):
+    """Says its activation as Python prints functions: with its address."""
+
+    def extra_repr(self) -> str:
+        return f"act={nn.functional.gelu!r}, hook={(lambda: 0)!r}"
+
+
+def test_no_address_no_place_and_no_order_of_a_set_is_in_it() -> None:
+    told = settled(
+        {"module": repr(Activated(1, 1)), "names": {"b", "a"}, "_name_or_path": "/here", "text": {"_commit_hash": "1"}}
+    )
+    assert " at 0x" not in str(told) and "lambda" in str(told)
+    assert told["names"] == ["a", "b"] and "/here" not in str(told) and told["text"] == {}
+    assert settled({1: torch.float16, "x": (1, None, 2.5, True)}) == {"1": "torch.float16", "x": [1, None, 2.5, True]}
