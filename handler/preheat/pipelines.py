@@ -368,9 +368,9 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
         if name not in _GLOBAL_NOISE:
             try:
                 pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-            except ImportError as error:  # scipy, for LMS and for sigmas of some kinds
+            except (ImportError, TypeError, ValueError) as error:  # no scipy, or a schedule that it cannot follow
                 reason = " ".join(str(error).split())
-                raise PipelineError(f"pipeline.scheduler: {name} needs a package that is missing: {reason}") from error
+                raise PipelineError(f"pipeline.scheduler: {name} cannot replace this folder's: {reason}") from error
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
         raise PipelineError(
