@@ -99,12 +99,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
-        if not row and self.context.get_request_header(index, "describe") == "True":
-            return responses.json_response(200, self.describe_handle())
         # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among the headers it keeps a dict
         # for each multipart field. A gRPC call has none.
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+        # The management port asks with an empty row. A client of the inference port can send the header too, but its row holds at
+        # least a `body`, unless it is a form, and then it has a content type.
+        if not row and sent.get("describe") == "True" and not {"url_path", "content-type"} & headers.keys():
+            return responses.json_response(200, self.describe_handle())
         try:
             return self.service.parse(row, headers, self._sender(index))
         except RequestError as error:

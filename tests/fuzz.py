@@ -274,8 +274,6 @@ def judged(one: Sent, got: Got, max_request_bytes: int) -> tuple[str, str | None
             return "picture", f"asked for {one.size}, got {size}"
         return "picture", f"{one.at_fault} was taken" if one.expect == "refusal" else None
     document = lines[-1] if lines else {}
-    if "preheat" in document and (one.header(b"describe") or b"").decode("latin-1") == "True":
-        return "state", None
     if "code" not in document or "message" not in document:
         return "neither picture nor error", "neither picture nor error"
     return _judged_error(one, got, document)

@@ -16,12 +16,12 @@ def test_the_limit_is_met_to_the_pixel_step(steps: int, num_images: int, side: i
     bucket = Bucket(8 * side, 8)
     fits = bucket.area * steps * num_images <= max_cost
     try:
-        check_cost(request, bucket, least_area=64, max_cost=max_cost)
+        check_cost(request, bucket, steps=steps, least_area=64, max_cost=max_cost)
     except RequestError as error:
         assert not fits and error.code == 400 and str(max_cost) in error.message
     else:
         assert fits
-    check_cost(request, bucket, least_area=64, max_cost=None)
+    check_cost(request, bucket, steps=steps, least_area=64, max_cost=None)
 
 
 @pytest.mark.parametrize(
@@ -34,7 +34,8 @@ def test_the_limit_is_met_to_the_pixel_step(steps: int, num_images: int, side: i
 )
 def test_the_factor_that_weighs_most_is_at_fault(asked: dict[str, int], bucket: Bucket, at_fault: str) -> None:
     with pytest.raises(RequestError) as caught:
-        check_cost(make_request(**asked), bucket, least_area=64 * 64, max_cost=1)
+        request = make_request(**asked)
+        check_cost(request, bucket, steps=request.num_run_steps, least_area=64 * 64, max_cost=1)
     assert caught.value.field == at_fault
 
 

@@ -17,7 +17,7 @@ from preheat.buckets import Bucket
 from preheat.config import LimitsConfig, ShapesConfig
 from preheat.engine import Engine, Job
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
-from preheat.pipelines import AfterStep, Batch, Step
+from preheat.pipelines import AfterStep, Batch, Painted, Step
 from preheat.request import ImageRequest
 
 BUCKETS = (Bucket(64, 64), Bucket(96, 48), Bucket(48, 96))
@@ -32,8 +32,9 @@ class Canvas:
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.most_rows = 1000
+        self.checks = False
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]:
+    def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
         """Cells of 8x8 pixels show the seed before the picture does. Memory is short in the last step only."""
         self.batches.append(batch)
         for number in range(1, batch.num_inference_steps + 1):
@@ -44,7 +45,8 @@ class Canvas:
             raise torch.OutOfMemoryError("CUDA out of memory (simulated)")
         y, x = np.mgrid[: batch.bucket.height, : batch.bucket.width]
         rows = [np.stack([y, x, np.full_like(x, row.seed % 251)], axis=-1) for row in batch.rows]
-        return np.stack(rows).astype(np.uint8)
+        flagged = [row.prompt == "nude" for row in batch.rows] if self.checks else None
+        return Painted(np.stack(rows).astype(np.uint8), flagged)
 
 
 def _cells(batch: Batch, row: int) -> NDArray[np.uint8]:

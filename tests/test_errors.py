@@ -27,11 +27,11 @@ def test_a_config_error_begins_with_its_path() -> None:
 
 def test_a_request_error_is_its_body() -> None:
     error = RequestError("must be at least 16, got 2", "width")
-    assert str(error) == "width: must be at least 16, got 2"
+    assert str(error) == "width must be at least 16, got 2"
     assert json.loads(json.dumps(error.body())) == {
         "code": 400,
         "type": "InvalidRequest",
-        "message": "must be at least 16, got 2",
+        "message": "width must be at least 16, got 2",
         "field": "width",
     }
     assert RequestError("an empty body").body()["field"] is None

@@ -185,7 +185,9 @@ def test_a_refusal_names_the_side_and_the_largest_buckets(height: int, width: in
     with pytest.raises(RequestError) as caught:
         planned(height, width)
     assert caught.value.field == field
-    assert f"{height}x{width}" in caught.value.message
+    assert f"height {height} and width {width}" in caught.value.message
+    assert "downscale" in caught.value.message
+    assert f"nearest is {nearest_aspect(SDXL, height, width)} " in caught.value.message
     assert all(str(bucket) in caught.value.message for bucket in SDXL)
 
 

@@ -16,18 +16,8 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {
-            "trust",
-            "bundle",
-            "share",
-            "variants",
-            "dims",
-            "module_config",
-            "json_text",
-            "importing",
-            "admission",
-            "yaml_text",
-        },
+        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"}
+        | {"prompts", "unserved", "yaml_text"},
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),

@@ -94,5 +94,5 @@ def test_a_tiny_autoencoder_is_fitted_too(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "taesd")
     pipeline = DiffusionPipeline.load(tmp_path / "taesd", PipelineConfig(), torch.device("cpu"))
     shown: list[tuple[int, ...]] = []
-    pixels = pipeline.paint(_batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape))
+    pixels = pipeline.paint(_batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape)).pixels
     assert pixels.shape[0] == 2 and set(shown) == {(12, 6, 3)}

@@ -7,15 +7,14 @@ from preheat.errors import RequestError
 from preheat.request import ImageRequest
 
 
-def check_cost(request: ImageRequest, bucket: Bucket, *, least_area: int, max_cost: int | None) -> None:
+def check_cost(request: ImageRequest, bucket: Bucket, *, steps: int, least_area: int, max_cost: int | None) -> None:
     """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing does).
 
-    `least_area` is that of the smallest bucket, in pixels: how much of the cost lies in the size.
+    `steps` are calls of the denoiser for one picture, which a scheduler may make more of than were asked for. `least_area` is that of the smallest bucket, in pixels: how much of the cost lies in the size.
 
     Raises:
         RequestError: it costs more; at fault is the factor that weighs most.
     """
-    steps = request.num_run_steps
     cost = bucket.area * steps * request.num_images
     if max_cost is None or cost <= max_cost:
         return
@@ -26,4 +25,4 @@ def check_cost(request: ImageRequest, bucket: Bucket, *, least_area: int, max_co
     }
     at_fault = max(factors, key=lambda name: factors[name])  # of equals the first
     painted = f"{request.num_images} x {bucket} x {steps} steps"
-    raise RequestError(f"{painted} are {cost} pixel-steps, at most {max_cost} are allowed", at_fault)
+    raise RequestError(f"asks for too much: {painted} are {cost} pixel-steps, at most {max_cost} are allowed", at_fault)

@@ -19,7 +19,7 @@ from preheat.buckets import split_rows
 from preheat.compilation import EngineName, Router, slowest
 from preheat.config import ShapesConfig
 from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
-from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RunError
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RunError, is_panic
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +151,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
         try:
             self._run_group(group)
-        except Exception as error:  # the model's own failure: it belongs to this group, not to the batch
+        except BaseException as error:  # the model's own failure: it belongs to this group, not to the batch
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             if is_device_lost(error):
                 raise SystemExit("the device is lost; TorchServe starts a new worker") from error
             logger.exception("a run of %d request(s) failed", len(group))

@@ -56,6 +56,7 @@ Attention = Literal["default", "math", "flash", "efficient", "cudnn"]
 Dtype = Literal["float32", "float16", "bfloat16"]
 Task = Literal["text-to-image", "image-to-image", "inpainting"]
 Guidance = Literal["both", "on", "off"]
+LongPrompts = Literal["cut", "reject"]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -220,6 +221,8 @@ class LimitsConfig(Section):
 
     max_steps: Positive = 100
     max_prompt_chars: Positive = 2_000
+    long_prompts: LongPrompts = "cut"
+    """What becomes of a prompt that no text encoder reads to its end: `cut` says in the answer how many tokens were dropped."""
     max_image_bytes: Positive = 10_000_000
     """Of an input image as sent, after base64 is undone."""
     max_image_pixels: Positive = 16_777_216
@@ -229,7 +232,7 @@ class LimitsConfig(Section):
     max_images: Positive = 4
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0
     max_cost: Positive | None = None
-    """Pixel-steps: the bucket's pixels x denoising steps x pictures of one request. 100 million is 1024x1024 in 95 steps."""
+    """Pixel-steps: the bucket's pixels x denoiser calls x pictures of one request. 100 million is 1024x1024 in 95 steps."""
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:

@@ -11,9 +11,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from preheat import geometry, images
@@ -24,7 +22,7 @@ from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import synchronize
 from preheat.errors import RequestError
 from preheat.geometry import Plan
-from preheat.pipelines import AfterStep, Batch, Row, Step
+from preheat.pipelines import AfterStep, Batch, Painted, Row, Step
 from preheat.request import ImageRequest
 
 
@@ -37,7 +35,7 @@ class Painter(Protocol):
     @property
     def grid(self) -> int: ...
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]: ...
+    def paint(self, batch: Batch, after_step: AfterStep) -> Painted: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +66,8 @@ class Job:
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
     watcher: Watcher | None = None
+    dropped: Mapping[str, int] = field(default_factory=dict)
+    """Tokens that no text encoder reads, by field; only of fields that were cut."""
 
     @property
     def group_key(self) -> tuple[object, ...]:
@@ -103,10 +103,13 @@ class Answer(Outcome):
 
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
+    flagged: list[bool] = field(default_factory=list)
+    """Of each picture, whether the safety checker has blackened it; empty where the pipeline has no checker."""
 
     def restart(self) -> None:
         Outcome.restart(self)  # a class with slots is made anew by dataclass, and super() alone does not find it
         self.pictures.clear()
+        self.flagged.clear()
 
     @property
     def is_planned_eager(self) -> bool:
@@ -116,6 +119,10 @@ class Answer(Outcome):
     @property
     def bucket(self) -> str:
         return str(self.job.plan.bucket)
+
+    @property
+    def num_flagged(self) -> int:
+        return sum(self.flagged)
 
     @property
     def num_painted(self) -> int:
@@ -229,7 +236,7 @@ class Engine(Batcher[Answer, Row]):
     def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
         job, rows = chunk[0][0].job, [row for _, row in chunk]
         batch = _batch(job.request, job.plan.bucket, rows, size)
-        pixels, run = self._called(
+        painted, run = self._called(
             lambda: self._painter.paint(batch, lambda step: self._tell(chunk, step)),
             num_rows=size,
             num_real_rows=len(rows),
@@ -237,11 +244,13 @@ class Engine(Batcher[Answer, Row]):
         )
         # All before any is kept: a run that fails here is painted again. The filler's pictures are dropped.
         finished = [
-            images.finish(painted, answer.job.plan) for (answer, _), painted in zip(chunk, pixels, strict=False)
+            images.finish(pixels, answer.job.plan) for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
         ]
-        for (answer, _), picture in zip(chunk, finished, strict=True):
+        for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
             answer.note(run, first=not answer.pictures)
             answer.pictures.append(picture)
+            if painted.flagged is not None:
+                answer.flagged.append(bool(painted.flagged[index]))
 
     def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
         """Pass a run's step on to the jobs that are watched; the filler's rows come last and are nobody's."""

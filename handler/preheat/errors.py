@@ -39,7 +39,10 @@ class ConfigError(PreheatError):
 
 
 class RequestError(PreheatError):
-    """A request that is refused; `field` is the request's field at fault, None where no single one is."""
+    """A request that is refused; `field` is the request's field at fault, None where no single one is.
+
+    `message` says something of the field, as in "is missing": clients read it after the field's name.
+    """
 
     def __init__(self, message: str, field: str | None = None, code: int = 400) -> None:
         super().__init__(message)
@@ -48,11 +51,11 @@ class RequestError(PreheatError):
         self.code = code
 
     def __str__(self) -> str:
-        return f"{self.field}: {self.message}" if self.field else self.message
+        return f"{self.field} {self.message}" if self.field else self.message
 
     def body(self) -> dict[str, int | str | None]:
         """The JSON object the client receives, the same over REST and gRPC."""
-        return {"code": self.code, "type": "InvalidRequest", "message": self.message, "field": self.field}
+        return {"code": self.code, "type": "InvalidRequest", "message": str(self), "field": self.field}
 
 
 class RunError(PreheatError):
@@ -103,3 +106,11 @@ class ModuleError(PreheatError):
 
 class Untrusted(PreheatError):
     """A compiled file that must not be run: unsigned, altered, made for something else, or open to others."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Whether it is a panic of a library written in Rust (tokenizers, safetensors), which is no `Exception` to Python.
+
+    pyo3 derives it from BaseException on purpose; its class can be imported from nowhere.
+    """
+    return type(error).__module__ == "pyo3_runtime"

@@ -197,7 +197,12 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
     else:
         field = "width" if width >= height else "height"
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
-    return RequestError(f"no bucket covers {height}x{width} (height x width); the largest: {largest}", field)
+    nearest = nearest_aspect(buckets, height, width)
+    return RequestError(
+        f"is too much: no bucket covers height {height} and width {width}; the nearest is {nearest} (height x width), "
+        f"the largest: {largest}; with pt2.shapes.oversize: downscale the server would paint a bucket and scale it up",
+        field,
+    )
 
 
 def _largest(buckets: Sequence[Bucket]) -> list[Bucket]:

@@ -51,6 +51,10 @@ class Answered(Protocol):
     def num_cropped(self) -> int:
         """Of those, how many were padding."""
 
+    @property
+    def num_flagged(self) -> int:
+        """Pictures that a safety checker has blackened."""
+
 
 class Metrics:
     """Counts since READY; every counter is announced with 0, so that "none" can be told from "not exported"."""
@@ -76,6 +80,7 @@ class Metrics:
             "preheat_rows_filled_total",
             "preheat_pixels_painted_total",
             "preheat_pixels_cropped_total",
+            "preheat_flagged_total",
         ):
             self._sink("counter", name, 0, "count", {})
         # The rows of several targets in one bucket and batch size share the time of their warm-up.
@@ -106,6 +111,7 @@ class Metrics:
         self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": answer.engine})
         self._count("preheat_pixels_painted_total", answer.num_painted)
         self._count("preheat_pixels_cropped_total", answer.num_cropped)
+        self._count("preheat_flagged_total", answer.num_flagged)
 
     def refused(self, field: str | None) -> None:
         """One request that was not legal. An unknown field's name is a client's text: neither label nor log line."""

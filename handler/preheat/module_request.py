@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 from preheat import tensors
-from preheat.errors import RequestError
+from preheat.errors import RequestError, is_panic
 from preheat.json_text import decoded, from_base64, in_bytes, loads, shown_name
 from preheat.module_config import InputConfig, ModuleLimits
 
@@ -173,7 +173,7 @@ class Reader:
 
     def _tokenized(self, text: object, beside: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         if self.tokenizer is None:
-            raise RequestError("this model takes no text", TEXT)
+            raise RequestError("is not taken: this model has no tokenizer", TEXT)
         if isinstance(text, bytes):
             text = decoded(text, TEXT)
         if not isinstance(text, str):
@@ -184,7 +184,9 @@ class Reader:
             raise RequestError("holds half a surrogate pair, which is no text", TEXT)
         try:
             encoded = self.tokenizer(text, return_tensors="pt")
-        except Exception as error:  # noqa: BLE001  a folder's tokenizer may be anybody's code, and fail on a text in any way
+        except BaseException as error:  # a folder's tokenizer may be anybody's code, and fail on a text in any way
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
             raise RequestError(f"cannot be tokenized: {type(error).__name__}", TEXT) from None
         found = {name: tensor for name, tensor in encoded.items() if name in self.names}
         twice = next((name for name in found if beside.get(name) is not None), None)
@@ -218,7 +220,7 @@ class Reader:
         known = [*self.names, *([TEXT] if self.tokenizer else [])]
         close = get_close_matches(shown, known, n=1)
         return RequestError(
-            f"unknown input; {f'did you mean {close[0]}?' if close else 'known: ' + ', '.join(known)}", shown
+            f"is an unknown input; {f'did you mean {close[0]}?' if close else 'known: ' + ', '.join(known)}", shown
         )
 
 
@@ -246,7 +248,7 @@ def _accepted(part: object, header: str | None) -> Accept:
         if accept is not None:
             return accept
     known = ", ".join(sorted(set(_ACCEPTED.values())))
-    raise RequestError(f"answers come as {known}", ACCEPT, code=406)
+    raise RequestError(f"must be one of {known}", ACCEPT, code=406)
 
 
 def _kind_by_type(content_type: str | None) -> Kind | None:
@@ -275,7 +277,10 @@ def _kind_by_content(data: bytes) -> Kind:
 
 def _refuse_pickle(data: bytes, name: str) -> None:
     if data.startswith(_PICKLES):
-        raise RequestError("is a pickle or a zip archive, which is refused: reading it can run code", name)
+        raise RequestError(
+            "is a pickle or a zip archive (such as .npz), which is refused: reading it can run code; send safetensors",
+            name,
+        )
 
 
 def _json(data: bytes, name: str) -> object:

@@ -351,4 +351,6 @@ def _npy_response(outputs: Mapping[str, torch.Tensor], headers: Mapping[str, str
 
 
 def _too_many_for_npy(names: Sequence[str]) -> RequestError:
-    return RequestError(f"an .npy file holds one tensor, this model answers {', '.join(names)}", "accept", code=406)
+    return RequestError(
+        f"asks for an .npy file, which holds one tensor, and this model answers {', '.join(names)}", "accept", code=406
+    )

@@ -161,11 +161,23 @@ class PipelineWork:
         )
         family = self._pipeline.family
         if request.negative_prompt is not None and family.guidance == "embedded":
-            raise RequestError(f"{family.name} models take no negative prompt", "negative_prompt")
-        job = self._prepare(request, deadline)
+            raise RequestError(f"is not taken by {family.name} models, which are guided without one", "negative_prompt")
+        dropped = self._dropped(request)
+        job = replace(self._prepare(request, deadline), dropped=dropped)
+        steps = self._pipeline.num_calls(request)
         least_area = min(bucket.area for bucket in self.shapes.buckets)
-        check_cost(request, job.plan.bucket, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        check_cost(request, job.plan.bucket, steps=steps, least_area=least_area, max_cost=pipeline.limits.max_cost)
         return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
+
+    def _dropped(self, request: ImageRequest) -> dict[str, int]:
+        """Tokens that are cut off, by the field that they stand in."""
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        counted = {field: self._pipeline.prompts.num_dropped(text, field) for field, text in texts.items() if text}
+        dropped = {field: number for field, number in counted.items() if number}
+        if dropped and self._config.pipeline.limits.long_prompts == "reject":
+            field, number = next(iter(dropped.items()))
+            raise RequestError(f"is too long: the text encoders would not read its last {number} tokens", field)
+        return dropped
 
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
         limits = self._config.pipeline.limits

@@ -10,6 +10,7 @@ import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,8 +25,11 @@ from torch import nn
 from preheat.buckets import Bucket
 from preheat.config import PipelineConfig, Task
 from preheat.device import DTYPES
-from preheat.errors import PipelineError
+from preheat.errors import PipelineError, RequestError
 from preheat.previews import LatentColours, plain_colours
+from preheat.prompts import Reader
+from preheat.request import ImageRequest, run_steps
+from preheat.unserved import denoiser_refusal, folder_refusal
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +90,11 @@ class Batch:
     guidance_scale: float
     strength: float
 
+    @property
+    def num_run_steps(self) -> int:
+        """See `ImageRequest.num_run_steps`."""
+        return run_steps(self.num_inference_steps, None if self.task == "text-to-image" else self.strength)
+
 
 @dataclass(frozen=True, slots=True)
 class Step:
@@ -98,6 +107,16 @@ class Step:
 
 
 AfterStep = Callable[[Step], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Painted:
+    """What a run of the pipeline gave."""
+
+    pixels: NDArray[np.uint8]
+    """(rows, height, width, 3), as large as the bucket."""
+    flagged: Sequence[bool] | None = None
+    """Of each row, whether the safety checker has blackened it; None where the pipeline has no checker."""
 
 
 class DiffusionPipeline:
@@ -120,6 +139,8 @@ class DiffusionPipeline:
             for task, task_pipe in self._tasks.items()
         }
         self._colours = self._fit_colours()
+        self.prompts = Reader.of(pipe, self._accepted_length())
+        self._num_timesteps = lru_cache(maxsize=1000)(self._count_timesteps)
 
     @classmethod
     def load(cls, folder: str | Path, config: PipelineConfig, device: torch.device) -> DiffusionPipeline:
@@ -130,6 +151,8 @@ class DiffusionPipeline:
         """
         # diffusers warns with the text of a prompt that CLIP truncates; prompts are never logged.
         diffusers.utils.logging.set_verbosity_error()
+        place = Path(folder)
+        _refuse(folder, folder_refusal(place, FAMILIES) if place.is_dir() else None)
         try:
             pipe = AutoPipelineForText2Image.from_pretrained(
                 folder,
@@ -143,6 +166,7 @@ class DiffusionPipeline:
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
             raise PipelineError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
+        _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))  # a hub id's shows only now
         _replace_scheduler(pipe, config.scheduler)
         if config.fused_lora is not None:
             _fuse_lora(pipe, config.fused_lora)
@@ -201,27 +225,58 @@ class DiffusionPipeline:
                 parts[name] = type(component).__name__
         return parts
 
-    def paint(self, batch: Batch, after_step: AfterStep = lambda _: None) -> NDArray[np.uint8]:
-        """Run one batch through diffusers; `after_step` is told of every denoising step.
+    def num_calls(self, request: ImageRequest) -> int:
+        """Calls of the denoiser that the scheduler makes of the request's steps: Heun and its kin two of most of them.
 
-        Returns:
-            Pixels, (rows, height, width, 3), as large as the bucket.
+        Raises:
+            RequestError: the scheduler cannot do so many.
         """
+        num_steps = request.num_inference_steps
+        timesteps = self._num_timesteps(num_steps)
+        if request.image is None:
+            return timesteps
+        # `get_timesteps` of diffusers' image-to-image pipelines: those with a transformer round the start, not the steps, down.
+        run = min(num_steps * request.strength, num_steps)
+        start = num_steps - int(run) if self.family.denoiser == "unet" else int(num_steps - run)
+        return timesteps - start * int(self._pipe.scheduler.order)
+
+    def _count_timesteps(self, num_steps: int) -> int:
+        scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)
+        # `mu` moves the steps and leaves their number.
+        shift = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
+        try:
+            scheduler.set_timesteps(num_steps, **shift)
+        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:  # LCM's and TCD's have a most
+            reason = " ".join(str(error).split())[:200]
+            raise RequestError(
+                f"is {num_steps}, which {type(scheduler).__name__} cannot do: {reason}", "num_inference_steps"
+            ) from None
+        return len(scheduler.timesteps)
+
+    def _accepted_length(self) -> int | None:
+        """Tokens that T5 is given, which diffusers has as a default of the call; None where there is no T5."""
+        parameter = inspect.signature(type(self._pipe).__call__).parameters.get("max_sequence_length")
+        return None if parameter is None else int(parameter.default)
+
+    def paint(self, batch: Batch, after_step: AfterStep = lambda _: None) -> Painted:
+        """Run one batch through diffusers; `after_step` is told of every denoising step that was asked for."""
 
         def stepped(pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
             latents = tensors["latents"]
-            after_step(
-                Step(index + 1, pipe.num_timesteps, lambda row: self._sketch(latents[row : row + 1], batch.bucket))
-            )
+            # The scheduler's own steps may be more than those asked for (Heun, PNDM): then some end none.
+            of, calls = batch.num_run_steps, pipe.num_timesteps
+            number = (index + 1) * of // calls
+            if number > index * of // calls:
+                after_step(Step(number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket)))
             return {}
 
         # In every run, whether or not somebody looks on: what is warmed is what is served.
         watched = {"callback_on_step_end": stepped, "callback_on_step_end_tensor_inputs": ["latents"]}
         arguments = self._arguments(batch) | watched
-        images = self._tasks[batch.task](**arguments).images  # (rows, 3, height, width) in 0..1
+        output = self._tasks[batch.task](**arguments)
+        images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        array: NDArray[np.uint8] = pixels.permute(0, 2, 3, 1).cpu().numpy()
-        return array
+        return Painted(pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None))
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         size = (batch.bucket.height, batch.bucket.width)
@@ -313,13 +368,32 @@ def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
     return lambda tensor, *args, **kwargs: call(tensor.float(), *args, **kwargs)
 
 
+def _refuse(folder: str | Path, reason: str | None) -> None:
+    if reason is not None:
+        raise PipelineError(f"cannot serve {str(folder)!r}: {reason}")
+
+
+_GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
+"""Schedulers whose noise comes from a seed of their own and not from the rows' generators."""
+
+
 def _replace_scheduler(pipe: Any, name: str | None) -> None:
-    if name is None:
-        return
-    scheduler = getattr(diffusers, name, None)
-    if scheduler is None or not hasattr(scheduler, "from_config"):
-        raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
-    pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+    if name is not None:
+        scheduler = getattr(diffusers, name, None)
+        if scheduler is None or not hasattr(scheduler, "from_config"):
+            raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+        if name not in _GLOBAL_NOISE:
+            try:
+                pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+            except (ImportError, TypeError, ValueError) as error:  # no scipy, or a schedule that it cannot follow
+                reason = " ".join(str(error).split())
+                raise PipelineError(f"pipeline.scheduler: {name} cannot replace this folder's: {reason}") from error
+    name = name or type(pipe.scheduler).__name__
+    if name in _GLOBAL_NOISE:
+        raise PipelineError(
+            f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed would not give the same "
+            "picture; DPMSolverMultistepScheduler with algorithm_type sde-dpmsolver++ in its config is near"
+        )
 
 
 def _fuse_lora(pipe: Any, folder: str) -> None:

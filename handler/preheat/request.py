@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, get_args
 
+from preheat import unserved
 from preheat.errors import RequestError
 from preheat.json_text import LONGEST_WHOLE, decoded, from_base64, in_bytes, loads, shown_name
 
@@ -29,8 +30,11 @@ OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
 TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
 DEADLINE_HEADER = "x-preheat-deadline"
+_SEND = "send JSON with the header Content-Type: application/json, or the prompt alone with text/plain"
 NUM_SEEDS = 2**63
 """Seeds run from 0 to one less: what a torch.Generator takes without wrapping."""
+NUM_DRAWN_SEEDS = 2**53
+"""Those that are drawn, too: whole numbers that JavaScript, and whoever reads JSON into doubles, returns unchanged."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,7 +49,7 @@ class ImageRequest:
     num_inference_steps: int
     guidance_scale: float
     seed: int
-    """0 to 2**63 - 1; drawn at random if the client named none."""
+    """0 to 2**63 - 1; drawn at random, below 2**53, if the client named none."""
     image: bytes | None = field(repr=False)
     """The file as it was sent, not decoded; never empty."""
     mask_image: bytes | None = field(repr=False)
@@ -69,8 +73,12 @@ class ImageRequest:
     @property
     def num_run_steps(self) -> int:
         """Denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers' image-to-image pipelines)."""
-        steps = self.num_inference_steps
-        return steps if self.image is None else int(min(steps * self.strength, steps))
+        return run_steps(self.num_inference_steps, None if self.image is None else self.strength)
+
+
+def run_steps(num_steps: int, strength: float | None) -> int:
+    """Of that many steps, those from `strength` on; all without an image, whose strength is None."""
+    return num_steps if strength is None else int(min(num_steps * strength, num_steps))
 
 
 FIELDS = tuple(one.name for one in fields(ImageRequest))
@@ -97,7 +105,7 @@ def parse_row(
     """
     if content_type is not None and content_type.lower().startswith("application/x-www-form-urlencoded"):
         # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart: JSON arrives as no fields at all.
-        raise RequestError("is form-encoded; send JSON with the header Content-Type: application/json", "body")
+        raise RequestError(f"is form-encoded; {_SEND}", "body")
     sent = _Sent(_fields_of(row, is_text=(content_type or "").lower().startswith("text/")))
     prompt = sent.text("prompt", limits.max_prompt_chars)
     if prompt is None:
@@ -109,7 +117,7 @@ def parse_row(
         width=sent.whole("width", limits.min_side, limits.max_side),
         num_inference_steps=_or(sent.whole("num_inference_steps", 1, limits.max_steps), defaults.num_inference_steps),
         guidance_scale=_or(sent.number("guidance_scale", limits.max_guidance_scale), defaults.guidance_scale),
-        seed=_or(sent.whole("seed", 0, NUM_SEEDS - 1), secrets.randbelow(NUM_SEEDS)),
+        seed=_or(sent.whole("seed", 0, NUM_SEEDS - 1), secrets.randbelow(NUM_DRAWN_SEEDS)),
         image=sent.file("image", limits.max_image_bytes),
         mask_image=sent.file("mask_image", limits.max_image_bytes),
         strength=_or(sent.number("strength", 1.0, zero=False), defaults.strength),
@@ -142,20 +150,24 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
         raise RequestError("needs the image that it masks, in the field image", "mask_image")
     if request.task not in tasks:
         at_fault = "mask_image" if request.task == "inpainting" else "image"
-        raise RequestError(f"{request.task} is not served by this model, which does {', '.join(tasks)}", at_fault)
+        raise RequestError(
+            f"asks for {request.task}, which this model does not do; it does {', '.join(tasks)}", at_fault
+        )
     if guidance == "on" and request.guidance_scale <= 1:
-        raise RequestError(f"this model always guides: above 1, got {request.guidance_scale}", "guidance_scale")
+        raise RequestError(
+            f"must be above 1, since this model always guides; got {request.guidance_scale}", "guidance_scale"
+        )
     if guidance == "off" and request.guidance_scale > 1:
         raise RequestError(
-            f"this model is served without guidance: 0 to 1, got {request.guidance_scale}", "guidance_scale"
+            f"must be from 0 to 1, since this model never guides; got {request.guidance_scale}", "guidance_scale"
         )
     if request.num_run_steps < 1:
         shares = f"{request.strength} of {request.num_inference_steps} steps"
-        raise RequestError(f"{shares} is less than one step; ask for more of either", "strength")
+        raise RequestError(f"is less than one step, {shares}; ask for more of either", "strength")
     if request.num_images > 1 and request.response_format != "b64_json" and not request.stream:
-        raise RequestError("more than one image needs response_format b64_json, or stream", "num_images")
+        raise RequestError("needs response_format b64_json, or stream, for more than one image", "num_images")
     if request.preview_every and not request.stream:
-        raise RequestError("previews come in a stream; ask for stream too", "preview_every")
+        raise RequestError("needs stream too: previews are its events", "preview_every")
 
 
 class _Sent:
@@ -253,7 +265,7 @@ def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
     """The fields by name, from any of the shapes that TorchServe gives a row; of text, `body` is the prompt."""
     if not isinstance(row, Mapping) or not row:
         # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
-        raise RequestError("is empty; send JSON with the header Content-Type: application/json", "body")
+        raise RequestError(f"is empty; {_SEND}", "body")
     parts = {name: in_bytes(value) for name, value in row.items()}
     for envelope in ("data", "body"):
         if envelope in parts:
@@ -276,7 +288,7 @@ def _object(body: object) -> dict[str, object]:
         try:
             body = loads(decoded(bytes(body), "body"))
         except ValueError as error:
-            raise RequestError(f"is not JSON: {error}", "body") from None
+            raise RequestError(f"is not JSON: {error}; {_SEND}", "body") from None
         if not isinstance(body, dict):
             raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
     if isinstance(body, str) and body:
@@ -290,9 +302,11 @@ def _object(body: object) -> dict[str, object]:
 
 def _unknown(name: object) -> RequestError:
     shown = shown_name(name)
+    if shown in unserved.FIELDS:
+        return RequestError(f"is not served: {unserved.FIELDS[shown]}", shown)
     close = get_close_matches(shown, FIELDS, n=1)
     hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
-    return RequestError(f"unknown field; {hint}", shown)
+    return RequestError(f"is an unknown field; {hint}", shown)
 
 
 def _shown(value: object) -> str:

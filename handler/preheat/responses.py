@@ -13,11 +13,9 @@ from typing import TYPE_CHECKING, Any
 from preheat import images
 from preheat.device import is_out_of_memory
 from preheat.errors import OutOfMemory, RequestError, RunError
-from preheat.geometry import Plan
-from preheat.request import ImageRequest
 
 if TYPE_CHECKING:  # a module's worker has no use for diffusers, which takes seconds to import
-    from preheat.engine import Answer
+    from preheat.engine import Answer, Job
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,20 +75,23 @@ def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
     if answer.error is not None:
         return from_error(answer.error)
     headers = {
-        **plan_headers(request, answer.job.plan),
+        **plan_headers(answer.job),
         "x-preheat-engine": answer.engine,
         "x-preheat-exact": answer.exact,
     }
+    if answer.flagged:
+        headers["x-preheat-flagged"] = "true" if any(answer.flagged) else "false"
     if request.response_format == "image":
         return Response(200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
     return json_response(200, {"data": pictures(answer, files), **facts(answer)}, headers)
 
 
 def pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
-    """What JSON says of each picture: the file in base64, and its own seed."""
+    """What JSON says of each picture: the file in base64, its own seed, and where it was checked whether it was blackened."""
     seed = answer.job.request.seed
     return [
         {"b64_json": base64.b64encode(file).decode(), "seed": (seed + index) % 2**63}
+        | ({"flagged": answer.flagged[index]} if answer.flagged else {})
         for index, file in enumerate(files)
     ]
 
@@ -106,13 +107,20 @@ def facts(answer: Answer) -> dict[str, Any]:
         "padding": round(plan.padding, 4),
         "exact": answer.exact,
         "output_format": answer.job.request.output_format,
+        **dropped(answer.job),
     }
 
 
-def plan_headers(request: ImageRequest, plan: Plan) -> dict[str, str]:
+def dropped(job: Job) -> dict[str, int]:
+    """What JSON says of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in tokens; nothing of whole ones."""
+    return {f"{field}_dropped": number for field, number in job.dropped.items()}
+
+
+def plan_headers(job: Job) -> dict[str, str]:
     """What headers say of a request before it is painted."""
     return {
-        "x-preheat-bucket": str(plan.bucket),
-        "x-preheat-seed": str(request.seed),
-        "x-preheat-padding": f"{plan.padding:.4f}",
+        "x-preheat-bucket": str(job.plan.bucket),
+        "x-preheat-seed": str(job.request.seed),
+        "x-preheat-padding": f"{job.plan.padding:.4f}",
+        **{f"x-preheat-{field.replace('_', '-')}-dropped": str(number) for field, number in job.dropped.items()},
     }

@@ -3,7 +3,7 @@
 {"event": "queued"}                        its batch has begun
 {"event": "step", "step": 3, "of": 30}     every so often with {"preview": base64 JPEG, "index": which picture}
 {"event": "image", "index": 0, ...}        one a picture, with what `b64_json` answers say of it
-{"event": "done"}                          or {"event": "error", "code", "type", "message", "field"}
+{"event": "done"}                          with "prompt_dropped" where a prompt was cut; or {"event": "error", "code", "type", "message", "field"}
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Stream:
     """
 
     def __init__(self, job: Job, send: Callable[[Response], None] | None) -> None:
-        self._request, self._plan, self._send = job.request, job.plan, send
+        self._job, self._request, self._send = job, job.request, send
         self._kept: list[bytes] = []
         self._through = [0] * job.request.num_images  # steps, of each picture
         self._told = 0
@@ -68,7 +68,7 @@ class Stream:
             facts = responses.facts(answer)
             for index, picture in enumerate(responses.pictures(answer, files)):
                 self._tell(_line("image", index=index, **picture, **facts))
-            last = _line("done")
+            last = _line("done", **responses.dropped(self._job))
         return self._part(b"".join([*self._kept, last]))
 
     def _tell(self, line: bytes) -> None:
@@ -79,7 +79,7 @@ class Stream:
 
     def _part(self, body: bytes) -> Response:
         """With what can be said before anything is painted: TorchServe sends the headers of the first part."""
-        headers = responses.plan_headers(self._request, self._plan)
+        headers = responses.plan_headers(self._job)
         return Response(200, body, {"content-type": CONTENT_TYPE, **headers})
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.lib import format as npy
 
 from preheat import images
-from preheat.errors import RequestError
+from preheat.errors import RequestError, is_panic
 from preheat.module_config import InputConfig, ModuleLimits
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -160,7 +160,9 @@ def from_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         return safetensors.torch.load(data)
-    except Exception as error:  # noqa: BLE001  a hostile header leads the library to TypeError and OverflowError too
+    except BaseException as error:  # a hostile header leads the library to TypeError and OverflowError too
+        if not isinstance(error, Exception) and not is_panic(error):
+            raise
         reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
         raise RequestError(f"is no safetensors file that can be read: {reason}", "body") from None
 
