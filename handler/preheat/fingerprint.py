@@ -6,12 +6,18 @@ import hashlib
 import importlib.metadata
 import json
 import platform
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+_GENERATED = re.compile(
+    r"cmov|cx8|cx16|mmx|pni|s?sse\w*|avx\w*|amx_\w+|fma4?|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|v?aes|v?pclmulqdq|sha\w+|xop|tbm"
+    r"|fp|fphp|asimd\w*|sve\w*|sme\w*|bf16|i8mm|atomics|crc32|pmull|jscvt|fcma|i?lrcpc\w*|flagm2?|frint"
+)
+"""As /proc/cpuinfo names them, of x86 and ARM."""
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 
 
@@ -41,13 +47,16 @@ def _device_facts(device: torch.device) -> list[str]:
 
 
 def _cpu_features() -> list[str]:
-    """Instruction sets, sorted (Linux); code compiled for more than a machine has crashes it."""
+    """Instruction sets that compilers use unasked, sorted (Linux): code compiled for more than a machine has crashes it.
+
+    The kernel's list has more, which comes and goes with its updates and the microcode's: mitigations, TSX, what hypervisors add.
+    """
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return []
     for line in info.read_text().splitlines():
         if line.startswith(("flags", "Features")):
-            return sorted(line.partition(":")[2].split())
+            return sorted(flag for flag in line.partition(":")[2].split() if _GENERATED.fullmatch(flag))
     return []
 
 
