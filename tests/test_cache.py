@@ -22,7 +22,7 @@ import torch
 from torch._inductor import codecache
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-from preheat import scratch
+from preheat import bundle, scratch
 from preheat.cache import (
     SharedCache,
     load_inductor_cache,
@@ -352,6 +352,52 @@ def test_nor_are_the_headers_in_it_which_go_into_every_build(
         for folder in (codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR):
             assert Path(folder).relative_to(base).parts[0].startswith("preheat-headers-")
     assert "no precompiled header is taken" in caplog.text
+
+
+def sparse(path: Path) -> None:
+    with path.open("wb") as file:
+        file.truncate(9_900_000_000)
+
+
+def unsigned(path: Path) -> None:
+    header = {"format": bundle.FORMAT, "context": "", "digest": "0" * 64 + ":9000000000", "signature": ""}
+    sparse(path)
+    with path.open("r+b") as file:
+        file.write(json.dumps(header).encode() + b"\n")
+
+
+HOSTILE: dict[str, Callable[[Path], object]] = {
+    "deep": lambda path: path.write_bytes(b"[" * 4096),
+    "lone-surrogate": lambda path: path.write_bytes(b'{"pid": "\\ud800", "host": "\\ud800"}'),
+    "infinity": lambda path: path.write_bytes(b'{"pid": Infinity, "host": "x"}'),
+    "noise": lambda path: path.write_bytes(os.urandom(5000)),
+    "sparse": sparse,
+    "unsigned": unsigned,
+    "fifo": os.mkfifo,
+    "folder": lambda path: path.mkdir(),
+    "link-to-zeros": lambda path: path.symlink_to("/dev/zero"),
+    "link-to-itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("suffix", [".bundle", ".partial.bundle", ".writer", ".lock"])
+@pytest.mark.parametrize("make", HOSTILE.values(), ids=HOSTILE)
+def test_whatever_lies_in_the_share_a_worker_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str, make: Callable[[Path], object]
+) -> None:
+    place = SharedCache(tmp_path / "shared", Trust("signed", b"0123456789abcdef"))
+    share = place.share("key")
+    share.prepare()
+    make(share._beside(suffix))
+    blocks = []
+    monkeypatch.setattr(bundle, "_copy", lambda *_: blocks.append("copied"))
+    with synchronized_inductor_cache("key", place, patience=0) as use:
+        assert os.listdir(use.folder) == ["owner.lock"]
+        with synchronized_inductor_cache("key", place, patience=0):  # which hears who writes
+            pass
+        (use.folder / "a").write_text("compiled")
+        use.keep()
+    assert not blocks and use.outcome in ("published", "unshared") and bool(use.reason) == (use.outcome == "unshared")
 
 
 @pytest.mark.parametrize(
