@@ -13,7 +13,14 @@ from ts.metrics.metric_type_enum import MetricTypes
 
 from preheat import responses
 from preheat.config import ModelConfig, names_a_family
-from preheat.device import is_out_of_memory, keep_freed_memory, pick_device, share_cpu
+from preheat.device import (
+    cuda_unasked,
+    is_out_of_memory,
+    keep_freed_memory,
+    pick_device,
+    see_one_gpu,
+    share_cpu,
+)
 from preheat.errors import OutOfMemory, RequestError
 from preheat.importing import left_out
 from preheat.metrics import Metrics
@@ -23,7 +30,7 @@ from preheat.state import StatusFile
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of every start, and not what the
 # engine `openvino` here runs on.
-with left_out("openvino.torch"):
+with left_out("openvino.torch"), cuda_unasked():
     from ts.torch_handler.base_handler import BaseHandler
 
 
@@ -41,13 +48,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             PreheatError: the model cannot be served as its YAML says; TorchServe logs it and tries again.
         """
         self.context, self.manifest = context, context.manifest
-        properties = context.system_properties
+        properties = {**context.system_properties, "gpu_id": see_one_gpu(context.system_properties.get("gpu_id"))}
         self.metrics = Metrics(self._emit)
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
             config = self._config()
             self.device = pick_device(properties.get("gpu_id"), config.deviceType)
+            use_tensor_cores(self.device)
             share_cpu(config.minWorkers)
             if self.device.type == "cpu":
                 keep_freed_memory()

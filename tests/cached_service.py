@@ -1,7 +1,7 @@
 """A whole worker with a shared cache and the counted compiler; run as a program, one that is killed while it writes, or serves and
 prints what its cache was.
 
-python cached_service.py MODEL_FOLDER SHARED compiling|packing|renaming|published|serving
+python cached_service.py MODEL_FOLDER SHARED compiling|second|packing|renaming|published|serving
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ import torch
 
 import counted_compiler
 from preheat import bundle, share
+from preheat.cache import CacheUse
 from preheat.config import ModelConfig
 from preheat.pipeline_work import PipelineWork
 from preheat.service import Service
 from preheat.state import StatusFile
 
 
-def start(model: Path, shared: Path, **cache: Any) -> Service:
-    """A hot worker: one bucket, one variant, so one compile where there is no bundle."""
+def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Service:
+    """A hot worker: one variant a bucket, so one compile where there is no bundle."""
     counted_compiler.register()
     torch._dynamo.reset()
     torch.compiler.set_stance("default")
@@ -31,7 +32,7 @@ def start(model: Path, shared: Path, **cache: Any) -> Service:
         "startupTimeout": 60,
         "pt2": {
             "compile": {"enable": True, "backend": counted_compiler.NAME},
-            "shapes": {"buckets": [[64, 64]]},
+            "shapes": {"buckets": [[64, 64 + 32 * number] for number in range(num_buckets)]},
             "cache": {"shared": str(shared), "key": "tiny"} | cache,
         },
         "pipeline": {"tasks": ["text-to-image"], "guidance": "on", "defaults": {"num_inference_steps": 2}},
@@ -58,6 +59,14 @@ def _die_at(point: str) -> None:
     """Replace the step that the writer does not survive; `packing` dies with half a bundle on the share."""
     if point == "compiling":
         PipelineWork.serve_variant = _half_then_die(PipelineWork.serve_variant)  # type: ignore[method-assign]
+    elif point == "second":
+        keep = CacheUse.keep
+
+        def keep_then_compile_and_die(use: CacheUse) -> None:
+            keep(use)
+            _die_at("compiling")
+
+        CacheUse.keep = keep_then_compile_and_die  # type: ignore[method-assign]
     elif point == "packing":
         whole = bundle.pack
 
@@ -86,6 +95,6 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[3] != "serving":
         _die_at(sys.argv[3])
-    service = start(Path(sys.argv[1]), Path(sys.argv[2]))
+    service = start(Path(sys.argv[1]), Path(sys.argv[2]), num_buckets=2 if sys.argv[3] == "second" else 1)
     assert is_hot_and_serves(service)
     print(*caches(service))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -120,6 +122,20 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None
     document = json.loads((folder / aot.INDEX).read_text())
     change(document)
     (folder / aot.INDEX).write_text(json.dumps(document))
+
+
+def test_packages_are_unpacked_where_a_later_start_sweeps(
+    watch: CompileWatch, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    before = set(tmp_path.iterdir())
+    aot._unpacked.cache_clear()
+    _, router = attached(watch, folder)
+    (unpacked,) = set(tmp_path.iterdir()) - before
+    aot._unpacked.cache_clear()
+    assert router.ahead and unpacked.name.startswith("preheat-aot-") and list(unpacked.rglob("*.so"))
+    assert os.environ["TMPDIR"] == str(tmp_path)
 
 
 def test_every_batch_size_equals_eager_and_nothing_is_compiled(watch: CompileWatch, folder: Path) -> None:

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 from preheat import bundle
 from preheat.errors import Untrusted
@@ -56,7 +58,7 @@ def forged(add: Callable[[tarfile.TarFile], None]) -> bytes:
     payload = io.BytesIO()
     with gzip.GzipFile("", "wb", fileobj=payload) as zipped, tarfile.open(fileobj=zipped, mode="w") as archive:
         add(archive)
-    digest = hashlib.sha256(payload.getvalue()).hexdigest()
+    digest = f"{hashlib.sha256(payload.getvalue()).hexdigest()}:{len(payload.getvalue())}"
     header = {
         "format": bundle.FORMAT,
         "context": "here",
@@ -92,7 +94,8 @@ def test_contents_alone_decide_the_bytes(folder: Path, tmp_path: Path) -> None:
 
 def test_what_belongs_to_a_process_stays_out(folder: Path) -> None:
     before = packed(folder)
-    for name in ("locks/a.lock", "ab/.12.34.tmp", "triton/tmp.pid_7_x/kernel.cubin", "x.lock"):
+    # Triton's folder holds its makers' paths, and Inductor's records hold the kernels.
+    for name in ("locks/a.lock", "ab/.12.34.tmp", "triton/0/X/kernel.cubin", "x.lock"):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_bytes(b"x")
     (folder / "link").symlink_to("/etc/passwd")
@@ -125,7 +128,7 @@ def test_even_a_signed_bundle_stays_in_its_folder(empty: Path, add: Callable[[ta
         entry("good")(archive)
         add(archive)
 
-    with pytest.raises(Untrusted):
+    with pytest.raises(Untrusted, match="its entry"):
         bundle.unpack(io.BytesIO(forged(good_then_evil)), empty, SIGNED, "here")
     assert not any(empty.iterdir()) and not (empty.parent / "evil").exists()
 
@@ -162,3 +165,63 @@ def test_signed_with_another_key_for_another_purpose_or_not_at_all(folder: Path,
         with pytest.raises(Untrusted):
             bundle.unpack(io.BytesIO(content), empty, SIGNED, "here")
     assert not any(empty.iterdir())
+
+
+class Endless(io.BytesIO):
+    """A file that grows for ever, as others can make theirs; tells how much of it was read."""
+
+    num_read = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        assert size is not None and size >= 0, "all that there is"
+        block = super().read(size)
+        block += bytes(size - len(block))
+        self.num_read += len(block)
+        return block
+
+
+@pytest.mark.parametrize(
+    "signature", ["", "0" * 64, "\ud800", Trust("signed", b"another key of 16").sign("0" * 64 + ":9", "here")]
+)
+def test_nothing_of_an_unsigned_payload_is_read(empty: Path, signature: str) -> None:
+    header = {"format": bundle.FORMAT, "context": "here", "digest": "0" * 64 + ":9", "signature": signature}
+    source = Endless(json.dumps(header).encode() + b"\n")
+    with pytest.raises(Untrusted):
+        bundle.unpack(source, empty, SIGNED, "here")
+    assert source.num_read == 0
+
+
+@pytest.mark.parametrize("trust", [SIGNED, Trust("owner")], ids=["signed", "owner"])
+def test_of_a_file_that_grows_no_more_is_read_than_was_signed(folder: Path, empty: Path, trust: Trust) -> None:
+    content = packed(folder, trust)
+    source = Endless(content)
+    with pytest.raises(Untrusted, match="its contents are not"):
+        bundle.unpack(source, empty, trust, "here")
+    assert source.num_read == len(content) - content.index(b"\n")  # a byte more than the payload
+
+
+HEADERS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+@pytest.mark.parametrize("trust", [SIGNED, Trust("owner")], ids=["signed", "owner"])
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@example(b"[" * 4096)
+@example(b'{"format":' * 1000)
+@given(
+    st.binary()
+    | HEADERS.map(lambda header: json.dumps(header).encode())
+    | st.fixed_dictionaries(
+        {
+            "format": st.just(bundle.FORMAT),
+            "context": st.just("here"),
+            "digest": st.from_regex(r"[0-9a-f]{64}:-?[0-9\u0660-\u0669]{0,30}", fullmatch=True) | st.text(),
+            "signature": st.text(st.characters()),
+        }
+    ).map(lambda header: json.dumps(header).encode() + b"\nnothing")
+)
+def test_whatever_a_header_says_it_is_refused(empty: Path, trust: Trust, content: bytes) -> None:
+    with pytest.raises(Untrusted):
+        bundle.unpack(io.BytesIO(content), empty, trust, "here")

@@ -8,12 +8,14 @@ import os
 import shutil
 import signal
 import subprocess
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import counted_compiler
 from cached_service import caches, is_hot_and_serves, start
 from preheat import fingerprint, tiny
 from test_cache import program
@@ -25,7 +27,7 @@ KEY = "0123456789abcdef"
 def base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     folder = tmp_path / "base"
     folder.mkdir()
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", str(folder))
     monkeypatch.setenv("TRITON_CACHE_DIR", str(folder / "triton"))
     monkeypatch.setenv("PREHEAT_CACHE_KEY", KEY)
     yield
@@ -46,7 +48,7 @@ def signed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("signed") / "shared"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREHEAT_CACHE_KEY", KEY)
-        patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path_factory.mktemp("first")))
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("first")))
         service = start(model, folder)
     assert is_hot_and_serves(service) and caches(service) == {"miss"}
     assert service.state.shared_cache["outcome"] == "published"
@@ -224,7 +226,7 @@ def test_a_full_share_is_a_warning(model: Path, tmp_path: Path, caplog: pytest.L
         subprocess.run(["umount", folder], check=True)
 
 
-POINTS = ("compiling", "packing", "renaming", "published")
+POINTS = ("compiling", "second", "packing", "renaming", "published")
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +252,7 @@ def test_a_writer_killed_at_any_point_leaves_nothing_harmful(
         == {".lock", ".writer"}
         | {
             "compiling": set(),
+            "second": {".bundle"},
             "packing": {".tmp"},
             "renaming": {".tmp"},
             "published": {".bundle"},
@@ -259,8 +262,30 @@ def test_a_writer_killed_at_any_point_leaves_nothing_harmful(
         told = program("cached_service.py", model, folder, "serving").communicate(timeout=300)
         assert told[0].split() == ["hit"], told
         return
-    service = start(model, folder)
+    num_buckets = 2 if point == "second" else 1
+    service = start(model, folder, num_buckets)
     assert is_hot_and_serves(service) and not warnings(caplog)
-    assert caches(service) == {"miss"}
-    assert caches(start(model, folder)) == {"hit"}
-    assert not list(folder.glob("*.tmp"))
+    assert [row["cache"] for row in service.state.buckets] == (["hit", "miss"] if point == "second" else ["miss"])
+    assert service.state.shared_cache["outcome"] == "published"
+    assert caches(start(model, folder, num_buckets)) == {"hit"}
+    assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.partial.*"))
+
+
+def test_a_bucket_that_does_not_compile_costs_the_others_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "shared"
+    monkeypatch.setattr(counted_compiler, "broken", lambda shapes: any(shape[-2:] == (8, 12) for shape in shapes))
+
+    def outcomes() -> tuple[str, dict[int, tuple[str, str]]]:
+        service = start(model, folder, num_buckets=2)
+        rows = {row["width"]: (row["engine"], row["cache"]) for row in service.state.buckets}
+        return service.state.shared_cache["outcome"], rows
+
+    assert outcomes() == ("published", {64: ("compiled", "miss"), 96: ("eager", "none")})
+    before = bundle_in(folder).stat()
+    assert outcomes() == ("unshared", {64: ("compiled", "hit"), 96: ("eager", "none")})
+    assert bundle_in(folder).stat().st_ino == before.st_ino
+    monkeypatch.setattr(counted_compiler, "broken", lambda shapes: False)
+    assert outcomes() == ("published", {64: ("compiled", "hit"), 96: ("compiled", "miss")})
+    assert outcomes() == ("loaded", {64: ("compiled", "hit"), 96: ("compiled", "hit")})

@@ -65,3 +65,32 @@ def test_no_address_no_place_and_no_order_of_a_set_is_in_it() -> None:
     assert " at 0x" not in str(told) and "lambda" in str(told)
     assert told["names"] == ["a", "b"] and "/here" not in str(told) and told["text"] == {}
     assert settled({1: torch.float16, "x": (1, None, 2.5, True)}) == {"1": "torch.float16", "x": [1, None, 2.5, True]}
+
+
+OLD = "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle rtm pti"
+NEW = "avx512f rdpid fpu ibrs ibpb stibp ssbd md_clear its_no cmov avx512_vnni sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c amx_tile abm"
+
+
+def machine(monkeypatch: pytest.MonkeyPatch, folder: Path, flags: str, name: str = "flags") -> str:
+    (folder / "cpuinfo").write_text(f"processor\t: 0\n{name}\t\t: {flags}\nbugs\t\t: spectre_v1\n")
+    monkeypatch.setattr("preheat.fingerprint.Path", lambda _: folder / "cpuinfo")
+    return fingerprint(torch.device("cpu"), {}, {})
+
+
+def test_mitigations_and_tsx_come_and_go(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert machine(monkeypatch, tmp_path, OLD) == machine(monkeypatch, tmp_path, NEW)
+
+
+@pytest.mark.parametrize(
+    "flag", ["sse4_2", "avx2", "fma", "bmi2", "f16c", "avx512f", "avx512_vnni", "amx_tile", "abm", "pni", "cmov"]
+)
+def test_an_instruction_set_less_is_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str) -> None:
+    fewer = " ".join(each for each in OLD.split() if each != flag)
+    assert machine(monkeypatch, tmp_path, OLD) != machine(monkeypatch, tmp_path, fewer)
+
+
+def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    old, new = "fp asimd evtstrm sve sve2 bf16 i8mm", "fp asimd cpuid sve sve2 bf16 i8mm ssbs bti paca"
+    assert machine(monkeypatch, tmp_path, old, "Features") == machine(monkeypatch, tmp_path, new, "Features")
+    without = old.replace(" sve2", "")
+    assert machine(monkeypatch, tmp_path, old, "Features") != machine(monkeypatch, tmp_path, without, "Features")

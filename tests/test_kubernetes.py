@@ -205,12 +205,20 @@ def test_what_is_mounted_exists_and_what_exists_is_mounted() -> None:
 
 
 def test_the_compile_cache_is_shared_and_outlives_a_pod() -> None:
-    environment = {entry["name"]: entry.get("value") for entry in CONTAINER["env"]}
-    mount = mount_of(str(environment["TORCHINDUCTOR_CACHE_DIR"]))
+    mount = mount_of("/mnt/cache")
     assert mount is not None and not mount.get("readOnly")
     (volume,) = [volume for volume in POD["volumes"] if volume["name"] == mount["name"]]
     claim = MANIFESTS[f"PersistentVolumeClaim/{volume['persistentVolumeClaim']['claimName']}"]
     assert claim["spec"]["accessModes"] == ["ReadWriteMany"]
+
+
+def test_a_worker_compiles_on_the_pods_own_disk() -> None:
+    named = {entry["name"] for entry in CONTAINER["env"]} | {name for line in DOCKERFILE for name in line}
+    assert not [name for name in named if "TORCHINDUCTOR_CACHE_DIR" in name]
+    mount = mount_of("/tmp")
+    assert mount is not None
+    (volume,) = [volume for volume in POD["volumes"] if volume["name"] == mount["name"]]
+    assert "emptyDir" in volume
 
 
 def test_a_pod_may_do_nothing_but_serve() -> None:
@@ -227,7 +235,7 @@ def test_a_pod_may_do_nothing_but_serve() -> None:
 
 def test_everything_that_is_written_has_a_place_on_a_read_only_root() -> None:
     environment = {entry["name"]: entry.get("value") for entry in CONTAINER["env"]}
-    for path in (CONTAINER["workingDir"], "/tmp", environment["HOME"], environment["TORCHINDUCTOR_CACHE_DIR"]):
+    for path in (CONTAINER["workingDir"], "/tmp", environment["HOME"], "/mnt/cache"):
         assert is_writable(str(path)), path
     assert not is_writable(PROPERTIES["model_store"]), "what lies there is run"
 

@@ -102,7 +102,8 @@ def test_one_holds_the_lock_and_the_other_hears_who(tmp_path: Path) -> None:
 def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
     place = share(tmp_path / "shared")
     lock, _ = place.lock()
-    for content in (b"", b"[]", b"\xff" * 5000, b'{"pid": "x", "host": 1}'):
+    deep, endless = b"[" * 5000, b'{"pid": Infinity, "host": ""}'
+    for content in (b"", b"[]", b"\xff" * 5000, b'{"pid": "x", "host": 1}', deep, endless):
         place._beside(".writer").write_bytes(content)
         with pytest.raises(GaveUp, match="another worker"):
             place.lock()
@@ -187,6 +188,17 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(OSError):
         place.lock()
     assert victim.read_text() == "precious"
+
+
+def test_what_is_not_named_as_ours_is_left_alone(tmp_path: Path, local: Path) -> None:
+    place = share(tmp_path / "shared", max_bytes=2 * NUM_BYTES)
+    stem = os.fsencode(place.folder)
+    names = [b"\xff\n.bundle", b"x" * 240 + b".tmp", b".tmp", b"0" * 31 + b"g.bundle", b"0" * 32 + b"\n.bundle"]
+    for name in names:
+        with open(stem + b"/" + name, "wb") as file:
+            file.truncate(10 << 30)
+    place.publish(local)
+    assert sorted(os.listdir(stem)) == sorted([*names, os.fsencode(place.path.name)])
 
 
 def test_the_lock_is_the_kernels(tmp_path: Path) -> None:

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +26,7 @@ from torch.utils import _pytree as pytree
 from preheat.compilation import DynamicDims, EngineName, Inputs, Router, tensor_shapes
 from preheat.errors import Untrusted
 from preheat.exporting import call_key, export, fault, own_forward, tensors
+from preheat.scratch import own_folder
 from preheat.trust import Trust
 from preheat.watch import eagerly
 
@@ -105,11 +109,31 @@ def _load(content: bytes, device: torch.device) -> Any:
     instructions the CPU has, a second that the fingerprint has made needless, and none of it works without a compiler.
     """
     index = -1 if device.index is None else device.index
-    with tempfile.NamedTemporaryFile(suffix=".pt2") as file:
+    with _unpacking_in(_unpacked()) as folder, tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file:
         file.write(content)
         file.flush()
         # One runner, on one thread: otherwise each call waits on the GPU for the call before it.
         return torch._C._aoti.AOTIModelPackageLoader(file.name, "model", True, 1, index)
+
+
+@cache
+def _unpacked() -> Path:
+    """Where this process's packages lie unpacked; CUDA kernels are read from there at their first launch."""
+    return own_folder("aot")
+
+
+@contextmanager
+def _unpacking_in(folder: Path) -> Iterator[Path]:
+    """The loader unpacks to TMPDIR and removes it when it is destroyed, which a worker that is killed never comes to."""
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = str(folder)
+    try:
+        yield folder
+    finally:
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
 
 
 def attach(

@@ -1,7 +1,8 @@
 """A folder of compiled files as one file: a line of JSON that says what it is and who vouches for it, then a gzipped tar.
 
-The same contents give the same payload, whatever the names of folders, the clock or the user. Nothing of the payload is looked
-at before its digest and its signature are found right, and even then only regular files inside the folder are unpacked.
+The same contents give the same payload, whatever the names of folders, the clock or the user. Nothing of the payload is read
+before its size and digest are known to be the signer's, and nothing looked at before it has them; even then only regular files
+inside the folder are unpacked.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 import shutil
 import tarfile
 import tempfile
@@ -20,8 +22,10 @@ from typing import IO, Any, BinaryIO
 from preheat.errors import Untrusted
 from preheat.trust import Trust, digest_of
 
-FORMAT = "preheat-bundle-1"
+FORMAT = "preheat-bundle-2"
 _LONGEST_HEADER = 4096
+_DIGEST = re.compile(r"[0-9a-f]{64}:[0-9]{1,18}")
+"""SHA-256 and size of the payload."""
 _BLOCK = 1 << 20
 
 
@@ -32,6 +36,10 @@ def members(folder: Path) -> Iterator[tuple[str, Path]]:
     """
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
+        if name.parts[0] == "triton":
+            # Inductor's own records hold the kernels, and bring them back only where there is no folder of theirs; Triton's
+            # files hold the absolute paths of the one who made them (torch/_inductor/triton_bundler.py).
+            continue
         if path.is_symlink() or not path.is_file() or any(_is_passing(part) for part in name.parts):
             continue
         yield name.as_posix(), path
@@ -66,8 +74,9 @@ def pack(folder: Path, target: BinaryIO, trust: Trust, context: str) -> None:
         ):
             for name, path in members(folder):
                 _add(archive, name, path)
+        size = payload.tell()
         payload.seek(0)
-        digest = digest_of(payload)
+        digest = f"{digest_of(payload)}:{size}"
         header = {"format": FORMAT, "context": context, "digest": digest, "signature": trust.sign(digest, context)}
         target.write(json.dumps(header).encode() + b"\n")
         payload.seek(0)
@@ -91,13 +100,14 @@ def unpack(source: BinaryIO, folder: Path, trust: Trust, context: str) -> None:
     header = _read_header(source)
     if header["context"] != context:
         raise Untrusted("it was made for another machine, version, model or key")
+    trust.check(header["signature"], header["digest"], context)
+    digest, _, size = header["digest"].partition(":")
     with tempfile.TemporaryFile(dir=folder.parent) as payload:
         # A copy of our own: what is unpacked is what was checked, whatever happens to the shared file meanwhile.
-        shutil.copyfileobj(source, payload, _BLOCK)
+        _copy(source, payload, int(size))
         payload.seek(0)
-        if digest_of(payload) != header["digest"]:
+        if digest_of(payload) != digest:
             raise Untrusted("it is damaged: its contents have another digest than it says")
-        trust.check(header["signature"], header["digest"], context)
         payload.seek(0)
         try:
             _extract(payload, folder)
@@ -113,13 +123,25 @@ def _read_header(source: BinaryIO) -> dict[str, str]:
     line = source.readline(_LONGEST_HEADER)
     try:
         header: Any = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         header = None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise Untrusted(f"it is no bundle of the format {FORMAT}")
     if not all(isinstance(header.get(name), str) for name in ("context", "digest", "signature")):
         raise Untrusted("its header is incomplete")
+    if not _DIGEST.fullmatch(header["digest"]) or not header["signature"].isascii():
+        raise Untrusted("its header holds no digest")
     return header
+
+
+def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
+    """Copy what is left of `source`, which has to be `size` bytes; not one more is written, for it may grow for ever."""
+    left = size
+    while block := source.read(min(_BLOCK, left)):
+        target.write(block)
+        left -= len(block)
+    if left or source.read(1):
+        raise Untrusted(f"it is damaged: its contents are not the {size} bytes that it says")
 
 
 def _extract(payload: IO[bytes], folder: Path) -> None:

@@ -1,8 +1,9 @@
 """The shared compile cache: the first worker compiles, every later one loads what it made.
 
 Each worker has an Inductor folder of its own. Around compile and warm-up, `synchronized_inductor_cache` fills it from the shared
-bundle or, where there is none, elects one worker that compiles and publishes while the others wait. Whatever goes wrong with the
-share costs a warning and a compile, never a request.
+bundle or, where there is none, elects one worker that compiles and publishes while the others wait. What it has compiled so far
+it puts aside now and then, for who takes over should it be killed. Whatever goes wrong with the share costs a warning and a
+compile, never a request.
 
     cache = SharedCache(Path("/mnt/cache"), Trust.resolve())
     with synchronized_inductor_cache("sdxl/v1", cache):
@@ -11,15 +12,10 @@ share costs a warning and a compile, never a request.
 
 from __future__ import annotations
 
-import atexit
-import fcntl
-import glob
 import hashlib
 import json
 import logging
 import os
-import platform
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,8 +30,9 @@ from filelock import BaseFileLock
 from preheat import bundle
 from preheat.errors import Untrusted
 from preheat.fingerprint import fingerprint
+from preheat.scratch import own_folder
 from preheat.share import GaveUp, NothingPublished, Share
-from preheat.trust import Trust
+from preheat.trust import Trust, keep_to_us
 
 __all__ = [
     "CacheUse",
@@ -52,8 +49,8 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _FOLDER, _TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
-_PREFIX = "preheat-inductor-"
-_NEWBORN_SECONDS = 60.0
+_COMPILING_PER_KEEPING = 10
+"""Packing takes time, and is done at most so often that compiling has this many times as much."""
 
 Outcome = Literal["loaded", "published", "unchanged", "unshared"]
 
@@ -97,16 +94,33 @@ class CacheUse:
         outcome: `loaded`: a bundle was found, and nothing could be added to it. `published`: this worker compiled, and others need
             not. `unchanged`: nothing was compiled, so there was nothing to share. `unshared`: see `reason`.
         waited_seconds: until the bundle was there, or it was clear that this worker has to compile.
+        digest: of the bundle that was loaded, the whole one; empty where there was none.
     """
 
     folder: Path
     outcome: Outcome = "unshared"
     reason: str = ""
     waited_seconds: float = 0.0
+    digest: str = ""
+    _part: Share | None = None
+    _next_keeping: float = 0.0
 
     def withhold(self, reason: str) -> None:
-        """Warm-up was no success: what it compiled is not for others."""
+        """What was compiled is not for others."""
         self.reason = reason
+
+    def keep(self) -> None:
+        """Put aside what was compiled so far, if this worker compiles for the others: whoever takes over from it begins there."""
+        began = time.monotonic()
+        if self._part is None or began < self._next_keeping or not any(bundle.members(self.folder)):
+            return
+        try:
+            self._part.publish(self.folder)
+        except (OSError, GaveUp) as error:  # what lasts until the end is a warning then
+            logger.info("cannot put aside what was compiled so far in %s: %s", self._part.path, _text(error))
+            self._part = None
+        now = time.monotonic()
+        self._next_keeping = now + _COMPILING_PER_KEEPING * (now - began)
 
     def document(self) -> dict[str, Any]:
         return {"outcome": self.outcome, "reason": self.reason, "waited_seconds": self.waited_seconds}
@@ -124,21 +138,24 @@ def synchronized_inductor_cache(
     local, share, began = own_inductor_folder(), cache.share(key), time.monotonic()
     use = CacheUse(local)
     lock: BaseFileLock | None = None
-    digest = ""
     try:
         share.prepare()
-        digest, lock = _load_or_lead(share, local, patience, report)
+        use.digest, lock = _load_or_lead(share, local, patience, report)
     except (OSError, Untrusted, GaveUp) as error:
         use.withhold(_text(error))
         level = logging.INFO if isinstance(error, NothingPublished) else logging.WARNING
         logger.log(level, "no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason)
     use.waited_seconds = round(time.monotonic() - began, 3)
+    if not use.digest:
+        _load(share.part, local)
+    if lock is not None:
+        use._part = share.part
     try:
         yield use
         if use.reason:
             logger.info("the shared compile cache gets nothing from this worker: %s", use.reason)
         else:
-            use.outcome, use.reason = _sync(share, local, digest, lock)
+            use.outcome, use.reason = _sync(share, local, use.digest, lock)
     finally:
         if lock is not None:
             _resign(share, lock)
@@ -169,60 +186,43 @@ def sync_inductor_cache(key: str, digest: str, cache: SharedCache) -> bool:
 
 
 def own_inductor_folder() -> Path:
-    """Make an empty folder for Inductor and Triton that no other process uses; gone when this process ends.
+    """Make an empty folder for Inductor and Triton that no other process uses; see `scratch.own_folder`.
 
-    Inductor reads the variable each time, so it may have compiled before; TORCHINDUCTOR_CACHE_DIR, where it was set, names
-    the parent; where that cannot be written, with a warning, the folder of temporary files is. Folders of this machine's workers
-    that were killed are removed on the way.
+    Inductor reads the variable each time, so it may have compiled before. Where TORCHINDUCTOR_CACHE_DIR pointed does not matter:
+    others may share it.
 
     Raises:
-        OSError: nothing can be written there either.
+        OSError: nothing can be written among the temporary files.
     """
-    parent = Path(os.environ.get(_FOLDER) or tempfile.gettempdir())
-    if parent.name.startswith(_PREFIX):
-        parent = parent.parent  # a second start in the same process
-    try:
-        folder = _new_folder(parent)
-    except OSError as error:
-        elsewhere = Path(tempfile.gettempdir())
-        logger.warning("cannot compile in %s: %s; compiling in %s", parent, _text(error), elsewhere)
-        folder = _new_folder(elsewhere)
+    folder = own_folder("inductor")
     os.environ[_FOLDER] = str(folder)
-    # Triton's default has the GPU's number in it, and the same contents would get another digest on each GPU.
+    # Triton's default has the GPU's number in it.
     os.environ[_TRITON_FOLDER] = str(folder / "triton")
     return folder
 
 
 def writable_inductor_folder() -> None:
-    """See to it that Inductor can write: where TORCHINDUCTOR_CACHE_DIR cannot be, this process gets a folder of its own."""
-    named = os.environ.get(_FOLDER)
-    if named:
-        try:
-            _try_writing(Path(named))
-        except OSError:
-            own_inductor_folder()
+    """See to it that Inductor can write to its folder and finds nothing there that others have put: what it reads, it runs.
 
+    A folder that TORCHINDUCTOR_CACHE_DIR names is believed as it is. Inductor's default has a name that anybody can make first.
+    Where the folder cannot be used, this process gets one of its own, with a warning.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
-def _new_folder(parent: Path) -> Path:
-    _try_writing(parent)
-    _remove_orphans(parent)
-    folder = Path(tempfile.mkdtemp(prefix=_of_this_machine(), dir=parent))
-    with suppress(OSError):  # a file system without locks: then nobody takes the folder for an orphan either
-        # Held, never released: it says that the folder's owner lives. Compile workers are spawned and do not inherit it.
-        fcntl.flock(os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC), fcntl.LOCK_EX)
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
+    folder = Path(os.environ.get(_FOLDER) or default_cache_dir())
+    try:
+        if not os.environ.get(_FOLDER):
+            keep_to_us(folder)
+        _try_writing(folder)
+    except (OSError, Untrusted) as error:
+        own = own_inductor_folder()
+        logger.warning("cannot compile in %s: %s; compiling in %s, for this start alone", folder, _text(error), own)
 
 
 def _try_writing(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder) as file:
         file.write(bytes(2**16))  # a full disk still makes empty files
-
-
-def _of_this_machine() -> str:
-    """What its folders' names begin with: on a shared parent, locks of other machines may not be seen."""
-    return f"{_PREFIX}{platform.node() or 'localhost'}-"
 
 
 @contextmanager
@@ -236,6 +236,7 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Kernels
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
+    _refuse_foreign_headers()
     digest = hashlib.sha256(f"{context}, {torch.get_num_threads()} threads".encode()).hexdigest()
     mark = Path(cache_dir()) / f"preheat-warmed-{digest[:32]}"
     if mark.exists() and "_get_uncompiled_header" in vars(Kernels):
@@ -251,18 +252,17 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
         mark.touch()
 
 
-def _remove_orphans(parent: Path) -> None:
-    for path in parent.glob(f"{glob.escape(_of_this_machine())}*"):
-        with suppress(OSError):
-            # A folder is locked right after it is made; give that moment time.
-            if path.is_symlink() or time.time() - path.lstat().st_ctime < _NEWBORN_SECONDS:
-                continue
-            descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(path, ignore_errors=True)
-            finally:
-                os.close(descriptor)
+def _refuse_foreign_headers() -> None:
+    """Precompiled headers lie in Inductor's default folder whatever TORCHINDUCTOR_CACHE_DIR says, and go into all that is built."""
+    from torch._inductor import codecache
+
+    folder = Path(codecache._HEADER_DIR)
+    try:
+        keep_to_us(folder.parent)
+    except (OSError, Untrusted) as error:
+        logger.warning("no precompiled header is taken from %s: %s", folder, _text(error))
+        codecache._HEADER_DIR = str(own_folder("headers"))
+        codecache._HEADER_LOCK_DIR = str(Path(codecache._HEADER_DIR) / "locks")
 
 
 def _load_or_lead(
@@ -322,6 +322,7 @@ def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> 
         if lock is None:
             own, _ = share.lock()
         share.publish(local)
+        share.part.remove()
     except (OSError, GaveUp) as error:
         logger.warning("cannot publish the compile cache %s: %s", share.path, _text(error))
         return ("loaded" if digest else "unshared"), _text(error)

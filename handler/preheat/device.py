@@ -66,6 +66,43 @@ def attention_backend(name: str) -> Iterator[None]:
         yield
 
 
+def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
+    """Hide from this process every GPU but the one that TorchServe gave it; returns the number that it has from now on, 0.
+
+    Compiled code is for one number: workers of several GPUs would share nothing. CUDA reads CUDA_VISIBLE_DEVICES once, at its first
+    call; where that has been (see `cuda_unasked`), and where there is no such GPU, all stays as it was.
+    """
+    if gpu_id is None or not torch.backends.cuda.is_built():
+        return gpu_id
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    # Numbers or UUIDs, of GPUs or of MIG slices: what TorchServe counts is a place among them.
+    every = None if named is None else [name.strip() for name in named.split(",")]
+    if every is not None and int(gpu_id) >= len(every):
+        return gpu_id
+    os.environ["CUDA_VISIBLE_DEVICES"] = every[int(gpu_id)] if every is not None else str(int(gpu_id))
+    num_seen = torch._C._cuda_getDeviceCount()
+    if num_seen == 1:
+        return 0
+    if num_seen:
+        logger.warning("cannot hide other GPUs from this worker: it shares no compiled code with their workers")
+    if named is None:
+        del os.environ["CUDA_VISIBLE_DEVICES"]
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"] = named
+    return gpu_id
+
+
+@contextmanager
+def cuda_unasked() -> Iterator[None]:
+    """Import in here what asks for GPUs on import, as TorchServe's BaseHandler does: it is told that there are none."""
+    answer = torch.cuda.is_available
+    torch.cuda.is_available = lambda: False
+    try:
+        yield
+    finally:
+        torch.cuda.is_available = answer
+
+
 def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None = None) -> torch.device:
     """The device of this worker, made current.
 
@@ -96,6 +133,12 @@ def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None =
 def any_device() -> torch.device:
     """The first GPU, or the CPU of a machine without one: where no TorchServe deals them out."""
     return pick_device(0 if torch.cuda.is_available() else None)
+
+
+def use_tensor_cores(device: torch.device) -> None:
+    """Multiply float32 matrices in TF32 where the GPU can, which is what importing BaseHandler does where it sees one."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        torch.set_float32_matmul_precision("high")
 
 
 def share_cpu(num_workers: int | None) -> None:

@@ -15,6 +15,11 @@ import torch
 
 import preheat
 
+_GENERATED = re.compile(
+    r"cmov|cx8|cx16|mmx|pni|s?sse\w*|avx\w*|amx_\w+|fma4?|f16c|bmi[12]|abm|popcnt|movbe|adx|gfni|v?aes|v?pclmulqdq|sha\w+|xop|tbm"
+    r"|fp|fphp|asimd\w*|sve\w*|sme\w*|bf16|i8mm|atomics|crc32|pmull|jscvt|fcma|i?lrcpc\w*|flagm2?|frint"
+)
+"""As /proc/cpuinfo names them, of x86 and ARM."""
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 _PASSING = {"_name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
 """Keys of a component's config: where its folder lies today and who wrote it, and a list that diffusers makes of a set, in an order
@@ -64,13 +69,16 @@ def _device_facts(device: torch.device) -> list[str]:
 
 
 def _cpu_features() -> list[str]:
-    """Instruction sets, sorted (Linux); code compiled for more than a machine has crashes it."""
+    """Instruction sets that compilers use unasked, sorted (Linux): code compiled for more than a machine has crashes it.
+
+    The kernel's list has more, which comes and goes with its updates and the microcode's: mitigations, TSX, what hypervisors add.
+    """
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return []
     for line in info.read_text().splitlines():
         if line.startswith(("flags", "Features")):
-            return sorted(line.partition(":")[2].split())
+            return sorted(flag for flag in line.partition(":")[2].split() if _GENERATED.fullmatch(flag))
     return []
 
 

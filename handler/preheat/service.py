@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +21,7 @@ import preheat
 from preheat import aot
 from preheat.batching import RunReport
 from preheat.cache import (
+    CacheUse,
     SharedCache,
     fingerprint,
     synchronized_inductor_cache,
@@ -99,8 +101,8 @@ class Service:
         self.state.fingerprint = self._fingerprint(model_dir)
         if config.pt2.export.aot_compile:
             self._attach_packages(model_dir / aot.FOLDER, trust)
-        with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as own_folder:
-            phase = self._heat(leave_out, own_folder)
+        with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as sharing:
+            phase = self._heat(leave_out, sharing)
         self._events_at_ready = self._watch.num_events
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
@@ -170,8 +172,8 @@ class Service:
         aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     @contextmanager
-    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
-        """Compile in here: with the shared cache, if there is one. Gives the Inductor folder that is then this worker's own."""
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
+        """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
         if not compiles or self._shapes.strategy == "exact":
@@ -189,9 +191,10 @@ class Service:
             cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
         ) as use:
             with self._headers():
-                yield use.folder
+                yield use
             fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
-            if fallen:
+            # Who found nothing shares what did compile. The others, who fail as it did, do not replace it at every start.
+            if fallen and use.digest:
                 use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
         self.state.shared_cache = use.document()
 
@@ -205,7 +208,7 @@ class Service:
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
+    def _heat(self, leave_out: Collection[Warmable], sharing: CacheUse | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
         if (
             self._shapes.strategy == "exact"
@@ -223,9 +226,9 @@ class Service:
             self._routers,
             self._watch,
             on_failure=self.config.pt2.on_failure,
-            progress=self._show,
+            progress=partial(self._show, sharing),
             leave_out=leave_out,
-            own_folder=own_folder,
+            own_folder=sharing and sharing.folder,
         )
         warmup.observe(self._work.extremes(variants))
         proven = self._to_prove(self._warm(warmup, variants))
@@ -280,8 +283,10 @@ class Service:
         blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
         return num_variants * blocks
 
-    def _show(self, step: Step) -> None:
+    def _show(self, sharing: CacheUse | None, step: Step) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
+        if sharing is not None:
+            sharing.keep()
 
     def _report(self, run: RunReport) -> None:
         if self.state.state in ("hot", "cold"):

@@ -17,7 +17,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
@@ -29,6 +29,8 @@ from preheat.trust import Trust
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".bundle"
+_PARTIAL = f".partial{SUFFIX}"
+_STEM = "[0-9a-f]" * 32  # others may put there what they like; what is not named as ours is no business of ours
 _MARK = ".writer"
 _LONGEST_MARK = 1000
 _POLL_SECONDS = 0.2
@@ -52,16 +54,23 @@ class Share:
         context: everything the compiled files depend on; names the bundle and is covered by its signature.
         trust: which bundles are believed.
         max_bytes: of all bundles in the folder.
+        partial: see `part`.
     """
 
     folder: Path
     context: str
     trust: Trust
     max_bytes: int
+    partial: bool = False
 
     @property
     def path(self) -> Path:
-        return self._beside(SUFFIX)
+        return self._beside(_PARTIAL if self.partial else SUFFIX)
+
+    @property
+    def part(self) -> Share:
+        """The place of a bundle that its writer has not finished, under the same lock. One is never taken for the other."""
+        return replace(self, partial=True)
 
     def prepare(self) -> None:
         """Make the folder (not its parents: they are the mount), and see that what is put there would be believed.
@@ -89,7 +98,7 @@ class Share:
             size = os.fstat(file.fileno()).st_size
             if size > self.max_bytes:
                 raise Untrusted(f"its {size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})")
-            bundle.unpack(file, into, self.trust, self.context)
+            bundle.unpack(file, into, self.trust, self._purpose)
             with suppress(OSError):  # a share that is read-only here: others keep the record of use
                 os.utime(file.fileno())
         return True
@@ -108,7 +117,7 @@ class Share:
         scratch = Path(name)
         try:
             with os.fdopen(descriptor, "wb") as file:
-                bundle.pack(folder, file, self.trust, self.context)
+                bundle.pack(folder, file, self.trust, self._purpose)
                 os.fchmod(file.fileno(), 0o600 if self.trust.mode == "owner" else 0o644)
                 file.flush()
                 os.fsync(file.fileno())
@@ -122,6 +131,10 @@ class Share:
                 scratch.unlink()
             raise
         _sync_folder(self.folder)
+
+    def remove(self) -> None:
+        with suppress(OSError):
+            self.path.unlink(missing_ok=True)
 
     def stamp(self) -> tuple[int, ...] | None:
         """Tells one bundle at this place from the next; None while there is none."""
@@ -188,6 +201,10 @@ class Share:
         return self._beside(_MARK).exists()
 
     @property
+    def _purpose(self) -> str:
+        return f"{self.context}, in part" if self.partial else self.context
+
+    @property
     def _stem(self) -> str:
         return hashlib.sha256(self.context.encode()).hexdigest()[:32]
 
@@ -201,12 +218,12 @@ class Share:
             with os.fdopen(descriptor, "rb") as file:
                 mark = json.loads(file.read(_LONGEST_MARK))
             return f"pid {int(mark['pid'])} on {str(mark['host'])[:64]!r}"
-        except (OSError, ValueError, KeyError, TypeError):
+        except (OSError, ValueError, LookupError, TypeError, OverflowError, RecursionError):
             return "another worker"
 
     def _sweep(self) -> None:
         """Remove what killed writers left half-written. Whose lock is free has no writer; ours is with us."""
-        for path in self.folder.glob("*.tmp"):
+        for path in self.folder.glob(f"{_STEM}.*.tmp"):
             stem = path.name.partition(".")[0]
             with suppress(OSError, Timeout, NotImplementedError):
                 if stem == self._stem:
@@ -222,7 +239,7 @@ class Share:
         is set back so that it can grow old.
         """
         found = []
-        for path in self.folder.glob(f"*{SUFFIX}"):
+        for path in (path for suffix in (SUFFIX, _PARTIAL) for path in self.folder.glob(_STEM + suffix)):
             with suppress(OSError):
                 status = path.lstat()
                 if path != self.path:

@@ -12,6 +12,7 @@ import hmac
 import os
 import stat
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Literal
@@ -148,6 +149,21 @@ def digest_of(file: BinaryIO) -> str:
     while block := file.read(1 << 20):
         digest.update(block)
     return digest.hexdigest()
+
+
+def keep_to_us(folder: Path) -> None:
+    """Nothing, if `folder` is ours alone to write; where it is not there, it is made so.
+
+    Raises:
+        Untrusted: somebody else made it, or others can write to it.
+        OSError: it cannot be made.
+    """
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode):
+        raise Untrusted("it is no folder")
+    _refuse_foreign("it", status)
 
 
 def _refuse_foreign(what: str, status: os.stat_result) -> None:
