@@ -16,7 +16,18 @@ HANDLER = Path(__file__).parent.parent / "handler"
 LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"},
+        | {
+            "trust",
+            "bundle",
+            "share",
+            "variants",
+            "dims",
+            "module_config",
+            "json_text",
+            "importing",
+            "admission",
+            "places",
+        },
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),

@@ -43,7 +43,6 @@ __all__ = [
     "Strategy",
     "Target",
     "Task",
-    "model_place",
 ]
 
 Fit = Literal["pad", "resize"]
@@ -419,14 +418,3 @@ class ModelConfig(Section):
         except yaml.YAMLError as error:
             raise ConfigError(f"{path} is not valid YAML: {error}") from error
         return cls.parse(data)
-
-
-def model_place(path: str, archive: Path) -> str | Path:
-    """Where `pipeline.path` and `module.path` point, given the unpacked archive.
-
-    `.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id.
-    """
-    if path == ".":
-        return archive / "model"
-    inside = archive / path
-    return inside if inside.is_dir() else path
