@@ -13,7 +13,16 @@ from preheat.watch import CompileWatch
 torch.set_num_threads(1)
 
 
-ALONE = ("aot_archive", "cpu_roads", "exact_compiles", "fallback", "modules", "production_config", "shared_cache")
+ALONE = (
+    "aot_archive",
+    "cpu_roads",
+    "exact_compiles",
+    "fallback",
+    "modules",
+    "production_config",
+    "shared_cache",
+    "stock_archive",
+)
 """End-to-end tests whose servers share nothing with other files."""
 
 

@@ -143,6 +143,7 @@ def test_a_lasting_failure_ends_the_wait_though_torchserve_tries_again(managemen
     failed = status(99, "failed", message="pipeline.path: no such folder: /x", lasting=True)
     verdict = readiness.wait(management.url, seconds=600, statuses=lambda: [failed, status(100, "loading")])
     assert verdict.missing[-1] == "fox: worker 99 failed: pipeline.path: no such folder: /x"
+    assert not readiness.wait(management.url, "owl", seconds=0, statuses=lambda: [failed]).ready
     passing = status(99, "failed", message="the hub does not answer")
     assert readiness.failed([passing]) == passing
     assert readiness.failed([passing, status(100, "loading")]) is None

@@ -99,5 +99,5 @@ def _inside(archive: Path, family: Family) -> Path:
     if len(found) > 1:
         raise ConfigError(f". could mean {' or '.join(found)}, which both have a {index}; name one", where)
     if not found:
-        raise ConfigError(f"the archive holds no {KIND[family]}: no {index} at its root or in a folder of it", where)
+        raise ConfigError(f"the archive holds no model: no {index} at its root or in a folder of it", where)
     return archive / found[0]

@@ -89,7 +89,8 @@ def wait(
     probe, told = _Probe(management, min_workers, token), None
     deadline = time.monotonic() + seconds
     while True:
-        current = statuses()
+        wanted = [model] if isinstance(model, str) else model
+        current = [status for status in statuses() if wanted is None or status.model in wanted]
         verdict = probe.ask(model, current)
         if verdict.ready or failed(current) or not hopeful() or time.monotonic() >= deadline:
             return verdict

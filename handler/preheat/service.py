@@ -238,11 +238,12 @@ class Service:
         That a package fails shows in its first run only: then everything is warmed after all.
         """
         for chosen in (self._work.covering(variants), variants):
-            if chosen is not variants and any(router.compiles for router in self._routers.values()):
+            compiles = any(router.compiles for router in self._routers.values())
+            if chosen is not variants and compiles:
                 continue
             self._status.plan(Counter(str(variant.bucket) for variant in chosen))
             warmup.warm(chosen)
-            if chosen is variants or not any(router.compiles for router in self._routers.values()):
+            if compiles or not any(router.compiles for router in self._routers.values()):
                 return chosen
         return variants
 
