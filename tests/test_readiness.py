@@ -345,3 +345,13 @@ def test_progress_shows_workers_that_run_and_their_buckets() -> None:
     assert "31.2 s" in text
     assert "hot" in text
     assert "owl" not in text
+
+
+def test_progress_of_two_workers_says_whose_bucket_it_is() -> None:
+    shown = io.StringIO()
+    rows = (("320x192", 2, 2, 31.2),)
+    pids = (os.getpid(), os.getppid())
+    with WarmupProgress(Console(file=shown, width=100)) as progress:
+        progress.update([readiness.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids])
+    for pid in pids:
+        assert f"  {pid} 320x192" in shown.getvalue()
