@@ -140,7 +140,8 @@ def ready(
     for line in verdict.missing:
         print(line)
     if verdict.ready:
-        _print_engines([status for status in statuses() if Path("/proc", str(status.pid)).exists()])
+        asked = [status for status in statuses() if models is None or status.model in _names(models)]
+        _print_engines([status for status in asked if Path("/proc", str(status.pid)).exists()])
         print("ready")
     raise typer.Exit(0 if verdict.ready else 1)
 
@@ -309,6 +310,10 @@ def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
 
     with WarmupProgress() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
+
+
+def _names(models: str | Sequence[str]) -> Sequence[str]:
+    return [models] if isinstance(models, str) else models
 
 
 def _say_waiting(missing: Sequence[str]) -> None:
