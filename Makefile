@@ -73,7 +73,7 @@ test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real T
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
-serve: $(STAMP) ## start TorchServe: CONFIG=model-config/x.yaml [MODEL=folder-or-hub-id] [NAME=] [INFERENCE_PORT=] ...
+serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
 		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
 		--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
@@ -84,7 +84,7 @@ ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)
 
-archive: $(STAMP) ## package a model: CONFIG= MODEL=folder-or-hub-id [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
+archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
 	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -20,8 +21,9 @@ from preheat.device import (
     pick_device,
     see_one_gpu,
     share_cpu,
+    use_tensor_cores,
 )
-from preheat.errors import OutOfMemory, RequestError
+from preheat.errors import OutOfMemory, PreheatError, RequestError
 from preheat.importing import left_out
 from preheat.metrics import Metrics
 from preheat.responses import Response
@@ -32,6 +34,8 @@ from preheat.state import StatusFile
 # engine `openvino` here runs on.
 with left_out("openvino.torch"), cuda_unasked():
     from ts.torch_handler.base_handler import BaseHandler
+
+logger = logging.getLogger(__name__)
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
@@ -45,7 +49,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """Load, compile, warm and prove; TorchServe shows READY when this returns.
 
         Raises:
-            PreheatError: the model cannot be served as its YAML says; TorchServe logs it and tries again.
+            SystemExit: the model cannot be served as its YAML says, and the log has the reason; TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
         properties = {**context.system_properties, "gpu_id": see_one_gpu(context.system_properties.get("gpu_id"))}
@@ -67,8 +71,13 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 metrics=self.metrics,
                 manifest=self.manifest,
             )
+        except PreheatError as error:
+            status.fail(str(error), lasting=error.lasting)
+            logger.error("cannot serve %s: %s", context.model_name, error)
+            # The message says it all; raised as it is, TorchServe would print 35 lines of its own loader around it.
+            raise SystemExit(1) from None
         except Exception as error:
-            status.write("failed", f"{type(error).__name__}: {error}")
+            status.fail(f"{type(error).__name__}: {error}", lasting=False)
             raise
         self.initialized = True
 

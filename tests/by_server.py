@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from xdist.scheduler import LoadScopeScheduling
 
-ALONE = ("aot_archive", "cpu_roads", "exact_compiles", "fallback", "modules", "production_config", "shared_cache")
+ALONE = (
+    "aot_archive",
+    "cpu_roads",
+    "exact_compiles",
+    "fallback",
+    "modules",
+    "production_config",
+    "shared_cache",
+    "stock_archive",
+)
 """End-to-end tests whose servers share nothing with other files."""
 
 

@@ -17,7 +17,7 @@ LAYERS: list[tuple[set[str], set[str]]] = [
     (
         {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
         | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"}
-        | {"prompts", "unserved", "yaml_text"},
+        | {"prompts", "unserved", "yaml_text", "places"},
         {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
     ),
     ({"images"}, {"PIL", "numpy"}),

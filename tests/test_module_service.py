@@ -22,14 +22,14 @@ import yaml
 from PIL import Image
 from ts.torch_handler import base_handler
 
-from preheat import tensors, tiny
+from preheat import readiness, tensors, tiny
 from preheat.config import ModelConfig
 from preheat.errors import ConfigError, ModuleError, RequestError
 from preheat.importing import imported_from
 from preheat.module_engine import Answer
 from preheat.module_work import ModuleWork
 from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.state import StatusFile, bucket_name
 from preheat.watch import CompileWatch
 from test_pt2_forms import FORMS
 
@@ -135,6 +135,25 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
             torch.testing.assert_close(answer.outputs, alone.outputs, atol=1e-4, rtol=0)
     after = service.current_state()
     assert (after.compiles_since_ready, after.incidents, after.eager_fallbacks) == (0, 0, 0)
+
+
+def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
+    watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second round would take no time, and show none."""
+    steps: list[str] = []
+    step = StatusFile.step
+    monkeypatch.setattr(StatusFile, "step", lambda self, *told: (steps.append(told[0]), step(self, *told))[1])
+    torch.compiler.set_stance("default")
+    pt2 = {"compile": {"enable": True, "backend": "eager"}, "shapes": {"batch_sizes": [1, 2]}}
+    config = ModelConfig.parse({"batchSize": 2, "pt2": pt2, "module": BERT})
+    status = StatusFile(str(tmp_path), "m")
+    service = Service(config, models / "bert", torch.device("cpu"), status=status)
+    (written,) = readiness.read_statuses(tmp_path)
+    assert len(steps) == written.total == 2 * len(written.buckets)
+    for bucket, _, _, seconds in written.buckets:
+        rows = [row for row in service.state.buckets if bucket_name(row) == bucket]
+        assert sum(row["warm_seconds"] for row in rows) == pytest.approx(seconds, abs=0.002 * len(rows))
 
 
 def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Path) -> None:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import io
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from rich.console import Console
 
 from preheat import readiness
 from preheat.progress import WarmupProgress
+from preheat.readiness import Engine
+from preheat.state import StatusFile
 
 HANDLER = Path(__file__).parent.parent / "handler"
 
@@ -30,6 +33,8 @@ class Management(ThreadingHTTPServer):
         self.models: dict[str, tuple[int, list[str]]] = {}
         self.token: str | None = None
         self.nonsense: bytes | None = None
+        self.pid = 100
+        """Of the first worker; the next ones count on."""
 
     @property
     def url(self) -> str:
@@ -50,7 +55,8 @@ class Answer(BaseHTTPRequestHandler):
         elif path.removeprefix("/models/") in models:
             name = path.removeprefix("/models/")
             wanted, states = models[name]
-            self.reply(200, [{"modelName": name, "minWorkers": wanted, "workers": [{"status": s} for s in states]}])
+            workers = [{"status": state, "pid": self.server.pid + i} for i, state in enumerate(states)]
+            self.reply(200, [{"modelName": name, "minWorkers": wanted, "workers": workers}])
         else:
             self.reply(404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found"})
 
@@ -99,11 +105,85 @@ def test_workers_are_counted(
 def test_what_is_missing_is_said(management: Management) -> None:
     management.models |= {"fox": (2, ["READY", "UNLOADING"]), "owl": (1, ["READY"]), "elk": (1, [])}
     assert readiness.check(management.url).missing == [
-        "fox: 1 of 2 workers READY (others: UNLOADING)",
+        "fox: 1 of 2 workers READY (loading)",
         "elk: 0 of 1 workers READY",
     ]
     assert readiness.check(management.url, "owl").ready
     assert readiness.check(management.url, ["owl", "bat"]).missing == ["bat: not registered"]
+
+
+def status(
+    pid: int, state: str, done: int = 0, message: str = "", lasting: bool = False, engines: Sequence[Engine] = ()
+) -> readiness.Status:
+    return readiness.Status("fox", pid, state, done, 6, (), message, 0.0, lasting, tuple(engines))
+
+
+def test_what_a_worker_wrote_says_how_far_it_is(management: Management) -> None:
+    management.models["fox"] = (2, ["UNLOADING", "READY"])
+    verdict = readiness.check(management.url, statuses=[status(100, "warming", 3), status(101, "hot", 6)])
+    assert verdict.missing == ["fox: 1 of 2 workers READY (warming 3/6)"]
+
+
+def test_workers_that_die_while_one_waits_are_counted(management: Management) -> None:
+    """A foreign server's: nothing is known but that each answer shows another process."""
+    management.models["fox"] = (1, ["UNLOADING"])
+    told: list[Sequence[str]] = []
+
+    def dies_three_times() -> bool:
+        management.pid += 1
+        return management.pid < 104
+
+    verdict = readiness.wait(management.url, seconds=60, interval=0, hopeful=dies_three_times, report=told.append)
+    assert verdict.missing == ["fox: 0 of 1 workers READY (loading, restarted 3 times; see its log)"]
+    assert told[0] == ["fox: 0 of 1 workers READY (loading)"]
+
+
+def test_a_lasting_failure_ends_the_wait_though_torchserve_tries_again(management: Management) -> None:
+    management.models["fox"] = (1, ["UNLOADING"])
+    failed = status(99, "failed", message="pipeline.path: no such folder: /x", lasting=True)
+    verdict = readiness.wait(management.url, seconds=600, statuses=lambda: [failed, status(100, "loading")])
+    assert verdict.missing[-1] == "fox: worker 99 failed: pipeline.path: no such folder: /x"
+    assert not readiness.wait(management.url, "owl", seconds=0, statuses=lambda: [failed]).ready
+    passing = status(99, "failed", message="the hub does not answer")
+    assert readiness.failed([passing]) == passing
+    assert readiness.failed([passing, status(100, "loading")]) is None
+    assert readiness.failed([failed, status(100, "warming")]) is None, "it got further: the fault is mended"
+
+
+def test_an_address_without_a_scheme_is_http(management: Management) -> None:
+    management.models["fox"] = (1, ["READY"])
+    assert readiness.check(management.url.removeprefix("http://")).ready
+
+
+def test_engines_are_told_once_for_workers_that_agree_with_a_warning_where_one_fell_to_eager() -> None:
+    fast = [Engine("256x256", "compiled", ""), Engine("64x64", "compiled", "")]
+    assert readiness.describe_engines([status(i, "hot", engines=fast) for i in (1, 2)]) == (
+        ["fox: compiled 256x256, 64x64"],
+        [],
+    )
+    slow = [fast[0], Engine("64x64", "eager", "g++ is missing")]
+    lines, (warning,) = readiness.describe_engines([status(1, "hot", engines=fast), status(2, "hot", engines=slow)])
+    assert lines == ["fox worker 1: compiled 256x256, 64x64", "fox worker 2: compiled 256x256; eager 64x64"]
+    assert warning.startswith("fox worker 2: 1 of 2 buckets are served eagerly: g++ is missing")
+    on_purpose = [Engine("64x64", "eager", "")]
+    assert readiness.describe_engines([status(1, "hot", engines=on_purpose)]) == (["fox: eager 64x64"], [])
+
+
+def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None:
+    row = {"height": 64, "width": 64, "target": "unet", "engine": "compiled", "reason": ""}
+    file = StatusFile(str(tmp_path), "fox")
+    file.plan({"64x64": 1, "64x96": 1})
+    file.step("64x64", 1.25)
+    wide = {**row, "width": 96}
+    file.finish("hot", [row, wide, {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}])
+    (read,) = readiness.read_statuses(tmp_path)
+    assert read.buckets[0] == ("64x64", 1, 1, 1.25)
+    assert read.engines == (
+        Engine("64x64", "compiled", ""),
+        Engine("64x96", "unet compiled, vae.decoder eager", "no g++"),
+    )
+    file.fail("no such folder", lasting=True)
+    assert readiness.read_statuses(tmp_path)[0].lasting
 
 
 def test_a_server_without_models_is_not_ready(management: Management) -> None:
@@ -191,7 +271,7 @@ def run_ready(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_waits_for_a_server_that_was_not_started_here(tmp_path: Path) -> None:
     """As in a pod: no record of a server, and TorchServe's default address."""
-    code = "from preheat import readiness, cli; readiness.wait = lambda *args, **kwargs: exit(f'waits {kwargs}'); cli.main()"
+    code = "from preheat import readiness, cli; readiness.wait = lambda *args, **kwargs: exit('waits {seconds}'.format(**kwargs)); cli.main()"
     done = subprocess.run(
         [sys.executable, "-c", code, "ready", "--wait", "7"],
         cwd=tmp_path,
@@ -200,13 +280,32 @@ def test_the_command_waits_for_a_server_that_was_not_started_here(tmp_path: Path
         text=True,
         check=False,
     )
-    assert done.stderr == "waits {'seconds': 7.0}\n"
+    assert done.stderr == "waits 7.0\n"
+
+
+def test_the_command_says_what_it_waits_for(tmp_path: Path) -> None:
+    """Connection refused: the port is nobody's, as it is bound here but not listened on."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        said = run_ready("--management", f"127.0.0.1:{bound.getsockname()[1]}", "--wait", "0.1", cwd=tmp_path)
+    assert said.returncode == 1
+    assert said.stderr.startswith("waiting: the management API at http://127.0.0.1:")
+
+
+def test_the_command_shows_the_engines_of_the_server_that_it_knows(management: Management, tmp_path: Path) -> None:
+    management.models = {"fox": (1, ["READY"])}
+    record(tmp_path, "fox", management, ["fox"], status_dir=str(tmp_path / "status"))
+    file = StatusFile(str(tmp_path / "status"), "fox")
+    file.plan({"64x64": 1})
+    file.finish("hot", [{"height": 64, "width": 64, "target": "unet", "engine": "eager", "reason": "no g++"}])
+    lines = run_ready(cwd=tmp_path).stdout.splitlines()
+    assert lines[0] == "fox: eager 64x64" and "served eagerly: no g++" in lines[1] and lines[2:] == ["ready"]
 
 
 def test_the_command_exits_0_or_1_and_imports_nothing_heavy(management: Management, tmp_path: Path) -> None:
     management.models["fox"] = (1, ["UNLOADING"])
     no = run_ready("--management", management.url, cwd=tmp_path)
-    assert (no.returncode, no.stdout) == (1, "fox: 0 of 1 workers READY (others: UNLOADING)\n")
+    assert (no.returncode, no.stdout) == (1, "fox: 0 of 1 workers READY (loading)\n")
     management.models["fox"] = (1, ["READY"])
     yes = run_ready("--management", management.url, "--model", "fox", cwd=tmp_path)
     assert (yes.returncode, yes.stdout) == (0, "ready\n")
@@ -228,10 +327,10 @@ def test_the_command_finds_the_server_that_was_started_here(management: Manageme
     assert run_ready("--name", "elk", cwd=tmp_path).returncode == 1
 
 
-def record(folder: Path, name: str, management: Management, models: list[str]) -> None:
+def record(folder: Path, name: str, management: Management, models: list[str], **more: str) -> None:
     run_dir = folder / ".preheat" / "run" / name
     run_dir.mkdir(parents=True)
-    (run_dir / "server.json").write_text(json.dumps({"management": management.url, "models": models}))
+    (run_dir / "server.json").write_text(json.dumps({"management": management.url, "models": models, **more}))
 
 
 def test_progress_shows_workers_that_run_and_their_buckets() -> None:
@@ -246,3 +345,13 @@ def test_progress_shows_workers_that_run_and_their_buckets() -> None:
     assert "31.2 s" in text
     assert "hot" in text
     assert "owl" not in text
+
+
+def test_progress_of_two_workers_says_whose_bucket_it_is() -> None:
+    shown = io.StringIO()
+    rows = (("320x192", 2, 2, 31.2),)
+    pids = (os.getpid(), os.getppid())
+    with WarmupProgress(Console(file=shown, width=100)) as progress:
+        progress.update([readiness.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids])
+    for pid in pids:
+        assert f"  {pid} 320x192" in shown.getvalue()

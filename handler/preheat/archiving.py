@@ -13,13 +13,15 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import yaml
 
 from preheat.config import ModelConfig, Pt2Config
-from preheat.errors import ArchiveError
+from preheat.errors import ArchiveError, ConfigError
+from preheat.places import folder_or_hub_id
 from preheat.yaml_errors import keys_of
 
 logger = logging.getLogger(__name__)
@@ -73,11 +75,18 @@ def build_archive(
         files.mkdir()
         (files / "preheat").symlink_to(PACKAGE)
         if place == ".":
-            (files / "model").symlink_to(Path(str(model)).resolve())
+            (files / "model").symlink_to(Path(os.path.expanduser(str(model))).resolve())
         _copy_code(loaded, config.parent, files)
         if aot:
             _compile_ahead(work / f"{name}.yaml", files)
         return _replace(_run_archiver(name, work, archive_format), output)
+
+
+def is_archive(path: Path) -> bool:
+    """Whether `path` is what `build_archive` writes: a .mar, or a no-archive folder."""
+    if path.is_dir():
+        return (path / MANIFEST).is_file()
+    return path.suffix == ".mar" or zipfile.is_zipfile(path)
 
 
 def _model_name(config: Path) -> str:
@@ -97,18 +106,19 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
         raise ArchiveError(
             "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
         )
-    folder = Path(model)
-    if folder.is_dir():
-        _check_weights(folder, "a diffusers pipeline" if loaded.module is None else "a transformers folder")
-    elif not external:
+    try:
+        folder = folder_or_hub_id(str(model), Path(), "pipeline" if loaded.module is None else "module")
+    except ConfigError as error:
+        raise ArchiveError(error.message) from None
+    if isinstance(folder, Path):
+        _check_weights(folder)
+        return str(folder.resolve()) if external else "."
+    if not external:
         raise ArchiveError(f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)")
-    return "." if not external else str(folder.resolve()) if folder.is_dir() else str(model)
+    return folder
 
 
-def _check_weights(folder: Path, kind: str) -> None:
-    index = "model_index.json" if "diffusers" in kind else "config.json"
-    if not (folder / index).is_file():
-        raise ArchiveError(f"{folder} is not {kind}: it has no {index}")
+def _check_weights(folder: Path) -> None:
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     for path in files:
         if path.suffix.lower() in PICKLED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import signal
 import sys
@@ -12,17 +13,19 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from preheat.errors import PreheatError
+from preheat.errors import ConfigError, PreheatError
+from preheat.state import STATUS_DIR_VARIABLE
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from preheat.readiness import Status
     from preheat.server import TorchServe
 
 STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
 MANAGEMENT = "http://127.0.0.1:8081"
-
-DEMO_MODULES = ("bert", "resnet")
-"""Configs in `model-config` whose model is made on the spot where none is given, beside the tiny pipelines."""
+DEMOS = ("sdxl", "bert", "resnet")
 
 app = typer.Typer(
     help="Package, serve and watch models that are hot before the first request.",
@@ -40,17 +43,32 @@ class Format(str, Enum):
     no_archive = "no-archive"
 
 
-Config = Annotated[
-    Path, typer.Argument(help="The model YAML; its stem becomes the model's name.", exists=True, dir_okay=False)
-]
+Config = Annotated[Path, typer.Argument(help="The model YAML; its stem becomes the model's name.", exists=True)]
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Pipeline or transformers folder, or a hub id. Default: the YAML's path; "
-        "for tiny-sdxl, -sd15, -sd3, -flux, bert and resnet a model made on the spot."
+        help="Pipeline or transformers folder, or a hub id (org/name), or tiny:sdxl (sd15, sd3, flux, bert, resnet): "
+        "one with random weights, made on the spot. Default: the YAML's path."
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The server's name, where several run here.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import preheat
+
+        print(f"preheat {preheat.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What stands before the commands."""
 
 
 @app.command()
@@ -72,8 +90,10 @@ def archive(
     ] = False,
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
-    from preheat.archiving import build_archive
+    from preheat.archiving import build_archive, is_archive
 
+    if is_archive(config):
+        raise PreheatError(f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}")
     place = _model(config, model)
     print(build_archive(config, place, output=output, archive_format=archive_format.value, external=external, aot=aot))
 
@@ -106,24 +126,36 @@ def ready(
         token = readiness.read_token(token_file) if token_file else None
     except (OSError, ValueError) as error:
         _fail(f"no token: {error}")
-    verdict = readiness.check(url, models, min_workers, token)
+    folder = (known or {}).get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
+
+    def statuses() -> list[readiness.Status]:
+        return readiness.read_statuses(Path(folder)) if folder else []
+
+    verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
     if wait and not verdict.ready and known:
         _wait(_recall(known), min_workers, wait)
-        verdict = readiness.check(url, models, min_workers, token)
+        verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
     elif wait and not verdict.ready:
-        verdict = readiness.wait(url, models, min_workers, token, seconds=wait)
+        verdict = readiness.wait(url, models, min_workers, token, seconds=wait, statuses=statuses, report=_say_waiting)
     for line in verdict.missing:
         print(line)
     if verdict.ready:
+        asked = [status for status in statuses() if models is None or status.model in _names(models)]
+        _print_engines([status for status in asked if Path("/proc", str(status.pid)).exists()])
         print("ready")
     raise typer.Exit(0 if verdict.ready else 1)
 
 
 @app.command()
 def serve(
-    config: Config,
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder.", exists=True
+        ),
+    ],
     model: Model = None,
-    name: Annotated[str | None, typer.Option(help="The server's name. Default: the YAML's stem.")] = None,
+    name: Annotated[str | None, typer.Option(help="The server's name. Default: the YAML's or archive's.")] = None,
     inference_port: Annotated[int, typer.Option(help="REST predictions.")] = 8080,
     management_port: Annotated[int, typer.Option(help="REST management.")] = 8081,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics.")] = 8082,
@@ -135,15 +167,23 @@ def serve(
     `preheat ready --wait 1800` waits until it is warm, `preheat stop` ends it.
     """
     from preheat import server
-    from preheat.archiving import build_archive
+    from preheat.archiving import build_archive, is_archive
 
-    name = _checked(name or config.stem)
+    archived = is_archive(config)
+    if archived and model is not None:
+        raise PreheatError(
+            f"{config} is an archive, which holds its model or names it: leave out --model (make: MODEL=)"
+        )
+    model_name = config.name.removesuffix(".mar") if archived else config.stem
+    name = _checked(name or model_name)
     run_dir = STATE / "run" / name
     if server.find(run_dir):
         raise PreheatError(f"a server named {name} runs already: stop it, or give this one another name")
-    built = build_archive(
-        config, _model(config, model), output=run_dir / "archives", archive_format="no-archive", external=True
-    )
+    if archived:
+        built = config
+    else:
+        place = _model(config, model)
+        built = build_archive(config, place, output=run_dir / "archives", archive_format="no-archive", external=True)
     ports = server.Ports(
         inference=inference_port,
         management=management_port,
@@ -152,8 +192,8 @@ def serve(
         grpc_management=grpc_management_port,
     )
     running = server.start([built], run_dir, ports=ports, cache=STATE / "cache" / "inductor")
-    print(f"{name} is warming up (pid {running.pid}, logs in {running.logs})")
-    print(f"REST        {running.inference}/predictions/{config.stem}")
+    print(f"{name} serves {config} and is warming up (pid {running.pid}, logs in {running.logs})")
+    print(f"REST        {running.inference}/predictions/{model_name}")
     print(f"gRPC        {running.grpc}")
     print(f"management  {running.management}")
     print(f"metrics     {running.metrics}/metrics")
@@ -177,8 +217,8 @@ def demo(
     """Build, archive, warm and ask a tiny model, and stop it again."""
     from preheat import demo, module_demo
 
-    if model not in ("sdxl", *DEMO_MODULES):
-        raise PreheatError(f"no demo of {model!r}: sdxl, {' or '.join(DEMO_MODULES)}")
+    if model not in DEMOS:
+        raise PreheatError(f"no demo of {model!r}: {', '.join(DEMOS[:-1])} or {DEMOS[-1]}")
     if model == "sdxl":
         demo.run(STATE, out)
     else:
@@ -206,27 +246,37 @@ def _checked(name: str) -> str:
 
 
 def _model(config: Path, model: str | None) -> str | None:
-    """The model to package: as given, as the YAML says, or a tiny one made now; None where a factory makes it."""
-    if model is not None:
-        return model
+    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a factory makes it."""
     from preheat.config import ModelConfig
+    from preheat.places import Family, folder_or_hub_id, tiny_name
 
     loaded = ModelConfig.load(config)
     if loaded.module is not None and loaded.module.factory is not None:
-        return None
+        return model
+    family: Family = "pipeline" if loaded.module is None else "module"
     path = loaded.pipeline.path if loaded.module is None else loaded.module.path
-    if path not in (".", None):
-        return path
-    family = config.stem if config.stem in DEMO_MODULES else config.stem.removeprefix("tiny-")
-    if family == config.stem and family not in DEMO_MODULES:
+    given = model or (path if path != "." else None)
+    if given is None:
+        tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
         raise PreheatError(
-            f"{config} does not say where its model lies: give --model (make: MODEL=), a folder or hub id"
+            f"{config} does not say where its model lies: give --model (make: MODEL=) or write {family}.path, "
+            f"either way a folder or a hub id; {tiny} is a small one with random weights"
         )
-    from preheat.demo import build_tiny
+    try:
+        tiny_family = tiny_name(given, family)
+        if tiny_family is None:
+            place = folder_or_hub_id(given, Path() if model else config.parent, family)
+            if isinstance(place, str):
+                print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
+            return str(place)
+    except ConfigError as error:
+        if model is None:
+            raise
+        raise PreheatError(f"--model: {error.message}") from None
+    from preheat.demo import tiny_model
 
-    if family in DEMO_MODULES:
-        print(f"no model is given: a tiny {family} with random weights is made", file=sys.stderr)
-    return str(build_tiny(family, STATE / "models" / config.stem))
+    print(f"{given}: a small model with random weights, to try things with", file=sys.stderr)
+    return str(tiny_model(tiny_family, STATE / "models"))
 
 
 def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:
@@ -260,3 +310,22 @@ def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
 
     with WarmupProgress() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
+
+
+def _names(models: str | Sequence[str]) -> Sequence[str]:
+    return [models] if isinstance(models, str) else models
+
+
+def _say_waiting(missing: Sequence[str]) -> None:
+    print(f"waiting: {'; '.join(missing)}", file=sys.stderr, flush=True)
+
+
+def _print_engines(statuses: Sequence[Status]) -> None:
+    """What serves each bucket, with a warning where that is eager code though compiling was asked for."""
+    from preheat import readiness
+
+    lines, warnings = readiness.describe_engines(statuses)
+    for line in lines:
+        print(line)
+    for line in warnings:
+        typer.secho(line, fg=typer.colors.YELLOW)

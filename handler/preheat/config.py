@@ -43,7 +43,6 @@ __all__ = [
     "Strategy",
     "Target",
     "Task",
-    "model_place",
 ]
 
 Fit = Literal["pad", "resize"]
@@ -476,14 +475,3 @@ class ModelConfig(Section):
 def names_a_family(data: Collection[str]) -> bool:
     """Whether these keys of a YAML say what is served; if none does, the YAML may be TorchServe's own."""
     return "pipeline" in data or "module" in data
-
-
-def model_place(path: str, archive: Path) -> str | Path:
-    """Where `pipeline.path` and `module.path` point, given the unpacked archive.
-
-    `.` is the archive's own `model` folder; a relative folder lies in the archive; anything else is a path or a hub id.
-    """
-    if path == ".":
-        return archive / "model"
-    inside = archive / path
-    return inside if inside.is_dir() else path

@@ -6,6 +6,7 @@ It leaves `*.png`, `contact-sheet.png` and `summary.json`, and no process of its
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -15,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 from PIL import Image, ImageDraw
@@ -94,7 +96,7 @@ def serving(family: str, config: Path, state: Path, console: Console) -> Iterato
     if left is not None:
         left.stop()  # an earlier demo that was killed before it could do so itself
     console.print(f"Building a tiny {family} and its archive ...")
-    model = build_tiny(family, state / "models" / config.stem)
+    model = tiny_model(family, state / "models")
     archive = build_archive(config, model, output=state / "archives")
     console.print("Starting TorchServe; its worker compiles and warms every bucket:")
     running = server.start([archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor")
@@ -106,6 +108,19 @@ def serving(family: str, config: Path, state: Path, console: Console) -> Iterato
         yield running, seconds
     finally:
         running.stop()
+
+
+def tiny_model(family: str, models: Path) -> Path:
+    """`build_tiny` into a folder of `models` whose name changes with what would be made, and only where it is not there.
+
+    Raises:
+        PreheatError: it failed.
+    """
+    made_by = [metadata.version(name) for name in ("torch", "diffusers", "transformers")]
+    source = (Path(__file__).parent / "tiny.py").read_bytes()
+    digest = hashlib.sha256(source + repr(made_by).encode()).hexdigest()[:12]
+    folder = models / f"tiny-{family}-{digest}"
+    return folder if folder.is_dir() else build_tiny(family, folder)  # which appears whole, by a rename
 
 
 def build_tiny(family: str, folder: Path) -> Path:

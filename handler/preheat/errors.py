@@ -11,6 +11,8 @@
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
     ├── PipelineError    a pipeline folder cannot be served
+    ├── ModuleError      a module cannot be served
+    ├── HubError         a model of the hub cannot be had, this time
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
 Anything else that is raised is a bug, or the machine's doing.
@@ -22,12 +24,17 @@ from __future__ import annotations
 class PreheatError(Exception):
     """Root of the tree."""
 
+    lasting = False
+    """Whether the next try must fail alike: a wrong YAML, a missing file. `preheat ready` then waits no longer."""
+
 
 class ConfigError(PreheatError):
     """A wrong value in the model YAML.
 
     `path` is where it stands, such as `pt2.shapes.buckets[1][0]`; empty for the document itself.
     """
+
+    lasting = True
 
     def __init__(self, message: str, path: str = "") -> None:
         super().__init__(message)
@@ -36,6 +43,12 @@ class ConfigError(PreheatError):
 
     def __str__(self) -> str:
         return f"{self.path}: {self.message}" if self.path else self.message
+
+
+def in_one_line(error: BaseException) -> str:
+    """What a library raised, as part of a message of one line: its first 300 characters."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= 300 else f"{text[:297]}..."
 
 
 class RequestError(PreheatError):
@@ -99,9 +112,17 @@ class WarmupError(PreheatError):
 class PipelineError(PreheatError):
     """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""
 
+    lasting = True
+
 
 class ModuleError(PreheatError):
     """A module that cannot be loaded: no file, no class, other weights than it has, or weights that are more than tensors."""
+
+    lasting = True
+
+
+class HubError(PreheatError):
+    """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer then."""
 
 
 class Untrusted(PreheatError):

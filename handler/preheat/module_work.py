@@ -15,12 +15,13 @@ from torch import nn
 from preheat import modules, tensors
 from preheat.batching import RunReport
 from preheat.compilation import Phase, Router
-from preheat.config import ModelConfig, ModuleConfig, ShapesConfig, model_place
+from preheat.config import ModelConfig, ModuleConfig, ShapesConfig
 from preheat.device import DTYPES
 from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.module_engine import Answer, Job, ModuleEngine
 from preheat.module_request import Accept, Reader
+from preheat.places import model_place
 from preheat.responses import Response, from_error
 
 WHOLE = "model"
@@ -90,7 +91,7 @@ class ModuleWork:
         module = modules.load(config.module, model_dir, manifest, device)
         tokenizer = None
         if config.module.path is not None:
-            tokenizer = modules.load_tokenizer(model_place(config.module.path, model_dir))
+            tokenizer = modules.load_tokenizer(model_place(config.module.path, model_dir, "module"))
         return cls(module, tokenizer, config, device)
 
     @property

@@ -16,11 +16,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from preheat.config import model_place
 from preheat.device import DTYPES
-from preheat.errors import ConfigError, ModuleError
+from preheat.errors import ConfigError, HubError, ModuleError, in_one_line
 from preheat.importing import load_file, make_importable
 from preheat.module_config import ModuleConfig
+from preheat.places import model_place
 
 logger = logging.getLogger(__name__)
 
@@ -39,11 +39,12 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
     Raises:
         ConfigError: the YAML names something that is not there.
         ModuleError: it cannot be loaded.
+        HubError: the hub does not give it.
     """
     model = manifest.get("model", {})
     weights = folder / model["serializedFile"] if model.get("serializedFile") else None
     if config.path is not None:
-        module = _from_transformers(config, model_place(config.path, folder))
+        module = _from_transformers(config, model_place(config.path, folder, "module"))
     elif config.factory is not None:
         module = _from_factory(config.factory, folder)
     elif model.get("modelFile"):
@@ -82,7 +83,8 @@ def _from_transformers(config: ModuleConfig, place: str | Path) -> nn.Module:
     try:
         module = loader.from_pretrained(place, use_safetensors=True, local_files_only=local)
     except (OSError, ValueError) as error:
-        raise ModuleError(f"cannot load {config.auto_class} from {str(place)!r}: {error}") from error
+        kind = ModuleError if local else HubError
+        raise kind(f"cannot load {config.auto_class} from {place}: {in_one_line(error)}") from None
     if not isinstance(module, nn.Module):
         raise ConfigError(f"{config.auto_class} loads no model but a {type(module).__name__}", "module.class")
     return module

@@ -18,11 +18,12 @@ from preheat.admission import check_cost
 from preheat.batching import RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
-from preheat.config import ModelConfig, ShapesConfig, model_place
+from preheat.config import ModelConfig, ShapesConfig
 from preheat.device import DTYPES, num_cores
 from preheat.engine import Answer, Engine, Job
 from preheat.errors import ConfigError, RequestError
 from preheat.pipelines import DiffusionPipeline
+from preheat.places import model_place
 from preheat.request import FIELDS, ImageRequest, parse_row
 from preheat.responses import Response
 from preheat.streaming import Stream
@@ -47,7 +48,7 @@ class PipelineWork:
         Raises:
             ConfigError, PipelineError: it cannot be served as the YAML says.
         """
-        path = model_place(config.pipeline.path, model_dir)
+        path = model_place(config.pipeline.path, model_dir, "pipeline")
         return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
 
     @property

@@ -25,7 +25,7 @@ from torch import nn
 from preheat.buckets import Bucket
 from preheat.config import PipelineConfig, Task
 from preheat.device import DTYPES
-from preheat.errors import PipelineError, RequestError
+from preheat.errors import HubError, PipelineError, RequestError, in_one_line
 from preheat.previews import LatentColours, plain_colours
 from preheat.prompts import Reader
 from preheat.request import ImageRequest, run_steps
@@ -148,6 +148,7 @@ class DiffusionPipeline:
 
         Raises:
             PipelineError: it is not a diffusers pipeline of a known family, or its weights are not safetensors.
+            HubError: the hub does not give it.
         """
         # diffusers warns with the text of a prompt that CLIP truncates; prompts are never logged.
         diffusers.utils.logging.set_verbosity_error()
@@ -162,7 +163,9 @@ class DiffusionPipeline:
                 local_files_only=Path(folder).is_dir(),
             )
         except (OSError, ValueError) as error:
-            raise PipelineError(f"cannot load a diffusers pipeline from {str(folder)!r}: {error}") from error
+            # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that is not said here.
+            kind = PipelineError if Path(folder).is_dir() else HubError
+            raise kind(f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}") from None
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
             raise PipelineError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")

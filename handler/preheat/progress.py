@@ -37,15 +37,17 @@ class WarmupProgress:
 
     def update(self, statuses: list[Status]) -> None:
         """Show what the workers that still run have written."""
-        for status in statuses:
-            if not Path("/proc", str(status.pid)).exists():
-                continue
+        running = [status for status in statuses if Path("/proc", str(status.pid)).exists()]
+        for status in running:
             title = f"{status.model} worker {status.pid}"
-            self._show(status.pid, title, status.done, status.total, MARKS.get(status.state, status.state))
+            self._show(status.pid, "", title, status.done, status.total, MARKS.get(status.state, status.state))
+            whose = f"{status.pid} " if len(running) > 1 else ""
             for bucket, done, total, seconds in status.buckets:
-                self._show(status.pid, f"  {bucket}", done, total, f"{seconds:.1f} s" if seconds else "")
+                detail = f"{seconds:.1f} s" if seconds else ""
+                self._show(status.pid, bucket, f"  {whose}{bucket}", done, total, detail)
 
-    def _show(self, pid: int, title: str, done: int, total: int, detail: str) -> None:
-        if (pid, title) not in self._tasks:
-            self._tasks[pid, title] = self._progress.add_task(title, total=total or None, detail=detail)
-        self._progress.update(self._tasks[pid, title], completed=done, total=total or None, detail=detail)
+    def _show(self, pid: int, bucket: str, title: str, done: int, total: int, detail: str) -> None:
+        if (pid, bucket) not in self._tasks:
+            self._tasks[pid, bucket] = self._progress.add_task(title, total=total or None, detail=detail)
+        task = self._tasks[pid, bucket]
+        self._progress.update(task, description=title, completed=done, total=total or None, detail=detail)

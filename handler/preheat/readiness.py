@@ -26,6 +26,14 @@ class Readiness(NamedTuple):
     missing: list[str]
 
 
+class Engine(NamedTuple):
+    """What serves a bucket; `reason`: why that is eager code although compiling was asked for."""
+
+    bucket: str
+    engine: str
+    reason: str
+
+
 class Status(NamedTuple):
     """What one worker last wrote about its warm-up; `buckets` are its parts, as (name, done, total, seconds)."""
 
@@ -37,6 +45,10 @@ class Status(NamedTuple):
     buckets: tuple[tuple[str, int, int, float], ...]
     message: str
     written: float
+    lasting: bool = False
+    """Of a failure: the next worker would fail alike."""
+    engines: tuple[Engine, ...] = ()
+    """Of the buckets, once they are served."""
 
 
 def check(
@@ -46,28 +58,15 @@ def check(
     token: str | None = None,
     *,
     timeout: float = 5.0,
+    statuses: Sequence[Status] = (),
 ) -> Readiness:
     """Ask the management API at the URL `management` about `model` (or several), or about every model it has.
 
     A model is ready with max(its minWorkers, `min_workers`, 1) workers READY. `timeout` is seconds per call. Never
-    raises for a server that is absent or answers nonsense: that is not ready, with the reason in `missing`.
+    raises for a server that is absent or answers nonsense: that is not ready, with the reason in `missing`. `statuses`,
+    what the workers wrote, say more of those that are missing.
     """
-    base = management.rstrip("/")
-    try:
-        if model is None:
-            names = [entry["modelName"] for entry in _get(f"{base}/models?limit=1000", token, timeout)["models"]]
-        else:
-            names = [model] if isinstance(model, str) else list(model)
-        missing = [] if names else ["no model is registered"]
-        for name in names:
-            missing += _ask_model(base, name, min_workers, token, timeout)
-    except urllib.error.HTTPError as error:
-        missing = [_refusal(error)]
-    except (OSError, HTTPException) as error:
-        missing = [f"the management API at {base} does not answer: {getattr(error, 'reason', error)}"]
-    except (ValueError, LookupError, TypeError):
-        missing = [f"the management API at {base} answers something that is not TorchServe's"]
-    return Readiness(not missing, missing)
+    return _Probe(management, min_workers, token, timeout).ask(model, statuses)
 
 
 def wait(
@@ -79,13 +78,25 @@ def wait(
     seconds: float,
     interval: float = 0.5,
     hopeful: Callable[[], bool] = lambda: True,
+    statuses: Callable[[], Sequence[Status]] = tuple,
+    report: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Readiness:
-    """Ask until ready, for at most `seconds`; `hopeful` is called before each sleep and ends the wait by returning False."""
+    """Ask until ready, for at most `seconds`, or until a worker has `failed`.
+
+    `hopeful` is called before each sleep and ends the wait by returning False; `report` is told what is missing, at first
+    and whenever it changes.
+    """
+    probe, told = _Probe(management, min_workers, token), None
     deadline = time.monotonic() + seconds
     while True:
-        verdict = check(management, model, min_workers, token)
-        if verdict.ready or not hopeful() or time.monotonic() >= deadline:
+        wanted = [model] if isinstance(model, str) else model
+        current = [status for status in statuses() if wanted is None or status.model in wanted]
+        verdict = probe.ask(model, current)
+        if verdict.ready or failed(current) or not hopeful() or time.monotonic() >= deadline:
             return verdict
+        if verdict.missing != told:
+            report(verdict.missing)
+            told = verdict.missing
         time.sleep(min(interval, max(0.0, deadline - time.monotonic())))
 
 
@@ -110,42 +121,126 @@ def read_statuses(folder: Path) -> list[Status]:
             data = json.loads(path.read_bytes())
             buckets = tuple((b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0) for b in data["buckets"])
             fields = (str(data["model"]), int(data["pid"]), str(data["state"]), int(data["done"]), int(data["total"]))
-            statuses.append(Status(*fields, buckets, str(data.get("message") or ""), path.stat().st_mtime))
+            engines = tuple(Engine(b["bucket"], b["engine"], b["reason"]) for b in data["buckets"] if "engine" in b)
+            rest = (str(data.get("message") or ""), path.stat().st_mtime, bool(data.get("lasting")), engines)
+            statuses.append(Status(*fields, buckets, *rest))
         except (OSError, ValueError, LookupError, TypeError):
             continue  # gone meanwhile, or not a worker's
     return sorted(statuses, key=lambda status: status.written)
 
 
-def failure(statuses: list[Status]) -> str | None:
-    """Why warming has failed, if no worker of that model has written anything since; TorchServe may try again."""
-    latest = {status.model: status for status in statuses}
-    for status in latest.values():
-        if status.state == "failed":
-            return f"{status.model}: worker {status.pid} failed: {status.message}"
+def failed(statuses: Sequence[Status]) -> Status | None:
+    """The worker that failed, if no later one of its model has got further; `statuses` are oldest first.
+
+    TorchServe starts another at once. That it loads says nothing where the fault is lasting, and all else where it is not.
+    """
+    for model in dict.fromkeys(status.model for status in statuses):
+        own = [status for status in statuses if status.model == model]
+        told = [status for status in own if status.state != "loading"]
+        if told and told[-1].state == "failed" and (told[-1].lasting or told[-1] is own[-1]):
+            return told[-1]
     return None
 
 
-def _get(url: str, token: str | None, timeout: float) -> Any:
-    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of this loopback
-    with opener.open(request, timeout=timeout) as response:
-        return json.load(response)
+def failure(statuses: Sequence[Status]) -> str | None:
+    """What to say of the worker that `failed`."""
+    status = failed(statuses)
+    return f"{status.model}: worker {status.pid} failed: {status.message}" if status else None
 
 
-def _ask_model(base: str, name: str, min_workers: int | None, token: str | None, timeout: float) -> list[str]:
-    try:
-        described = _get(f"{base}/models/{urllib.parse.quote(name)}", token, timeout)[0]
-    except urllib.error.HTTPError as error:
-        if error.code == 404:
-            return [f"{name}: not registered"]
-        raise
-    wanted = max(int(described["minWorkers"]), min_workers or 0, 1)
-    states = [worker["status"] for worker in described["workers"]]
-    if states.count(READY) >= wanted:
-        return []
-    others = sorted({state for state in states if state != READY})
-    detail = f" (others: {', '.join(others)})" if others else ""
-    return [f"{name}: {states.count(READY)} of {wanted} workers {READY}{detail}"]
+def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
+    """A line per model, or per worker where they differ, with the engine of every bucket; and the warnings.
+
+    A warning says which buckets are eager though compiling was asked for.
+    """
+    lines, warnings = [], []
+    by_rows: dict[tuple[str, tuple[Engine, ...]], list[int]] = {}
+    for status in statuses:
+        if status.state in ("hot", "cold"):
+            by_rows.setdefault((status.model, status.engines), []).append(status.pid)
+    models = [model for model, _ in by_rows]
+    for (model, rows), pids in by_rows.items():
+        who = model if models.count(model) == 1 else f"{model} worker {', '.join(map(str, pids))}"
+        if not rows:
+            lines.append(f"{who}: nothing is warmed; requests wait for the compiler")
+            continue
+        engines = dict.fromkeys(row.engine for row in rows)
+        texts = (f"{engine} {', '.join(r.bucket for r in rows if r.engine == engine)}" for engine in engines)
+        lines.append(f"{who}: {'; '.join(texts)}")
+        fallen = [row for row in rows if row.reason]
+        if fallen:
+            reasons = "; ".join(dict.fromkeys(row.reason for row in fallen))
+            warnings.append(
+                f"{who}: {len(fallen)} of {len(rows)} buckets are served eagerly: {reasons} "
+                "(pt2.on_failure: fail would not serve them)"
+            )
+    return lines, warnings
+
+
+class _Probe:
+    """Asks one management API, and remembers which workers it has seen."""
+
+    def __init__(self, management: str, min_workers: int | None, token: str | None, timeout: float = 5.0) -> None:
+        address = management if "://" in management else f"http://{management}"
+        self._base, self._min_workers = address.rstrip("/"), min_workers
+        self._token, self._timeout = token, timeout
+        self._pids: dict[str, set[int]] = {}
+
+    def ask(self, model: str | Sequence[str] | None, statuses: Sequence[Status]) -> Readiness:
+        base = self._base
+        try:
+            if model is None:
+                names = [entry["modelName"] for entry in self._get("/models?limit=1000")["models"]]
+            else:
+                names = [model] if isinstance(model, str) else list(model)
+            missing = [] if names else ["no model is registered"]
+            for name in names:
+                missing += self._missing(name, [status for status in statuses if status.model == name])
+        except urllib.error.HTTPError as error:
+            missing = [_refusal(error)]
+        except (OSError, HTTPException) as error:
+            missing = [f"the management API at {base} does not answer: {getattr(error, 'reason', error)}"]
+        except (ValueError, LookupError, TypeError, AttributeError):
+            missing = [f"the management API at {base} answers something that is not TorchServe's"]
+        return Readiness(not missing, missing)
+
+    def _missing(self, name: str, statuses: Sequence[Status]) -> list[str]:
+        try:
+            described = self._get(f"/models/{urllib.parse.quote(name)}")[0]
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return [f"{name}: not registered"]
+            raise
+        wanted, workers = max(int(described["minWorkers"]), self._min_workers or 0, 1), described["workers"]
+        pids = self._pids.setdefault(name, set())
+        pids.update(pid for worker in workers if (pid := worker.get("pid") or 0) > 0)
+        pids.update(status.pid for status in statuses)
+        num_ready = [worker["status"] for worker in workers].count(READY)
+        if num_ready >= wanted:
+            return []
+        # TorchServe calls every worker that is not READY "UNLOADING", above all those that load.
+        by_pid = {status.pid: status for status in statuses}
+        others = {_doing(by_pid.get(worker.get("pid"))) for worker in workers if worker["status"] != READY}
+        restarts = len(pids) - len(workers)
+        if restarts > 0:
+            others.add(f"restarted {restarts} {'time' if restarts == 1 else 'times'}; see its log")
+        detail = f" ({', '.join(sorted(others))})" if others else ""
+        reason = failure(statuses)
+        return [f"{name}: {num_ready} of {wanted} workers {READY}{detail}", *([reason] if reason else [])]
+
+    def _get(self, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of this loopback
+        request = urllib.request.Request(f"{self._base}{path}", headers=headers)
+        with opener.open(request, timeout=self._timeout) as response:
+            return json.load(response)
+
+
+def _doing(status: Status | None) -> str:
+    """What a worker that is not READY does, for all that is known."""
+    if status is None or status.state == "failed":  # another is about to take its place
+        return "loading"
+    return f"{status.state} {status.done}/{status.total}" if status.total else status.state
 
 
 def _refusal(error: urllib.error.HTTPError) -> str:

@@ -116,20 +116,28 @@ class TorchServe:
             ServerError: not within `seconds`, or the server died, or a worker says that it failed.
         """
 
-        def hopeful() -> bool:
-            statuses = readiness.read_statuses(self.status_dir)
-            watch(statuses)
-            return self.alive and readiness.failure(statuses) is None
+        def statuses() -> list[Status]:
+            written = readiness.read_statuses(self.status_dir)
+            watch(written)
+            return written
 
         verdict = readiness.wait(
-            self.management, self.models, min_workers, self.token(), seconds=seconds, hopeful=hopeful
+            self.management,
+            self.models,
+            min_workers,
+            self.token(),
+            seconds=seconds,
+            hopeful=lambda: self.alive,
+            statuses=statuses,
         )
-        statuses = readiness.read_statuses(self.status_dir)
-        watch(statuses)
-        if not verdict.ready:
-            reason = readiness.failure(statuses)
-            gone = None if self.alive else "the server has ended"
-            raise ServerError(f"{reason or gone or '; '.join(verdict.missing)}\n{self.tail()}")
+        written = statuses()
+        if verdict.ready:
+            return
+        failed, reason = readiness.failed(written), readiness.failure(written)
+        if failed is not None and failed.lasting:
+            raise ServerError(str(reason))  # it says what is wrong; the log says no more
+        gone = None if self.alive else "the server has ended"
+        raise ServerError(f"{reason or gone or '; '.join(verdict.missing)}\n{self.tail()}")
 
     def token(self) -> str | None:
         """The management token, where the server wants one."""

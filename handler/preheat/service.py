@@ -108,7 +108,7 @@ class Service:
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        status.write(self.state.state)
+        status.finish(phase, self.state.buckets)
         logger.info(
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
@@ -244,11 +244,12 @@ class Service:
         That a package fails shows in its first run only: then everything is warmed after all.
         """
         for chosen in (self._work.covering(variants), variants):
-            if chosen is not variants and any(router.compiles for router in self._routers.values()):
+            compiles = any(router.compiles for router in self._routers.values())
+            if chosen is not variants and compiles:
                 continue
             self._status.plan(Counter(str(variant.bucket) for variant in chosen))
             warmup.warm(chosen)
-            if not any(router.compiles for router in self._routers.values()):
+            if compiles or not any(router.compiles for router in self._routers.values()):
                 return chosen
         return variants
 

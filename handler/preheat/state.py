@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -78,16 +78,34 @@ class StatusFile:
     def plan(self, variants_per_bucket: Mapping[str, int]) -> None:
         """Announce how many variants each bucket has, in the order they will be warmed."""
         self._buckets = {
-            bucket: {"bucket": bucket, "total": total, "done": 0, "seconds": 0.0}
+            bucket: {"bucket": bucket, "total": total, "done": 0, "seconds": self._seconds(bucket)}
             for bucket, total in variants_per_bucket.items()
         }
         self.write("warming")
+
+    def _seconds(self, bucket: str) -> float:
+        """What an earlier plan has spent on it: warm-up plans anew where a package fails."""
+        seconds: float = self._buckets.get(bucket, {}).get("seconds", 0.0)
+        return seconds
 
     def step(self, bucket: str, seconds: float) -> None:
         row = self._buckets[bucket]
         row["done"] += 1
         row["seconds"] = round(row["seconds"] + seconds, 3)
         self.write("warming")
+
+    def fail(self, message: str, *, lasting: bool) -> None:
+        """The worker ends here; `lasting`: TorchServe's next one would, too."""
+        self._document["lasting"] = lasting
+        self.write("failed", message)
+
+    def finish(self, state: Phase, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The worker serves. Of the state's `rows`, each bucket keeps its engine and why it is eager though it should not be."""
+        for bucket, row in self._buckets.items():
+            own = [each for each in rows if bucket_name(each) == bucket]
+            row["engine"] = _engine(own)
+            row["reason"] = next((each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), "")
+        self.write(state)
 
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())
@@ -104,3 +122,16 @@ class StatusFile:
         scratch = self._path.with_suffix(".tmp")
         scratch.write_text(json.dumps(self._document))
         scratch.replace(self._path)
+
+
+def _engine(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The one engine of rows that agree; else each target with its own, such as `unet compiled, vae.decoder eager`."""
+    by_target: dict[str, list[str]] = {}
+    for row in rows:
+        engines = by_target.setdefault(row["target"], [])
+        if row["engine"] not in engines:
+            engines.append(row["engine"])
+    texts = {target: " or ".join(engines) for target, engines in by_target.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{target} {text}" for target, text in texts.items())
