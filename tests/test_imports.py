@@ -55,6 +55,7 @@ TOOLS = {
     "demo",
     "module_demo",
     "progress",
+    "reference",
     "tiny",
 }
 STANDARD = __import__("sys").stdlib_module_names
