@@ -90,7 +90,7 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
         return None
     if model is None:
         raise ArchiveError(
-            "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
+            "no model folder is given; for a --model-file use torch-model-archiver (docs/modules.md)"
         )
     folder = Path(model)
     if folder.is_dir():

@@ -54,7 +54,7 @@ COMPILE: Schema = {
         },
         "options": {
             "type": "object",
-            "description": "Of the backend: Inductor's `{freezing: true}`, OpenVINO's `{config: {...}}`.",
+            "description": "Of the backend: Inductor's `{freezing: true}`, OpenVINO's `{config: ...}`.",
         },
     },
     "required": ["enable"],
@@ -189,7 +189,7 @@ def _container(kind: str, field: Schema) -> str | None:
         return "list of " + re.sub(r"^(whole number|number|text)", r"\1s", _kind(field["items"]))
     if kind == "object":
         inner = field.get("additionalProperties")
-        return f"mapping to {_kind(inner)}" if isinstance(inner, Mapping) and inner else "mapping"
+        return f"mapping to {_kind(inner)}" if isinstance(inner, dict) and inner else "mapping"
     return None
 
 
