@@ -27,7 +27,7 @@ BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
 
 
-def blocks(language: str, document: str) -> list[str]:
+def blocks(language: str, document: str = "README.md") -> list[str]:
     """A document's fenced blocks of a language: `sh` are run as they stand, of `bash` single commands."""
     text = (server.ROOT / document).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)

@@ -287,7 +287,7 @@ class PipelineConfig(Section):
     """Which pipeline is served and what its clients may ask."""
 
     path: Text = "."
-    """`.` is the archive's own model folder; else a mounted folder or a hub id."""
+    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md."""
     dtype: Dtype = "float32"
     """Of weights and computation. Not float16 for SDXL: its VAE overflows in it."""
     scheduler: Text | None = None
@@ -370,15 +370,15 @@ class ModelConfig(Section):
     """Seconds in which a worker that dies or fails to start is started again; must exceed
     startupTimeout. TorchServe's default is 300."""
     deviceType: Literal["cpu", "gpu"] | None = None
-    """Where workers run. Default: gpu where there is one."""
+    """Where workers run; `gpu` insists on one. Default: a GPU where there is one."""
     deviceIds: Listed[Count] | None = None
     """Numbers of the GPUs that are dealt out to workers. Default: all."""
     parallelType: Literal["pp", "tp", "pptp", "custom"] | None = None
-    """One model over several GPUs; read by TorchServe, not used by Preheat."""
+    """One model over several GPUs: refused, each worker holds the whole model on one."""
     parallelLevel: Positive | None = None
     """Processes a worker; with `parallelType`."""
     torchrun: FrozenMapping | None = None
-    """Arguments of torchrun; with `parallelType`."""
+    """Arguments of torchrun: refused, each worker is one process."""
     clientTimeoutInMills: Count | None = None
     """Milliseconds a client waits; what queued longer is dropped. 0, TorchServe's default: for
     ever."""
@@ -388,9 +388,9 @@ class ModelConfig(Section):
     useJobTicket: bool | None = None
     """Refuse with a 503 what no idle worker can take at once, rather than queue it."""
     continuousBatching: bool | None = None
-    """A TorchServe mode for language models; not for Preheat's handler."""
+    """TorchServe's mode for language models: refused, batchSize makes batches here."""
     sequenceBatching: bool | None = None
-    """A TorchServe mode for stateful models; not for Preheat's handler."""
+    """TorchServe's mode for stateful models: refused, requests have no memory of each other."""
     sequenceMaxIdleMSec: Positive | None = None
     """Milliseconds; with `sequenceBatching`."""
     sequenceTimeoutMSec: Positive | None = None
@@ -400,7 +400,7 @@ class ModelConfig(Section):
     maxSequenceJobQueueSize: Positive | None = None
     """Requests of a sequence that may wait; with `sequenceBatching`."""
     asyncCommunication: bool | None = None
-    """A TorchServe mode for asynchronous handlers; not for Preheat's."""
+    """TorchServe's mode for asynchronous handlers: refused, a batch is answered as one."""
     useVenv: bool | None = None
     """Run workers in an environment of their own, made from the archive's requirements."""
     handler: FrozenMapping | None = None

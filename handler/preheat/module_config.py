@@ -121,8 +121,7 @@ class ModuleConfig(Section):
     """Which module is served. Neither `path` nor `factory`: TorchServe's own --model-file and --serialized-file."""
 
     path: Text | None = None
-    """A transformers folder: `.` is the archive's own model folder; else a mounted folder or a hub
-    id."""
+    """A transformers folder, or a hub id, or `tiny:bert`; `.` is the archive's own."""
     auto_class: Text = Field(default="AutoModel", alias="class")
     """The transformers class that loads `path`."""
     factory: Text | None = None

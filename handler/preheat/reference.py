@@ -54,7 +54,7 @@ COMPILE: Schema = {
         },
         "options": {
             "type": "object",
-            "description": "Of the backend: Inductor's `{freezing: true}`, OpenVINO's `{config: ...}`.",
+            "description": "`{freezing: true}` for Inductor, `{config: {}}` for OpenVINO.",
         },
     },
     "required": ["enable"],

@@ -60,7 +60,7 @@ def archive_plainly(work: Path) -> Path:
     )
     (work / "tmp").mkdir()
     (work / "handler").symlink_to(server.ROOT / "handler")
-    (command,) = [block for block in blocks("bash", "docs/modules.md") if "model-archiver" in block]
+    (command,) = [block for block in blocks("bash", "docs/modules.md") if "--model-file" in block]
     command = command.replace("torch-model-archiver", f"{sys.executable} -m model_archiver.model_packaging", 1)
     subprocess.run(["bash", "-euc", command], cwd=work, check=True, env={**os.environ, "TMPDIR": str(work / "tmp")})
     return work / "plain.mar"
