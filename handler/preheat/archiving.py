@@ -89,7 +89,9 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
             raise ArchiveError("the YAML's module.factory makes the module, so there is no model folder to package")
         return None
     if model is None:
-        raise ArchiveError("no model folder is given; for a --model-file use torch-model-archiver (docs/modules.md)")
+        raise ArchiveError(
+            "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
+        )
     folder = Path(model)
     if folder.is_dir():
         _check_weights(folder, "a diffusers pipeline" if loaded.module is None else "a transformers folder")
