@@ -38,7 +38,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start bench-cpu \
-	setup-ipex test-ipex clean
+	setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -98,6 +98,9 @@ bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shar
 
 bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
+
+reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
+	$(BIN)/python -m preheat.reference > docs/configuration.md
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }

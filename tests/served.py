@@ -24,13 +24,13 @@ from preheat.client import Client
 
 CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
 BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]]
-README = (server.ROOT / "README.md").read_text()
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
 
 
-def blocks(language: str) -> list[str]:
-    """The README's fenced blocks of a language: `sh` are run as they stand, of `bash` single commands."""
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def blocks(language: str, document: str = "README.md") -> list[str]:
+    """A document's fenced blocks of a language: `sh` are run as they stand, of `bash` single commands."""
+    text = (server.ROOT / document).read_text()
+    return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
 
 @dataclass(frozen=True)

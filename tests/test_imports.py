@@ -56,6 +56,7 @@ TOOLS = {
     "demo",
     "module_demo",
     "progress",
+    "reference",
     "tiny",
 }
 STANDARD = __import__("sys").stdlib_module_names

@@ -225,6 +225,17 @@ def demo(
         module_demo.run(model, STATE, out)
 
 
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a model YAML, for editors: completion, and misspelt keys underlined.
+
+    A YAML names it in its first line: # yaml-language-server: $schema=preheat.json
+    """
+    from preheat import reference
+
+    print(json.dumps(reference.schema(), indent=2))
+
+
 def main() -> None:
     """The entry point: errors that Preheat raises on purpose are one line, not a traceback."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the demo's server is stopped

@@ -63,14 +63,24 @@ class ShapesConfig(Section):
     """Which sizes are warmed and how a request meets them."""
 
     strategy: Strategy = "buckets"
+    """`buckets`: every size below is compiled and warmed. `dynamic`: one graph for all sizes.
+    `fixed`: one size, everything is resampled. `exact`: plain torch.compile, which compiles inside
+    requests; to compare with."""
     buckets: Listed[BucketPair] = ()
-    """Pixels; empty means the one default size of the pipeline, resolved when it is loaded."""
+    """`[height, width]` in pixels, multiples of 8 (16 for Flux and SD3). Empty: the one default
+    size of the pipeline."""
     batch_sizes: BatchSizes = (1,)
-    """Ascending; "dynamic" is one graph per bucket for all of them."""
+    """Rows that are compiled for; a batch is filled up to the next one. `dynamic`: one graph per
+    bucket for all of them, and one for a single row."""
     fit: Fit = "pad"
+    """How a picture meets its bucket. `pad`: the smallest bucket that covers it, and the asked size
+    is cut out. `resize`: the bucket of nearest shape, resampled to the asked size. See fit.md."""
     oversize: Oversize = "reject"
+    """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape, enlarged.
+    `eager`: as it is, uncompiled."""
     invariant: bool = False
-    """Paint always the one largest batch size, so that a picture is the same to the last bit in any company."""
+    """Always run the one largest batch size, so that an answer is the same to the last bit whatever
+    other requests share its batch."""
 
     @model_validator(mode="before")
     @classmethod
@@ -107,13 +117,16 @@ class CacheConfig(Section):
     """Where compiled artifacts are kept between runs and machines."""
 
     key: Text | None = None
+    """Name of what is cached, such as `sdxl/v1`. Raise it to start afresh."""
     shared: Text | None = None
-    """A folder that workers share, on this machine or a network. `trust` decides which of its files are believed."""
+    """A folder that workers share, on this machine or a network. `trust` decides which of its files
+    are believed."""
     trust: TrustMode | None = None
-    """`signed`: bundles carry an HMAC made with the key in PREHEAT_CACHE_KEY_FILE or PREHEAT_CACHE_KEY. `owner`: bundles and
-    their folder belong to the worker's uid and are not group- or world-writable. Default: signed where there is a key."""
+    """`signed`: bundles carry an HMAC made with the key in PREHEAT_CACHE_KEY_FILE or
+    PREHEAT_CACHE_KEY. `owner`: bundles and their folder belong to the worker's uid and are not
+    group- or world-writable. Default: signed where there is a key."""
     max_bytes: Positive = 10_000_000_000
-    """Of all bundles in `shared`; past it those unused for longest go."""
+    """Bytes of all bundles in `shared`; past it those unused for longest go."""
 
     @field_validator("shared")
     @classmethod
@@ -130,36 +143,52 @@ class ExportConfig(Section):
     """TorchServe's `pt2.export`."""
 
     aot_compile: bool = False
-    """Compile when the archive is built, and run what was compiled then; see `preheat archive --aot`."""
+    """Compile when the archive is built, and run what was compiled then; see `preheat archive
+    --aot`."""
 
 
 class DebugConfig(Section):
     """What torch tells about compiling: log artifacts as TORCH_LOGS names them, and files as TORCH_COMPILE_DEBUG writes them."""
 
     recompiles: bool = False
+    """Log why torch compiles again."""
     guards: bool = False
+    """Log every guard of a graph; long."""
     graph_breaks: bool = False
+    """Log where a graph breaks, and why."""
     trace_dir: Text | None = None
     """Folder for Inductor's graphs and generated code, a subfolder per process."""
     trace_bytes: Positive = 500_000_000
-    """Most that `trace_dir` may hold after a start; the oldest files go first."""
+    """Bytes that `trace_dir` may hold after a start; the oldest files go first."""
 
 
 class Pt2Config(Section):
     """The `pt2` section: TorchServe's `compile` and `export`, and our keys beside them."""
 
     compile: CompileConfig = CompileConfig()
+    """TorchServe's: whether to compile, and the arguments of torch.compile."""
     targets: Listed[Text] = ()
     """Modules to compile; empty means the denoiser, or the whole of a `module`."""
     imports: Listed[Text] = Field(default=(), alias="import")
-    """Python files of the archive that are loaded before the model: they register `torch.library.custom_op`s."""
+    """Python files of the archive that are loaded before the model: they register
+    `torch.library.custom_op`s."""
     scope: Scope = "full"
+    """`full`: the whole target is one graph. `regional`: diffusers' repeated blocks alone, quicker
+    to compile."""
     on_failure: OnFailure = "eager"
+    """Of a bucket that does not compile. `eager`: it is served eagerly, and log, state and metrics
+    say so. `fail`: the worker never gets READY."""
     attention: Attention = "default"
+    """Backend of scaled_dot_product_attention, in warm-up and serving alike; `default`: torch
+    chooses."""
     shapes: ShapesConfig = ShapesConfig()
+    """Which sizes are warmed."""
     cache: CacheConfig = CacheConfig()
+    """Compiled code that workers share."""
     export: ExportConfig = ExportConfig()
+    """TorchServe's: packages compiled ahead of time."""
     debug: DebugConfig = DebugConfig()
+    """What torch tells about compiling."""
 
     @property
     def openvino(self) -> bool:
@@ -219,19 +248,26 @@ class LimitsConfig(Section):
     """What a request may ask for; everything past it is a 400."""
 
     max_steps: Positive = 100
+    """Denoising steps of a request."""
     max_prompt_chars: Positive = 2_000
+    """Characters of a prompt, and of a negative prompt."""
     long_prompts: LongPrompts = "cut"
     """What becomes of a prompt that no text encoder reads to its end: `cut` says in the answer how many tokens were dropped."""
     max_image_bytes: Positive = 10_000_000
-    """Of an input image as sent, after base64 is undone."""
+    """Bytes of an input image as sent, after base64 is undone."""
     max_image_pixels: Positive = 16_777_216
+    """Pixels of an input image, once decoded."""
     min_side: Positive = 16
+    """Pixels: least height and width of the picture asked for."""
     max_side: Annotated[int, Field(gt=0, le=16_383)] = 4_096
-    """Pixels, of the picture asked for."""
+    """Pixels: greatest height and width of the picture asked for."""
     max_images: Positive = 4
+    """Pictures of one request (`num_images`)."""
     max_guidance_scale: Annotated[float, Field(gt=0)] = 50.0
+    """Greatest `guidance_scale`."""
     max_cost: Positive | None = None
-    """Pixel-steps: the bucket's pixels x denoiser calls x pictures of one request. 100 million is 1024x1024 in 95 steps."""
+    """Pixel-steps: the bucket's pixels x denoiser calls x pictures of one request. 100 million is
+    1024x1024 in 95 steps. Default: no limit."""
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:
@@ -244,31 +280,41 @@ class DefaultsConfig(Section):
     """What a request gets that does not say."""
 
     num_inference_steps: Positive = 30
+    """Denoising steps."""
     guidance_scale: Annotated[float, Field(ge=0)] = 5.0
-    """Above 1 the denoiser runs twice per step, with and without the prompt."""
+    """How closely to follow the prompt. Above 1 the denoiser runs twice per step, with and without
+    it."""
     strength: Annotated[float, Field(gt=0, le=1)] = 0.6
+    """Image-to-image: share of the steps that run, 0 to 1; 1 keeps nothing of the image."""
     output_format: OutputFormat = "png"
+    """Of the pictures."""
 
 
 class PipelineConfig(Section):
     """Which pipeline is served and what its clients may ask."""
 
     path: Text = "."
-    """"." is the archive's own model folder; else a mounted folder or a hub id."""
+    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md."""
     dtype: Dtype = "float32"
+    """Of weights and computation. Not float16 for SDXL: its VAE overflows in it."""
     scheduler: Text | None = None
     """Name of a diffusers scheduler class that replaces the folder's own."""
     guidance: Guidance = "both"
-    """Which variants are warmed; a request for the other one is a 400."""
+    """Which variants are warmed: with guidance (`on`), without (`off`) or both; a request for the
+    other one is a 400."""
     tasks: Annotated[Listed[Task], Field(min_length=1)] = ("text-to-image", "image-to-image", "inpainting")
+    """What a request may ask; one for another is a 400."""
     fused_lora: Text | None = None
     """Folder of a safetensors LoRA that is fused before compiling."""
     limits: LimitsConfig = LimitsConfig()
+    """What a request may ask for."""
     defaults: DefaultsConfig = DefaultsConfig()
+    """What a request gets that does not say."""
     grpc_streaming: bool = False
-    """Send a stream's events over gRPC while they happen, each in a message. TorchServe 0.12 does not tell a handler whether
-    StreamPredictions or Predictions was called, and a second message to the latter ends the worker: only for clients who can be
-    trusted to ask for `stream` in StreamPredictions alone. Otherwise all events come in one message at the end, to either."""
+    """Send a stream's events over gRPC while they happen, each in a message. TorchServe 0.12 does
+    not tell a handler whether StreamPredictions or Predictions was called, and a second message to
+    the latter ends the worker: only for clients who can be trusted to ask for `stream` in
+    StreamPredictions alone. Otherwise all events come in one message at the end, to either."""
 
     @model_validator(mode="before")
     @classmethod
@@ -328,38 +374,64 @@ class ModelConfig(Section):
     """
 
     minWorkers: Count | None = None
+    """Worker processes at start; each holds the model once."""
     maxWorkers: Count | None = None
+    """Most that the model may be scaled to."""
     batchSize: Positive = 1
+    """Most requests that a worker gets at once."""
     maxBatchDelay: Count | None = None
-    """Milliseconds."""
+    """Milliseconds that a request waits for others; a lone one always waits as long."""
     responseTimeout: Positive | None = None
     """Seconds a batch may take; TorchServe's default is 120."""
     startupTimeout: Positive | None = None
-    """Seconds import and initialize() may take, compiling included; TorchServe's default is 120."""
+    """Seconds that import and initialize() may take, compiling included; TorchServe's default is
+    120."""
     maxRetryTimeoutInSec: Positive | None = None
-    """TorchServe's default is 300."""
+    """Seconds in which a worker that dies or fails to start is started again; must exceed
+    startupTimeout. TorchServe's default is 300."""
     deviceType: Literal["cpu", "gpu"] | None = None
+    """Where workers run; `gpu` insists on one. Default: a GPU where there is one."""
     deviceIds: Listed[Count] | None = None
+    """Numbers of the GPUs that are dealt out to workers. Default: all."""
     parallelType: Literal["pp", "tp", "pptp", "custom"] | None = None
+    """One model over several GPUs: refused, each worker holds the whole model on one."""
     parallelLevel: Positive | None = None
+    """Processes a worker; with `parallelType`."""
     torchrun: FrozenMapping | None = None
+    """Arguments of torchrun: refused, each worker is one process."""
     clientTimeoutInMills: Count | None = None
+    """Milliseconds a client waits; what queued longer is dropped. 0, TorchServe's default: for
+    ever."""
     jobQueueSize: Positive | None = None
+    """Requests that may wait; one more is a 503. Default: `job_queue_size` of config.properties,
+    100."""
     useJobTicket: bool | None = None
+    """Refuse with a 503 what no idle worker can take at once, rather than queue it."""
     continuousBatching: bool | None = None
+    """TorchServe's mode for language models: refused, batchSize makes batches here."""
     sequenceBatching: bool | None = None
+    """TorchServe's mode for stateful models: refused, requests have no memory of each other."""
     sequenceMaxIdleMSec: Positive | None = None
+    """Milliseconds; with `sequenceBatching`."""
     sequenceTimeoutMSec: Positive | None = None
+    """Milliseconds; with `sequenceBatching`."""
     maxNumSequence: Positive | None = None
+    """Sequences at a time; with `sequenceBatching`."""
     maxSequenceJobQueueSize: Positive | None = None
+    """Requests of a sequence that may wait; with `sequenceBatching`."""
     asyncCommunication: bool | None = None
+    """TorchServe's mode for asynchronous handlers: refused, a batch is answered as one."""
     useVenv: bool | None = None
+    """Run workers in an environment of their own, made from the archive's requirements."""
     handler: FrozenMapping | None = None
+    """Where TorchServe's BaseHandler looks for `profile`."""
 
     pt2: Pt2Config = Pt2Config()
+    """How the model is compiled and which sizes are warmed."""
     pipeline: PipelineConfig = PipelineConfig()
+    """A diffusers pipeline."""
     module: ModuleConfig | None = None
-    """Instead of `pipeline`."""
+    """Any other nn.Module, instead of `pipeline`."""
 
     @property
     def names_a_family(self) -> bool:

@@ -45,7 +45,9 @@ class NormalizeConfig(Section):
     """What an image's channels, 0 to 1, become: (value - mean) / std."""
 
     mean: Listed[float] = (0.0, 0.0, 0.0)
+    """A number for each channel: red, green, blue."""
     std: Listed[Annotated[float, Field(gt=0)]] = (1.0, 1.0, 1.0)
+    """The same."""
 
 
 class InputConfig(Section):
@@ -62,9 +64,10 @@ class InputConfig(Section):
     default: float | None = None
     """Fills the whole input where a request leaves it out; without one it is required."""
     range: Listed[float] | None = None
-    """The least and the greatest number that a request may hold. Of `input_ids` the default is the module's vocabulary."""
+    """`[least, greatest]` number that a request may hold. Of `input_ids` the default is the
+    module's vocabulary."""
     normalize: NormalizeConfig | None = None
-    """For images."""
+    """For image files; tensors come normalised."""
 
     @property
     def takes_images(self) -> bool:
@@ -92,8 +95,8 @@ class OutputConfig(Section):
     """One tensor of the module's answer."""
 
     crop: Mapping[Annotated[int, Field(ge=1)], Text] = Field(default_factory=dict)
-    """Dimension of the output (0 is the batch) -> the input dimension whose padding is cut off it, such as `sequence`; where the
-    module shrinks it, `height/32`."""
+    """Dimension of the output (0 is the batch) -> the input dimension whose padding is cut off it,
+    such as `sequence`; where the module shrinks it, `height/32`."""
 
     @property
     def cuts(self) -> dict[int, Cut]:
@@ -104,27 +107,36 @@ class ModuleLimits(Section):
     """What a request may hold; everything past it is a 400."""
 
     max_text_chars: Positive = 20_000
+    """Characters of a text for the tokenizer."""
     max_image_bytes: Positive = 10_000_000
+    """Bytes of an image file as sent."""
     max_image_pixels: Positive = 16_777_216
+    """Pixels of an image file, once decoded."""
     max_elements: Positive = 16_777_216
-    """Of one input that no bucket holds: with `oversize: eager`, or where no inputs are declared."""
+    """Elements of one input that no bucket holds: with `oversize: eager`, or where no inputs are
+    declared."""
 
 
 class ModuleConfig(Section):
     """Which module is served. Neither `path` nor `factory`: TorchServe's own --model-file and --serialized-file."""
 
     path: Text | None = None
-    """A transformers folder: "." is the archive's own model folder; else a mounted folder or a hub id."""
+    """A transformers folder, or a hub id, or `tiny:bert`; `.` is the archive's own."""
     auto_class: Text = Field(default="AutoModel", alias="class")
     """The transformers class that loads `path`."""
     factory: Text | None = None
-    """`package.module:function`, in the archive: returns the module. It is given the archive's folder if it takes an argument."""
+    """`package.module:function`, in the archive: returns the module. It is given the archive's
+    folder if it takes an argument."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    """Of weights and computation."""
     inputs: Annotated[Mapping[str, InputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
-    """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it is."""
+    """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it
+    is."""
     outputs: Annotated[Mapping[str, OutputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
-    """Those that are answered; empty means all tensors. A module that returns one tensor calls it `output`."""
+    """Those that are answered; empty means all tensors. A module that returns one tensor calls it
+    `output`."""
     limits: ModuleLimits = ModuleLimits()
+    """What a request may hold."""
 
     @property
     def choices(self) -> dict[str, tuple[int, ...]]:

@@ -53,10 +53,12 @@ class CompileConfig(Section):
     """Whether to compile and the arguments for torch.compile, decided as TorchServe decides it."""
 
     enable: bool = False
+    """Whether to compile. In the YAML it must be said: true or false."""
     kwargs: FrozenMapping = FrozenDict()
     """torch.compile's keyword arguments, verbatim."""
     legacy: bool = False
-    """Written in the form that TorchServe deprecates: `pt2: inductor` or `pt2: {backend: inductor}`."""
+    """Written in the form that TorchServe deprecates: `pt2: inductor` or `pt2: {backend:
+    inductor}`."""
     warning: str | None = None
     """Why nothing is compiled although the YAML looks as if it asked for it: the reason of every router."""
 

@@ -20,7 +20,9 @@ T = TypeVar("T")
 class Section(BaseModel):
     """A mapping of the YAML: no key that is not ours, no value of another type, no change afterwards."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
 
 
 class FrozenDict(dict[str, Any]):

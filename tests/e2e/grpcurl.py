@@ -1,4 +1,4 @@
-"""What the README needs of grpcurl, for machines that have none: the same flags, the same JSON in and out."""
+"""What docs/requests.md needs of grpcurl, for machines that have none: the same flags, the same JSON in and out."""
 
 from __future__ import annotations
 

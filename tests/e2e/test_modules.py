@@ -52,7 +52,7 @@ class Modules:
 
 
 def archive_plainly(work: Path) -> Path:
-    """As the README says, from another folder."""
+    """As docs/modules.md says, from another folder."""
     (work / "model.py").write_text(PLAIN)
     torch.save({"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.zeros(3)}, work / "weights.pt")
     (work / "plain.yaml").write_text(
@@ -60,7 +60,7 @@ def archive_plainly(work: Path) -> Path:
     )
     (work / "tmp").mkdir()
     (work / "handler").symlink_to(server.ROOT / "handler")
-    (command,) = [block for block in blocks("bash") if "--model-file" in block]
+    (command,) = [block for block in blocks("bash", "docs/modules.md") if "--model-file" in block]
     command = command.replace("torch-model-archiver", f"{sys.executable} -m model_archiver.model_packaging", 1)
     subprocess.run(["bash", "-euc", command], cwd=work, check=True, env={**os.environ, "TMPDIR": str(work / "tmp")})
     return work / "plain.mar"
@@ -79,8 +79,8 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modules]:
         yield Modules(warm, {name: stack.enter_context(Client.to(warm, name)) for name in names}, work)
 
 
-def test_the_readmes_two_commands_work_as_pasted(modules: Modules) -> None:
-    (block,) = [block for block in blocks("bash") if "curl" in block]
+def test_the_documents_two_commands_work_as_pasted(modules: Modules) -> None:
+    (block,) = [block for block in blocks("bash", "docs/modules.md") if "curl" in block]
     commands = "\n".join(line for line in block.splitlines() if not line.startswith("make "))
     commands = commands.replace("http://127.0.0.1:8080", modules.running.inference)
     done = subprocess.run(["bash", "-euc", commands], cwd=modules.folder, check=True, capture_output=True, text=True)

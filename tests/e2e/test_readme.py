@@ -1,10 +1,9 @@
-"""The README's blocks, run in order as they stand, with other ports."""
+"""The blocks of README.md and docs/, run in order as they stand, with other ports."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -12,12 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 from PIL import Image
 
 from preheat import server
-from preheat.config import ModelConfig
-from served import README, blocks
+from served import blocks
 
 PORTS = {
     "INFERENCE_PORT": 8080,
@@ -26,14 +23,20 @@ PORTS = {
     "GRPC_PORT": 7070,
     "GRPC_MANAGEMENT_PORT": 7071,
 }
+DOCUMENTS = ("README.md", "docs/requests.md", "docs/operations.md")
+"""Those with blocks of `sh`, in this order: the first starts the server that the second asks and stops."""
+LINKED = (
+    *(".venv", "Makefile", "archive", "constraints.txt", "examples", "handler", "model-config"),
+    "pyproject.toml",
+)
 
 
 class Shell:
-    """A checkout of links with a state folder of its own, and the README's ports moved to free ones."""
+    """A checkout of links with a state folder of its own, and the documents' ports moved to free ones."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        for name in (".venv", "Makefile", "archive", "constraints.txt", "handler", "model-config", "pyproject.toml"):
+        for name in LINKED:
             (folder / name).symlink_to(server.ROOT / name)
         (folder / ".preheat").mkdir()
         (server.ROOT / ".preheat" / "cache").mkdir(parents=True, exist_ok=True)
@@ -76,33 +79,39 @@ def shell(tmp_path: Path) -> Iterator[Shell]:
             running.stop()
 
 
+def test_every_document_with_blocks_to_run_is_run() -> None:
+    found = {f"docs/{path.name}" for path in (server.ROOT / "docs").glob("*.md")} | {"README.md"}
+    assert {document for document in found if blocks("sh", document)} == set(DOCUMENTS)
+
+
 def test_the_blocks_work_as_pasted(shell: Shell) -> None:
-    outputs = {block: shell.run(block) for block in blocks("sh") if block.strip() != "make test"}  # this is make test
-    for name in ("lighthouse.png", "night.png", "lighthouse-grpc.png"):
-        assert Image.open(shell.folder / name).size == (199, 233), name
-    assert (shell.folder / "lighthouse.png").read_bytes() == (shell.folder / "lighthouse-grpc.png").read_bytes()
+    pasted = [block for document in DOCUMENTS for block in blocks("sh", document)]
+    assert pasted[1].strip() == "make test"  # this is make test
+    del pasted[1]
+    outputs = {block: shell.run(block) for block in pasted}
+    pictures = ["lighthouse", "night", "lighthouse-grpc", "lighthouse-grpcurl"]
+    for name in pictures:
+        assert Image.open(shell.folder / f"{name}.png").size == (199, 233), name
+    assert Image.open(shell.folder / "plain.png").size == (256, 256)
+    rest, _, stub, grpcurl = ((shell.folder / f"{name}.png").read_bytes() for name in pictures)
+    assert rest == stub == grpcurl
     assert "x-preheat-bucket: 256x256" in (shell.folder / "headers.txt").read_text()
-    told = [json.loads(line)["event"] for line in (shell.folder / "events.ndjson").read_text().splitlines()]
-    assert told[0] == "queued" and told[-2:] == ["image", "done"] and set(told[1:-2]) == {"step"}
+    lines = (shell.folder / "events.ndjson").read_text().splitlines()
+    events = [json.loads(line)["event"] for line in lines]
+    assert events[0] == "queued" and events[-2:] == ["image", "done"] and set(events[1:-2]) == {"step"}
     (state,) = [output for block, output in outputs.items() if "customized=true" in block]
     assert '"state": "hot"' in state
     assert (shell.folder / ".preheat" / "archives" / "tiny-sdxl.mar").is_file()
-    assert not list((shell.folder / ".preheat" / "run").glob("*/server.json")), "make stop and the demo left nothing"
-    summary = json.loads((shell.folder / "out" / "summary.json").read_text())
+    left = list((shell.folder / ".preheat" / "run").glob("*/server.json"))
+    assert not left, "make stop and the demo left nothing"
+    check_demo(shell.folder / "out")
+
+
+def check_demo(out: Path) -> None:
+    summary = json.loads((out / "summary.json").read_text())
     assert len({(entry["height"], entry["width"]) for entry in summary["requests"]}) >= 6
     assert {entry["protocol"] for entry in summary["requests"]} == {"REST", "gRPC"}
     for entry in summary["requests"]:
-        assert Image.open(shell.folder / "out" / entry["file"]).size == (entry["width"], entry["height"])
-        assert entry["engine"] == "compiled" and len(entry["bucket"]) == 2 and entry["milliseconds"] > 0
-
-
-def test_the_yaml_is_a_config_that_loads() -> None:
-    for text in blocks("yaml"):
-        assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
-
-
-def test_the_readme_names_only_files_that_exist() -> None:
-    for path in re.findall(r"`((?:model-config|archive|examples|tests|bench|docs)/[\w./-]+)`", README):
-        assert (server.ROOT / path).exists(), path
-    for path in re.findall(r"!\[[^]]*\]\(([^)]+)\)", README):
-        assert (server.ROOT / path).exists(), path
+        assert Image.open(out / entry["file"]).size == (entry["width"], entry["height"])
+        assert entry["engine"] == "compiled" and len(entry["bucket"]) == 2
+        assert entry["milliseconds"] > 0
