@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import collections
 import copy
 import logging
 from collections.abc import Callable
@@ -8,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
-from preheat.compilation import DynamicDims, Phase, Router, signature
+from preheat.compilation import DynamicDims, Phase, Router, leaves, map_tensors, signature
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
 from preheat.roads import build_router
-from preheat.watch import CompileWatch, forbid_compiling
+from preheat.watch import CompileWatch, forbid_compiling, raise_recompile_limits
 
 CPU = torch.device("cpu")
 
@@ -327,3 +329,67 @@ def test_what_ipex_fails_on_is_served_by_the_module_as_it_was(
     router.start_run()
     torch.testing.assert_close(module(inputs), expected)
     assert router.run.engines == {"eager"} and router.run.fallen == 1
+
+
+def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_ones_stay_compiled(
+    watch: CompileWatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Dynamo alone would go eager without a word, and the answer be called compiled."""
+    module, router = compiled(watch, compile={"enable": True, "kwargs": {"backend": "eager", "dynamic": False}})
+    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
+        raise_recompile_limits(0)
+        router.phase = Phase.OPEN
+        ran = []
+        for rows in (1, 2, 3, 4, 5, 2):
+            router.start_run()
+            module(sample(rows, 4, 8, 8))
+            ran.append((router.run.engines, router.run.fallen))
+    assert ran == [({"compiled"}, 0)] * 3 + [({"eager"}, 1)] * 2 + [({"compiled"}, 0)]
+    assert caplog.text.count("recompile limit is reached") == 1
+
+
+Pair = collections.namedtuple("Pair", "left right")
+
+
+class Named(collections.OrderedDict[str, Any]):
+    """A dict of a type that pytree does not know."""
+
+
+@pytest.mark.parametrize(
+    ("value", "paths"),
+    [
+        ({"a": [torch.ones(1), 2], "b": (torch.ones(1),)}, ["0.a.0", "0.a.1", "0.b.0"]),
+        (BaseModelOutput(last_hidden_state=torch.ones(1)), ["0.last_hidden_state"]),
+        (Pair(torch.ones(1), None), ["0.0", "0.1"]),
+        (Named(a=torch.ones(1)), ["0.a"]),
+        (collections.defaultdict(int, a=torch.ones(1)), ["0.a"]),
+        (torch.ones(2, 2).max(0), ["0.0", "0.1"]),
+    ],
+)
+def test_containers_keep_their_type_and_their_contents_have_paths(value: Any, paths: list[str]) -> None:
+    doubled = map_tensors(value, lambda tensor: tensor * 2)
+    assert type(doubled) is type(value) and [path for path, _ in leaves((value,), {})] == paths
+    before, after = (dict(leaves((each,), {})) for each in (value, doubled))
+    assert all(
+        torch.equal(after[path], leaf * 2) if isinstance(leaf, torch.Tensor) else after[path] == leaf
+        for path, leaf in before.items()
+    )
+
+
+class Head(nn.Module):
+    """A target that is called with another model's output, as transformers' heads are."""
+
+    def forward(self, output: BaseModelOutput, pair: Any) -> BaseModelOutput:
+        assert output.last_hidden_state is not None
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state + pair.left)  # type: ignore[arg-type]
+
+
+def test_a_target_may_take_and_give_the_outputs_of_transformers(watch: CompileWatch) -> None:
+    module, router = compiled(watch, Head())
+    router._cuda_graphs = True  # results are copied
+    for phase in (Phase.OBSERVE, Phase.WARM, Phase.SERVE):
+        router.phase = phase
+        router.start_run()
+        result = module(BaseModelOutput(last_hidden_state=torch.ones(2, 3)), Pair(torch.ones(3), None))  # type: ignore[arg-type]
+        assert type(result) is BaseModelOutput and torch.equal(result.last_hidden_state, torch.full((2, 3), 2.0))  # type: ignore[arg-type]
+    assert router.run.engines == {"compiled"} and not router.run.incidents

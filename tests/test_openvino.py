@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from collections import namedtuple
 from collections.abc import Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -13,9 +14,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
 
 from preheat import openvino_models, server
-from preheat.compilation import DynamicDims, Inputs, Phase, Router
+from preheat.compilation import DynamicDims, Inputs, Phase, Router, tensor_shapes
 from preheat.config import ModelConfig, Pt2Config
 from preheat.errors import ConfigError
 from preheat.roads import build_router
@@ -254,3 +256,28 @@ def test_settings_that_mean_nothing_with_it_are_refused(path: str, extra: dict[s
     with pytest.raises(ConfigError, match=path):
         ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": "openvino"}, **extra}})
     ModelConfig.parse({"pt2": {"compile": {"enable": False, "backend": "openvino"}, **extra}})
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Head(nn.Module):
+    """A target that is called with another model's output, as transformers' heads are."""
+
+    def forward(self, output: BaseModelOutput, pair: Any) -> BaseModelOutput:
+        assert output.last_hidden_state is not None
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state + pair.left)  # type: ignore[arg-type]
+
+
+def test_the_outputs_of_transformers_are_exported_for_any_batch() -> None:
+    def inputs(rows: int) -> Inputs:
+        hidden: Any = torch.randn(rows, 5)
+        return (BaseModelOutput(last_hidden_state=hidden), Pair(torch.randn(rows, 5), None)), {}
+
+    dims = DynamicDims.varying([tensor_shapes(*inputs(rows)) for rows in (2, MOST_ROWS)])
+    model = openvino_models.Model("head", Head(), inputs(MOST_ROWS), dims, {})
+    for rows in (2, 3):
+        args, kwargs = inputs(rows)
+        assert model.matches(args, kwargs)
+        result = model(*args, **kwargs)
+        assert type(result) is BaseModelOutput and model.fault(result, Head()(*args)) is None

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from PIL import Image
 
-from preheat import tensors
+from preheat import module_request, tensors
 from preheat.errors import RequestError
 from preheat.module_config import InputConfig, ModuleLimits
 from preheat.module_request import Reader
@@ -42,7 +42,7 @@ def reader(
 TEXTS = reader({"ids": IDS, "mask": MASK}, largest={"n": 8})
 IMAGES = reader({"pixels": PIXELS}, largest={"h": 8, "w": 8})
 OPEN = reader(None, names=("ids", "pixels"))
-NAMES = {"ids", "mask", "pixels", "body", "text", "accept"}
+NAMES = {"ids", "mask", "pixels", "small", "body", "text", "accept"}
 
 
 def npy_header(shape: str, dtype: str = "<f4", data: bytes = b"") -> bytes:
@@ -147,7 +147,14 @@ BAD: list[tuple[str, Reader, object]] = [
     ("pixels", IMAGES, {"pixels": [[[0.0]]]}),
     ("pixels", IMAGES, {"pixels": [[[float("nan")]]] * 3}),
     ("pixels", IMAGES, {"pixels": [[[1e300]]] * 3}),
-    ("pixels", IMAGES, npy(np.zeros((3, 2, 2)))),  # float64 is wider
+    ("pixels", IMAGES, npy(np.full((3, 2, 2), 1e300))),  # no float32
+    ("pixels", IMAGES, npy(np.ones((3, 2, 2), bool))),
+    ("ids", TEXTS, npy(np.ones(2, np.float32))),
+    (
+        "small",
+        reader({"small": InputConfig.model_validate({"dtype": "int8", "shape": ["batch", 2], "range": [0, 9]})}),
+        npy(np.array([256, 0])),
+    ),
     ("pixels", IMAGES, npy(np.zeros((4, 2, 2), np.float32))),
     ("pixels", IMAGES, npy(np.zeros((3, 2, 2), np.float32))[:-1]),  # corrupt
     ("pixels", IMAGES, npy(np.zeros((3, 2, 2), np.float32)) + b"x"),
@@ -198,6 +205,50 @@ def test_a_float_that_overflows_in_the_modules_dtype_is_refused() -> None:
         spec = InputConfig.model_validate({"dtype": str(wide)[6:], "shape": ["batch", 1]})
         for each in (reader({"x": spec}, computed=computed), reader(None, names=("x",), computed=computed)):
             assert field_of(each, {"body": data}) == "x"
+
+
+@pytest.mark.parametrize("sent", [np.float64, np.float16, np.float32, np.int16, np.int64, np.uint8])
+def test_numbers_in_files_are_cast_as_those_of_json_are(sent: Any) -> None:
+    array = (np.arange(12) % 7).reshape(3, 2, 2).astype(sent)
+    for body in (npy(array), safetensors.torch.save({"pixels": torch.from_numpy(array)})):
+        found = read(IMAGES, body)["pixels"]
+        assert found.dtype == torch.float32 and torch.equal(found, read(IMAGES, array.tolist())["pixels"])
+
+
+def test_whole_numbers_are_cast_to_a_smaller_dtype_that_holds_them() -> None:
+    spec = InputConfig.model_validate({"dtype": "int8", "shape": ["batch", 2], "range": [-128, 127]})
+    found = read(reader({"x": spec}), npy(np.array([-128, 127])))["x"]
+    assert found.dtype == torch.int8 and found.tolist() == [[-128, 127]]
+
+
+@pytest.mark.parametrize(
+    ("of", "rows"),
+    [(TEXTS, [[1]] * 5000), (TEXTS, [1] * 5000), (OPEN, [1] * 5000), (OPEN, [[1] * 50] * 50)],
+    ids=["rows", "long", "undeclared", "undeclared and nested"],
+)
+def test_lists_too_large_are_refused_before_they_are_walked(
+    of: Reader, rows: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tensors, "from_list", lambda *_: pytest.fail("it was made a tensor"))
+    assert field_of(of, {"body": {"ids": rows}}) == "ids"
+
+
+@pytest.mark.parametrize(("of", "most"), [(TEXTS, 16), (OPEN, 2000)])
+def test_json_of_more_numbers_than_a_model_takes_is_not_read(
+    of: Reader, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module_request, "loads", lambda _: pytest.fail("it was read"))
+    body = b"[" + b",".join([b"[1]"] * (most + LIMITS.max_text_chars + 2)) + b"]"
+    assert field_of(of, {"body": body}) == "body" and field_of(of, {"ids": body}) == "ids"
+
+
+@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", ""])
+def test_json_that_torchserve_has_not_decoded_is_read(content_type: str) -> None:
+    """As with TS_DECODE_INPUT_REQUEST=false, where every body comes as bytes."""
+    body = json.dumps({"inputs": {"ids": [1, 2], "mask": [1, 0]}}).encode()
+    for sent in (body, bytearray(body)):
+        assert read(TEXTS, sent, content_type=content_type)["mask"].tolist() == [[1, 0]]
+    assert read(TEXTS, b"[1, 2]", content_type=content_type)["ids"].tolist() == [[1, 2]]
 
 
 def test_a_number_outside_its_range_is_refused() -> None:

@@ -9,6 +9,7 @@ where there is some that warm-up has compared with eager.
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,9 +17,10 @@ from enum import Enum, auto
 from typing import Any, Literal, Protocol
 
 import torch
+from torch.utils import _pytree as pytree
 
 from preheat.device import is_device_lost, is_out_of_memory
-from preheat.watch import eagerly, num_graphs, refused_guards
+from preheat.watch import eagerly, hit_recompile_limit, num_graphs, refused_guards
 
 logger = logging.getLogger(__name__)
 
@@ -107,14 +109,12 @@ def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str
     """Every argument that is not a container, with its path, such as `0` or `added_cond_kwargs.time_ids`."""
 
     def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
-        if isinstance(value, Mapping):
-            for key, item in value.items():
-                yield from walk(f"{path}.{key}", item)
-        elif isinstance(value, (list, tuple)):
-            for index, item in enumerate(value):
-                yield from walk(f"{path}.{index}", item)
-        else:
+        inside = None if type(value) in _PLAIN else contained(value)
+        if inside is None:
             yield path, value
+        else:
+            for key, item in inside.items():
+                yield from walk(f"{path}.{key}", item)
 
     for index, value in enumerate(args):
         yield from walk(str(index), value)
@@ -148,16 +148,60 @@ def tensor_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:
     return {path: tuple(leaf.shape) for path, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)}
 
 
+_PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
+"""Types that hold nothing, and that most arguments have: one look instead of several."""
+
+
+def contained(value: Any) -> dict[Any, Any] | None:
+    """What a container holds, by key or index; None where it is none.
+
+    Containers are mappings, lists, tuples, and what is registered with torch.utils._pytree.
+    """
+    if isinstance(value, Mapping):
+        return dict(value)
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    registered = pytree.SUPPORTED_NODES.get(type(value))
+    return dict(enumerate(registered.flatten_fn(value)[0])) if registered is not None else None
+
+
+def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
+    """A container of the same type as `value` that holds these instead, by the keys of `contained`."""
+    kind = type(value)
+    if kind is dict:
+        return dict(inside)
+    if kind is list:
+        return list(inside.values())
+    if kind is tuple:
+        return tuple(inside.values())
+    if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
+        return value._make(inside.values())
+    registered = pytree.SUPPORTED_NODES.get(kind)  # transformers and diffusers register their outputs
+    if registered is not None:
+        return registered.unflatten_fn(list(inside.values()), registered.flatten_fn(value)[1])
+    if isinstance(value, (list, tuple)):
+        return kind(inside.values())
+    copied = copy.copy(value)  # a mapping whose constructor may want anything
+    for key, item in inside.items():
+        copied[key] = item
+    return copied
+
+
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in it changed; dicts, lists and tuples are rebuilt, other objects pass."""
+    """`value` with every tensor in it changed; containers are rebuilt in their own types, other objects pass."""
     if isinstance(value, torch.Tensor):
         return change(value)
-    if isinstance(value, dict):
+    kind = type(value)
+    if kind in _PLAIN:
+        return value
+    if kind is dict:
         return {key: map_tensors(item, change) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        items = [map_tensors(item, change) for item in value]
-        return items if isinstance(value, list) else tuple(items)
-    return value
+    if kind is tuple:
+        return tuple([map_tensors(item, change) for item in value])
+    inside = contained(value)
+    if inside is None:
+        return value
+    return rebuilt(value, {key: map_tensors(item, change) for key, item in inside.items()})
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
@@ -274,7 +318,7 @@ class Router:
             self.run.fallen += (self.reason or self.ahead_reason) is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
-            return self._run_open(args, kwargs)
+            return self._eager(args, kwargs) if self.run.planned_eager else self._run_open(args, kwargs)
         args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
         if self.phase is Phase.OBSERVE:
             return self._observe(args, kwargs)
@@ -318,11 +362,21 @@ class Router:
             if is_out_of_memory(error) or is_device_lost(error):
                 raise
             reason = f"{type(error).__name__}: {error}".strip()
+            if hit_recompile_limit(error):
+                return self._past_the_limit(args, kwargs)
         result = self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
         self._fast, self._make, self.reason = None, None, f"{self.engine}: {reason}"
         self.run.fallen += 1
         logger.error("%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason)
         return result
+
+    def _past_the_limit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Serve a shape for which there will be no graph eagerly; those that have one stay compiled."""
+        if self.reason is None:
+            self.reason = "Dynamo's recompile limit is reached: further shapes are served eagerly"
+            logger.error("%s: %s; declare shapes in buckets, or let them be dynamic", self.name, self.reason)
+        self.run.fallen += 1
+        return self._eager(args, kwargs)
 
     def _run_ahead(self, ahead: Ahead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         result = ahead(*args, **kwargs)

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
-from preheat.compilation import DynamicDims, Inputs, leaves, map_tensors, signature
+from preheat.compilation import DynamicDims, Inputs, contained, leaves, map_tensors, rebuilt, signature
 from preheat.watch import eagerly
 
 logger = logging.getLogger(__name__)
@@ -84,10 +85,12 @@ def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dic
     batch = torch.export.Dim("batch", min=span[0], max=span[1])
 
     def tree(path: str, value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: tree(f"{path}.{key}", item) for key, item in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [tree(f"{path}.{index}", item) for index, item in enumerate(value)]
+        inside = contained(value)
+        if inside is not None:
+            shapes = {key: tree(f"{path}.{key}", item) for key, item in inside.items()}
+            # Of a class that is registered torch.export takes the contents as a list.
+            own = type(value) in pytree.SUPPORTED_NODES.keys() - pytree.BUILTIN_TYPES
+            return list(shapes.values()) if own else rebuilt(value, shapes)
         return {dim: batch for dim in dims.ranges.get(path, {})} or None
 
     args, kwargs = inputs

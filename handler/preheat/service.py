@@ -215,6 +215,7 @@ class Service:
         ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
             why = "strategy exact" if self.config.pt2.shapes.strategy == "exact" else "module.inputs is not declared"
             logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
+            raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return "cold"

@@ -76,6 +76,11 @@ def raise_recompile_limits(num_graphs: int) -> None:
     config.fail_on_recompile_limit_hit = True
 
 
+def hit_recompile_limit(error: BaseException) -> bool:
+    """Whether Dynamo has as many graphs of this code as it may; those that it has still run."""
+    return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
+
+
 def num_graphs() -> int:
     """Graphs that Dynamo has captured in this process. A compile event without one means that nothing was compiled."""
     return int(dynamo_counters["stats"]["unique_graphs"])
