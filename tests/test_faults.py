@@ -18,7 +18,7 @@ from preheat import images
 from preheat.compilation import Router
 from preheat.engine import Answer
 from preheat.errors import OutOfMemory
-from preheat.pipelines import AfterStep, Batch, DiffusionPipeline
+from preheat.pipelines import AfterStep, Batch, DiffusionPipeline, Painted
 from preheat.service import Service
 from preheat.watch import CompileWatch
 from test_service import IMAGE, MASK, ask, start
@@ -63,7 +63,7 @@ class Faults:
                     raise ERRORS[self.stage]
             return result
 
-        def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]:
+        def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> Painted:
             self.runs.append([len(batch.rows), 0])
 
             def after(step: Any) -> None:

@@ -20,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch._logging._internal import set_logs
 
 from preheat import aot
+from preheat.cache import CacheUse
 from preheat.compilation import Phase
 from preheat.config import ModelConfig
 from preheat.device import any_device, attention_backend, pick_device, share_cpu
@@ -86,10 +87,10 @@ class Rehearsal(Service):
         """They are about to be made."""
 
     @contextmanager
-    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[Path | None]:
+    def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
         yield None  # packages are made anew, whatever others have compiled
 
-    def _heat(self, leave_out: Collection[Warmable], own_folder: Path | None) -> StatePhase:
+    def _heat(self, leave_out: Collection[Warmable], sharing: CacheUse | None) -> StatePhase:
         made: dict[tuple[str, str], Wanted] = {}
         for bucket, variants in groupby(self._work.variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
             for target, plan in self._rehearse(variants):

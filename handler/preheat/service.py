@@ -229,7 +229,7 @@ class Service:
             on_failure=self.config.pt2.on_failure,
             progress=partial(self._show, sharing),
             leave_out=leave_out,
-            own_folder=sharing and sharing.folder,
+            own_folder=sharing.folder if sharing is not None else None,
         )
         warmup.observe(self._work.extremes(variants))
         proven = self._to_prove(self._warm(warmup, variants))
