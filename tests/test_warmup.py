@@ -204,7 +204,7 @@ def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> No
     assert server.engines()[WIDE, 2] == "eager"
 
 
-@pytest.mark.parametrize("compile", IN_VAIN, ids=str)
+@pytest.mark.parametrize("compile", IN_VAIN)
 def test_eager_though_compiling_was_asked_for_always_has_a_reason(watch: CompileWatch, compile: dict[str, Any]) -> None:
     server = Server(watch, compile=compile)
     server.warmup.warm(VARIANTS)
@@ -215,7 +215,7 @@ def test_eager_though_compiling_was_asked_for_always_has_a_reason(watch: Compile
     assert server.router.run.fallen > 0
 
 
-@pytest.mark.parametrize("compile", IN_VAIN, ids=str)
+@pytest.mark.parametrize("compile", IN_VAIN)
 def test_on_failure_fail_counts_every_reason(watch: CompileWatch, compile: dict[str, Any]) -> None:
     with pytest.raises(WarmupError, match="unet has no engine"):
         Server(watch, compile=compile, on_failure="fail").warmup.warm(VARIANTS)
