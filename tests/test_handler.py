@@ -1,16 +1,21 @@
-"""TorchServe's entry point before a model is loaded: what it makes of the YAML and of the device it was given."""
+"""TorchServe's entry point: what it makes of the YAML, of the device it was given, and of bodies that TorchServe decodes or not."""
 
 from __future__ import annotations
 
 import json
+import socket
+import struct
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from ts.context import Context
+from ts.protocol.otf_message_handler import _retrieve_input_data
 
+from preheat.config import DefaultsConfig, LimitsConfig
 from preheat.errors import ConfigError
+from preheat.request import parse_row
 from preheat_handler import PreheatHandler
 
 
@@ -53,3 +58,36 @@ def test_torchserves_own_yaml_keeps_its_last_word(tmp_path: Path) -> None:
     """Of keys that stand twice the last one counts there; this one is then refused for what it says."""
     with pytest.raises(ConfigError, match="batchSize: must be greater than 0, got 0"):
         load(tmp_path, "batchSize: 1\nbatchSize: 0")
+
+
+def received(content_type: str, value: bytes) -> dict[str, object]:
+    """The row that TorchServe's worker makes of a body, by TorchServe's own code."""
+    name, kind = b"body", content_type.encode()
+    frame = b"".join(struct.pack(">i", len(part)) + part for part in (name, kind, value))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(frame)
+        parameter = _retrieve_input_data(ours)
+    return {parameter["name"]: parameter["value"]}
+
+
+BODIES = [
+    ("application/json", b'{"prompt": "a K\xc3\xa4se", "seed": 1}', "a Käse"),
+    ("application/json; charset=utf-8", b'{"prompt": "a cat", "seed": 1}', "a cat"),
+    ("text/plain", "a Käse".encode(), "a Käse"),
+    ("text/plain; charset=utf-8", b'{"prompt": "a cat"}', '{"prompt": "a cat"}'),
+]
+
+
+@pytest.mark.parametrize("decode", [None, "true", "false"])
+@pytest.mark.parametrize(("content_type", "body", "prompt"), BODIES)
+def test_a_body_means_the_same_whoever_decodes_it(
+    content_type: str, body: bytes, prompt: str, decode: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TS_DECODE_INPUT_REQUEST", raising=False)
+    if decode is not None:
+        monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", decode)
+    row = received(content_type, body)
+    assert isinstance(row["body"], bytearray) == (decode == "false" or "json;" in content_type)
+    request = parse_row(row, content_type=content_type, limits=LimitsConfig(), defaults=DefaultsConfig())
+    assert request.prompt == prompt

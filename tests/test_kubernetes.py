@@ -158,7 +158,7 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
 
     for name in SHARED_SETTINGS:
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(server.subprocess, "run", run)
+    monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(server.ServerError):
         server._launch(tmp_path, tmp_path, None, {})
     (environment,) = given

@@ -152,7 +152,7 @@ def share_cpu(num_workers: int | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     if "OMP_NUM_THREADS" not in os.environ:
         # A YAML that names no number of workers gets one per GPU from TorchServe, or one per core.
-        by_default = torch.cuda.device_count() if torch.cuda.is_initialized() else cores
+        by_default = torch.cuda.device_count() if torch.cuda.is_initialized() else cores  # type: ignore[no-untyped-call]
         torch.set_num_threads(max(1, cores // (num_workers or by_default)))
 
 
