@@ -285,9 +285,7 @@ class Router:
         self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
         self.ahead: list[Ahead] = []
         self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
-        self.recompiled: dict[
-            Signature, Route
-        ] = {}  # calls of the proof that met a compile event, since `start_variant`
+        self.recompiled: set[Signature] = set()  # in the proof, since `start_variant`: calls that met a compile event
         self.num_events: Callable[[], int] = lambda: 0  # compile events of the process, where somebody counts them
         self._captured = False  # whether Dynamo has made a graph of it
         self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
@@ -308,7 +306,7 @@ class Router:
         return self._fast is not None and self._shape_bound and not (self.ahead and self.ahead_reason is None)
 
     def start_variant(self) -> None:
-        self.visited, self.recompiled = {}, {}
+        self.visited, self.recompiled = {}, set()
 
     def start_run(self, *, planned_eager: bool = False, smallest: bool = True) -> None:
         self.run = Run(planned_eager, smallest)
@@ -473,8 +471,8 @@ class Router:
         """As a request would be served, and note if it compiled."""
         events = self.num_events()
         result = self._serve(key, self.routes.get(key), args, kwargs)
-        if self.num_events() != events and key in self.visited:
-            self.recompiled[key] = self.visited[key]
+        if self.num_events() != events:
+            self.recompiled.add(key)
         return result
 
     def _serve(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -23,7 +23,7 @@ pt2:
   shapes: {buckets: [[64, 64]], batch_sizes: [1]}
   cache: {shared: SHARED, key: pair}
 pipeline:
-  dtype: bfloat16
+  dtype: float16
   guidance: "off"
   tasks: [text-to-image]
   defaults: {num_inference_steps: 2}
