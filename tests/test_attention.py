@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
@@ -16,7 +15,7 @@ from preheat.buckets import Bucket
 from preheat.compilation import Phase, Router
 from preheat.config import LimitsConfig, Pt2Config, ShapesConfig
 from preheat.engine import Engine
-from preheat.pipelines import Batch
+from preheat.pipelines import Batch, Painted
 from preheat.roads import build_router
 from preheat.watch import CompileWatch, forbid_compiling
 from test_engine import make_request
@@ -46,11 +45,11 @@ class Painter:
     def __init__(self, module: nn.Module) -> None:
         self.module, self.result = module, torch.empty(0)
 
-    def paint(self, batch: Batch, after_step: Any = None) -> NDArray[np.uint8]:
+    def paint(self, batch: Batch, after_step: Any = None) -> Painted:
         cells = batch.bucket.area // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
-        return np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8)
+        return Painted(np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8))
 
 
 class Bench:
