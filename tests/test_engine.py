@@ -3,6 +3,7 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -232,3 +233,34 @@ def test_exact_and_dynamic_paint_the_asked_size_rounded_to_the_models_grid() -> 
     assert Bench(strategy="dynamic").job(height=20, width=41).plan.bucket == Bucket(32, 48)
     with pytest.raises(RequestError):
         Bench(strategy="dynamic").job(height=90, width=90)
+
+
+def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:
+    bench = Bench(batch_sizes=(1, 4))
+    bench.canvas.checks, bench.canvas.most_rows = True, 3
+    wishes = [{"prompt": prompt, "num_images": 3, "response_format": "b64_json"} for prompt in ("nude", "a", "nude")]
+    answers = bench.engine.run([bench.job(**wish) for wish in wishes])
+    assert [answer.flagged for answer in answers] == [[True] * 3, [False] * 3, [True] * 3]
+    assert [answer.num_flagged for answer in answers] == [3, 0, 3]
+
+
+def test_a_run_that_fails_leaves_no_flag_behind() -> None:
+    bench = Bench(batch_sizes=(2,))
+    bench.canvas.checks = True
+    answers = bench.engine.run([bench.job(prompt=prompt) for prompt in ("nude", "explode", "a")])
+    assert [answer.flagged for answer in answers] == [[True], [], [False]]
+
+
+def test_a_panic_of_a_library_in_rust_fails_its_request_alone() -> None:
+    bench = Bench()
+    with patch.object(bench.canvas, "paint", side_effect=_panic):
+        (answer,) = bench.engine.run([bench.job()])
+    assert isinstance(answer.error, PipelineFailure)
+    with patch.object(bench.canvas, "paint", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        bench.engine.run([bench.job()])
+
+
+def _panic(*_: object) -> None:
+    from tokenizers import NormalizedString
+
+    NormalizedString("a").filter(lambda _: 1 / 0)  # what filter gives may not raise: Rust panics

@@ -34,7 +34,7 @@ def refused(row: Any, **kwargs: Any) -> RequestError:
     with pytest.raises(RequestError) as caught:
         parse(row, **kwargs)
     error = caught.value
-    assert error.code == 400 and error.field and error.message
+    assert error.code == 400 and error.field and error.message.split()[0] in VERBS
     assert str(error).isprintable() and len(str(error)) < 400
     json.dumps(error.body()).encode()
     return error
@@ -58,6 +58,19 @@ def test_a_prompt_is_enough_and_the_rest_is_the_default() -> None:
 
 def test_a_seed_is_drawn_anew_for_each_request_without_one() -> None:
     assert len({of().seed for _ in range(20)}) == 20
+
+
+def test_a_seed_that_is_drawn_survives_whoever_reads_json_into_doubles() -> None:
+    assert all(int(float(seed)) == seed for seed in (of().seed for _ in range(200)))
+
+
+@pytest.mark.parametrize("row", [{"body": bytearray(b"a cat")}, {}])
+def test_a_prompt_without_its_content_type_is_told_of_text_plain(row: dict[str, object]) -> None:
+    assert "text/plain" in refused(row).message
+
+
+VERBS = ("is", "must", "has", "holds", "needs", "asks", "cannot")
+"""What a message can begin with, since clients read it after the field's name."""
 
 
 FULL = {

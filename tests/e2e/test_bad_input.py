@@ -9,6 +9,7 @@ import struct
 import zlib
 from typing import Any
 
+import httpx
 import pytest
 from PIL import Image
 
@@ -140,6 +141,23 @@ def test_a_size_that_no_bucket_covers_names_the_largest_ones(served: Served) -> 
     reply = served.client.predict(GOOD | {"height": 257, "width": 256})
     assert reply.status == 400 and reply.error is not None
     assert reply.error["field"] == "height" and "256x256" in reply.error["message"]
+
+
+@pytest.mark.parametrize("content_type", ["", "application/x-www-form-urlencoded", "application/json"])
+@pytest.mark.parametrize("path", ["/predictions/{}", "/models/{}/invoke"])
+def test_the_state_is_for_the_management_port(served: Served, path: str, content_type: str) -> None:
+    url = served.running.inference + path.format(served.client.model)
+    headers = {"describe": "True"} | ({"content-type": content_type} if content_type else {})
+    reply = httpx.post(url, headers=headers, timeout=60)
+    assert reply.status_code == 400 and "fingerprint" not in reply.text
+    assert served.state()["fingerprint"]
+
+
+@pytest.mark.parametrize("name", ["lora", "clip_skip", "prompt_2"])
+def test_a_field_that_is_not_served_says_what_there_is_instead(served: Served, name: str) -> None:
+    reply = served.client.predict(GOOD | {name: 1})
+    assert reply.status == 400 and reply.error is not None and reply.error["field"] == name
+    assert reply.error["message"].startswith(f"{name} is not served: ")
 
 
 def test_a_bad_request_costs_its_neighbours_nothing(served: Served) -> None:

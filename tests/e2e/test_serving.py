@@ -46,6 +46,13 @@ def test_headers_say_what_was_done(served: Served) -> None:
     assert float(reply.headers["x-preheat-padding"]) == pytest.approx(1 - 128 * 256 / (192 * 320), abs=1e-4)
 
 
+def test_what_is_cut_off_a_prompt_is_said(served: Served) -> None:
+    request = {"prompt": "x " * 100, "height": 64, "width": 64, "seed": 1}
+    assert served.client.predict(request).headers["x-preheat-prompt-dropped"] == "25"
+    document = served.client.predict_grpc(request | {"response_format": "b64_json"}).json()
+    assert document["prompt_dropped"] == 25
+
+
 def test_a_seed_that_was_not_given_is_returned_and_gives_the_picture_again(served: Served) -> None:
     request = {"prompt": "a cat", "height": 64, "width": 64}
     first = served.client.predict(request)
