@@ -94,3 +94,18 @@ def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert machine(monkeypatch, tmp_path, old, "Features") == machine(monkeypatch, tmp_path, new, "Features")
     without = old.replace(" sve2", "")
     assert machine(monkeypatch, tmp_path, old, "Features") != machine(monkeypatch, tmp_path, without, "Features")
+
+
+PLACE = """
+from pathlib import Path
+from preheat.cache import SharedCache
+from preheat.trust import Trust
+
+print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)
+"""
+
+
+def test_every_process_finds_the_same_place_in_the_share() -> None:
+    environments = ({**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2"))
+    places = {subprocess.check_output([sys.executable, "-c", PLACE], env=environment) for environment in environments}
+    assert len(places) == 1
