@@ -41,6 +41,7 @@ from preheat.state import Phase as StatePhase
 from preheat.state import ServerState, StatusFile
 from preheat.trust import Trust
 from preheat.warmup import Record, Step, Warmable, Warmup
+from preheat.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.watch import CompileWatch, raise_recompile_limits
 from preheat.work import Work
 
@@ -212,9 +213,9 @@ class Service:
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return "cold"
-        variants = self._work.variants(self._warmed_sizes())
         self.state.state = "warming"
-        raise_recompile_limits(self._num_graphs(len(variants)))
+        plan = self._plan()
+        raise_recompile_limits(plan.num_graphs)
         warmup = Warmup(
             self._work.serve_variant,
             self._routers,
@@ -224,58 +225,38 @@ class Service:
             leave_out=leave_out,
             own_folder=own_folder,
         )
-        warmup.observe(self._work.extremes(variants))
-        proven = self._to_prove(self._warm(warmup, variants))
+        warmup.observe(plan.observe)
+        covers = self._compiles() and warmup.shows_nothing_new(plan.probe, self._work.covering(plan.probe))
+        plan = self._plan(covers=covers)
+        self._status.plan(Counter(str(variant.bucket) for variant in plan.warm))
+        warmup.warm(plan.warm)
+        # That a package fails shows in its first run only: then what was warmed has compiled after all, without a probe.
+        proven = self._plan(covers=covers).verify
         num_faults = warmup.prove(proven)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self._work.measure_padding())
         return "hot"
 
-    def _warm(self, warmup: Warmup, variants: Sequence[Warmable]) -> Sequence[Warmable]:
-        """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
+    def _plan(self, *, covers: bool = True) -> WarmupPlan:
+        """What is warmed and replayed, for all that is known of the targets now."""
+        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
+        return warmup_plan(
+            self._work,
+            served_sizes(self._shapes, self.config.batchSize),
+            self._warmed_sizes(),
+            graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,  # blocks share theirs in a target
+            compiles=self._compiles(),
+            idle=all(router.idle for router in self._routers.values()),
+            covers=covers,
+        )
 
-        That a package fails shows in its first run only: then everything is warmed after all.
-        """
-        for chosen in (self._work.covering(variants), variants):
-            if chosen is not variants and any(router.compiles for router in self._routers.values()):
-                continue
-            self._status.plan(Counter(str(variant.bucket) for variant in chosen))
-            warmup.warm(chosen)
-            if not any(router.compiles for router in self._routers.values()):
-                return chosen
-        return variants
-
-    def _to_prove(self, warmed: Sequence[Warmable]) -> Sequence[Warmable]:
-        """What is replayed: every variant that can be served, where compiled code might have missed one."""
-        if all(router.idle for router in self._routers.values()):
-            return ()  # eager code is what it was the first time
-        if not any(router.compiles for router in self._routers.values()):
-            # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages, whose second step of each
-            # run went the way of a request already, one run a bucket is enough: the last, which is the smallest.
-            return list({variant.bucket: variant for variant in warmed}.values())
-        served = self._work.variants(self._served_sizes())
-        return [*served, *self._work.between(served)]
-
-    def _served_sizes(self) -> tuple[int, ...]:
-        """The batch sizes that a run can have."""
-        sizes = self._shapes.batch_sizes
-        served = tuple(range(1, self.config.batchSize + 1)) if sizes == "dynamic" else sizes
-        return (max(served),) if self._shapes.invariant else served
+    def _compiles(self) -> bool:
+        return any(router.compiles for router in self._routers.values())
 
     def _warmed_sizes(self) -> tuple[int, ...]:
-        """Those that warm-up has to meet so that every served one is hot."""
-        served = self._served_sizes()
-        if self._shapes.batch_sizes != "dynamic" or wants_every_size(self.config.pt2.compile.kwargs, self._device):
-            return served
-        return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
-
-    def _num_graphs(self, num_variants: int) -> int:
-        """An upper bound of graphs per code object: regional blocks share theirs among all blocks of a target."""
-        if self.config.pt2.scope == "full":
-            return 2 * num_variants
-        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
-        return num_variants * blocks
+        every = wants_every_size(self.config.pt2.compile.kwargs, self._device)
+        return warmed_sizes(self._shapes, self.config.batchSize, every=every)
 
     def _show(self, step: Step) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, slowest
+from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, Signature, slowest
 from preheat.errors import WarmupError
 from preheat.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
 
@@ -120,6 +120,24 @@ class Warmup:
             if router.observed:
                 router.dims = DynamicDims.varying(router.observed)
                 logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+
+    def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
+        """Whether `few` of the variants, run eagerly, give every target all signatures that all of them do."""
+        if not variants:
+            return True
+        self._enter(Phase.OBSERVE)
+        met: dict[Warmable, set[tuple[str, Signature]]] = {}
+        for variant in variants:
+            for router in self._routers.values():
+                router.start_variant()
+            self._serve(variant)
+            met[variant] = {
+                (name, key) for name, router in self._routers.items() if router.compiles for key in router.visited
+            }
+        found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
+        if not found:
+            logger.warning("variants differ in more than rows and pictures: every single one is warmed and replayed")
+        return found
 
     def warm(self, variants: Sequence[Warmable]) -> None:
         """Compile every variant.
