@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from preheat import images
-from preheat.errors import RequestError, RunError
+from preheat.errors import PutOff, RequestError, RunError
 from preheat.geometry import Plan
 from preheat.request import ImageRequest
 
@@ -37,7 +37,8 @@ def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, 
 
 
 def from_error(error: RequestError | RunError) -> Response:
-    return json_response(error.code, error.body())
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, PutOff) else None
+    return json_response(error.code, error.body(), headers)
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:

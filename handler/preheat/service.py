@@ -30,15 +30,16 @@ from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
 from preheat.device import computes, peak_memory_bytes
-from preheat.errors import ConfigError
+from preheat.errors import ConfigError, PutOff
 from preheat.importing import INSTALL, imported_from, load_files
 from preheat.metrics import Metrics, discard
 from preheat.modules import has_model
+from preheat.pace import Budget, Load, Timing
 from preheat.request import DEADLINE_HEADER, parse_deadline
 from preheat.responses import Response
 from preheat.roads import build_router, uses_cuda_graphs, wants_every_size
 from preheat.state import Phase as StatePhase
-from preheat.state import ServerState, StatusFile
+from preheat.state import ServerState, StatusFile, bucket_name
 from preheat.trust import Trust
 from preheat.warmup import Record, Step, Warmable, Warmup
 from preheat.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
@@ -46,6 +47,9 @@ from preheat.watch import CompileWatch, raise_recompile_limits
 from preheat.work import Work
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 120.0
+"""TorchServe's responseTimeout in seconds where the YAML names none."""
 
 
 class Service:
@@ -93,7 +97,9 @@ class Service:
         if not computes(self._work.dtype, device):
             logger.warning("this CPU has no instructions for %s: float32 would be faster", self._work.dtype)
         self._routers = self._build_routers(imported)
-        self._work.engage(self._routers, self._report)
+        self._budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
+        self._loads: dict[tuple[str, int], Load] = {}
+        self._work.engage(self._routers, self._report, self._budget)
         self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
         self.state.fingerprint = self._fingerprint(model_dir)
         if config.pt2.export.aot_compile:
@@ -109,6 +115,11 @@ class Service:
         logger.info(
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
+
+    def begin_call(self) -> None:
+        """A batch has come: `responseTimeout` runs from now on, until its answers go back together."""
+        self._budget.end()
+        self._budget.begin()
 
     def parse(
         self,
@@ -135,6 +146,7 @@ class Service:
                 self._count(answer)
             else:
                 self._metrics.failed(answer.error.code)
+                self.state.put_off += isinstance(answer.error, PutOff)
         self._metrics.state(self.current_state())
         return answers
 
@@ -145,6 +157,7 @@ class Service:
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
+        self._show_pace()
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 
@@ -236,7 +249,28 @@ class Service:
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self._work.measure_padding())
+        self._learn_pace(warmup.timings)
         return "hot"
+
+    def _learn_pace(self, timings: Mapping[Warmable, Timing]) -> None:
+        """From here on requests that cannot end in time are refused or put off."""
+        for variant, timing in timings.items():
+            self._budget.pace.measured(variant.load, timing)
+            key = (bucket_name(variant.bucket.document()), variant.batch_size)
+            if key not in self._loads or self._loads[key].rows < variant.load.rows:
+                self._loads[key] = variant.load
+        assert self._budget.timeout is not None
+        too_much = self._work.overload(self._budget.pace, self._budget.timeout)
+        if too_much is not None:
+            logger.warning("%s", too_much)
+
+    def _show_pace(self) -> None:
+        rows = []
+        for row in self.state.buckets:
+            load = self._loads.get((bucket_name(row), row["batch_size"]))
+            seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
+            rows.append({**row, "seconds_per_step": round(seconds, 6)})
+        self.state.buckets = rows
 
     def _plan(self, *, covers: bool = True) -> WarmupPlan:
         """What is warmed and replayed, for all that is known of the targets now."""
