@@ -141,9 +141,18 @@ class Budget:
         self._promises.pop(who, None)
 
     def put_off(self, who: int, seconds: float) -> int:
-        """Promise a turn; returns after how many seconds to come again: when those with a promise before it are through."""
-        known = self._promises.get(who)
-        ahead = sum(each[0] for other, each in self._promises.items() if other != who and known is None)
-        if known is None and len(self._promises) < _MOST_PROMISES:
-            self._promises[who] = (seconds, self._clock() + 10 * (self.timeout or 0.0))
-        return max(1, math.ceil(ahead * MARGIN))
+        """Promise a turn; returns after how many seconds to come again.
+
+        Promises are packed into calls to come, in their order: one call after the other, each as long as one may be.
+        """
+        timeout = self.timeout or 0.0
+        if who in self._promises or len(self._promises) < _MOST_PROMISES:
+            self._promises[who] = (seconds, self._clock() + 10 * timeout)
+        calls, filled = 0, 0.0
+        for other, (needed, _) in self._promises.items():
+            if filled and filled + needed * MARGIN > timeout:
+                calls, filled = calls + 1, 0.0
+            filled += needed * MARGIN
+            if other == who:
+                break
+        return max(1, math.ceil(calls * timeout))

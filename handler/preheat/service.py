@@ -265,7 +265,7 @@ class Service:
             logger.warning("%s", too_much)
 
     def _show_pace(self) -> None:
-        rows = []
+        rows: list[Mapping[str, Any]] = []
         for row in self.state.buckets:
             load = self._loads.get((bucket_name(row), row["batch_size"]))
             seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
