@@ -185,10 +185,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
 
     def _due(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> Sequence[tuple[AnswerT, RowT]]:
         """The rows that are still worth a run, looked at before each: somebody waits for them, and they end in time."""
-        for answer, _ in chunk:
-            deadline = self._job(answer).deadline
-            if answer.error is None and deadline is not None and time.time() > deadline:
-                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+        self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
         seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
         if self._budget.running and not self._budget.fits(seconds):
@@ -214,7 +211,14 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
                 else:
                     answer.error = PipelineFailure(text)
 
+    def _drop_late(self, answers: Iterable[AnswerT]) -> None:
+        for answer in answers:
+            deadline = self._job(answer).deadline
+            if answer.error is None and deadline is not None and time.time() > deadline:
+                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+
     def _run_group(self, group: Sequence[AnswerT]) -> None:
+        self._drop_late(group)
         rows = [(answer, row) for answer in group if answer.error is None for row in self._rows(answer)]
         if rows:
             self._run_rows(rows, self._batch_sizes)
