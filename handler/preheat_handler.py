@@ -83,6 +83,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Any]:
         """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
+        self.service.begin_call()
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 

@@ -7,6 +7,20 @@ from preheat.errors import RequestError
 from preheat.request import ImageRequest
 
 
+def check_time(request: ImageRequest, bucket: Bucket, seconds: float, timeout: float) -> None:
+    """Refuse what takes longer by itself than an answer has (TorchServe's `responseTimeout`); both in seconds.
+
+    Raises:
+        RequestError: it does.
+    """
+    if seconds <= timeout:
+        return
+    steps = request.num_run_steps
+    painted = f"{request.num_images} x {bucket} x {steps} steps"
+    field = "num_images" if request.num_images > steps else "num_inference_steps"
+    raise RequestError(f"{painted} take {seconds:.0f} s here, and an answer has {timeout:.0f} (responseTimeout)", field)
+
+
 def check_cost(request: ImageRequest, bucket: Bucket, *, steps: int, least_area: int, max_cost: int | None) -> None:
     """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing does).
 

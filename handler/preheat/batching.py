@@ -19,7 +19,8 @@ from preheat.buckets import split_rows
 from preheat.compilation import EngineName, Router, slowest
 from preheat.config import ShapesConfig
 from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
-from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RunError, is_panic
+from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
+from preheat.pace import Budget, Load
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +100,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         device: where it runs.
         attention: `pt2.attention`, the same in warm-up and serving because both come through here.
         report: told of every run.
+        budget: what a call has time for; None: for everything.
     """
 
     def __init__(
@@ -110,7 +112,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         device: torch.device,
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
+        budget: Budget | None = None,
     ) -> None:
+        self._budget = budget or Budget()
         self._routers, self._report, self._device, self._attention = routers, report, device, attention
         # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
         self._batch_sizes: Sequence[int] = (
@@ -137,6 +141,14 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """What decides, beside the number of rows, how much memory this answer's runs take."""
 
     @abstractmethod
+    def _load(self, answer: AnswerT, size: int) -> Load:
+        """What the time of a run of `size` rows like this answer's depends on."""
+
+    @abstractmethod
+    def _identity(self, answer: AnswerT) -> int:
+        """The same for a request that is sent again."""
+
+    @abstractmethod
     def _run_chunk(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> None:
         """Run these rows, filled up to `size`, and give each answer what is its own."""
 
@@ -145,8 +157,53 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
 
         Without `retry`, as warm-up wants it, the whole group has failed.
         """
-        for group in self._grouped(answers):
-            self._answer_group(group, retry)
+        self._budget.begin()
+        try:
+            for group in self._grouped(self._admitted(answers)):
+                self._answer_group(group, retry)
+        finally:
+            self._budget.end()
+
+    def seconds(self, answers: Sequence[AnswerT], *, generous: bool = False) -> float:
+        """What their runs take together, as far as it is known."""
+        return sum(
+            self._budget.pace.seconds(self._load(group[0], size), generous=generous)
+            for group in self._grouped(answers)
+            for size in split_rows(self._batch_sizes, sum(len(self._rows(answer)) for answer in group))
+        )
+
+    def _admitted(self, answers: Sequence[AnswerT]) -> list[AnswerT]:
+        """Those whose runs end in time: who was put off before first, then in the batch's order; the first one always."""
+        if self._budget.timeout is None:
+            return list(answers)
+        order = list(answers)
+        if self._budget.promising:
+            order.sort(key=lambda answer: self._budget.turn(self._identity(answer)))
+        admitted: list[AnswerT] = []
+        for answer in order:
+            if admitted and not self._budget.fits(self.seconds([*admitted, answer])):
+                self._put_off(answer)
+            else:
+                admitted.append(answer)
+                if self._budget.promising:
+                    self._budget.keep(self._identity(answer))
+        return admitted
+
+    def _put_off(self, answer: AnswerT) -> None:
+        answer.error = PutOff(self._budget.put_off(self._identity(answer), self.seconds([answer])))
+
+    def _due(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> Sequence[tuple[AnswerT, RowT]]:
+        """The rows that are still worth a run, looked at before each: somebody waits for them, and they end in time."""
+        self._drop_late(answer for answer, _ in chunk)
+        chunk = [(answer, row) for answer, row in chunk if answer.error is None]
+        seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
+        if self._budget.running and not self._budget.fits(seconds):
+            for answer, _ in chunk:
+                if answer.error is None:
+                    self._put_off(answer)
+            return []
+        self._budget.running = True
+        return chunk
 
     def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
         try:
@@ -165,11 +222,14 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
                 else:
                     answer.error = PipelineFailure(text)
 
-    def _run_group(self, group: Sequence[AnswerT]) -> None:
-        for answer in group:
+    def _drop_late(self, answers: Iterable[AnswerT]) -> None:
+        for answer in answers:
             deadline = self._job(answer).deadline
-            if deadline is not None and time.time() > deadline:
+            if answer.error is None and deadline is not None and time.time() > deadline:
                 answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+
+    def _run_group(self, group: Sequence[AnswerT]) -> None:
+        self._drop_late(group)
         rows = [(answer, row) for answer in group if answer.error is None for row in self._rows(answer)]
         if rows:
             self._run_rows(rows, self._batch_sizes)
@@ -180,8 +240,13 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         for size in split_rows(self._fitting(kind, batch_sizes), len(rows)):
             chunk = rows[start : start + size]
             start += size
+            chunk = list(self._due(chunk, size))
+            if not chunk:
+                continue
+            load, began = self._load(chunk[0][0], size), self._budget.now()
             try:
                 self._run_chunk(chunk, size)
+                self._budget.pace.saw(load, self._budget.now() - began)
                 continue
             except Exception as error:
                 if not is_out_of_memory(error):

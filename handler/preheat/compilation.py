@@ -279,7 +279,7 @@ class Router:
         self.phase = Phase.WARM
         self.dims = DynamicDims()
         self.routes: dict[Signature, Route] = {}
-        self.visited: dict[Signature, Route] = {}  # in warm-up and proof, since the last `start_variant`
+        self.visited: dict[Signature, Route] = {}  # before READY, since the last `start_variant`
         self.run = Run()  # since the last `start_run`
         self.observed: list[Shapes] = []
         self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
@@ -330,10 +330,10 @@ class Router:
 
     def _observe(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.observed.append(tensor_shapes(args, kwargs))
-        if self.examples is not None:
-            key = signature(args, kwargs, DynamicDims())
-            if key not in self.examples:
-                self.examples[key] = (map_tensors(args, torch.clone), map_tensors(kwargs, torch.clone))
+        key = signature(args, kwargs, DynamicDims())
+        self.visited[key] = Route("eager")
+        if self.examples is not None and key not in self.examples:
+            self.examples[key] = (map_tensors(args, torch.clone), map_tensors(kwargs, torch.clone))
         return self._eager(args, kwargs)
 
     def _eager(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

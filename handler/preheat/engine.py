@@ -22,6 +22,7 @@ from preheat.config import LimitsConfig, ShapesConfig
 from preheat.device import synchronize
 from preheat.errors import RequestError
 from preheat.geometry import Plan
+from preheat.pace import Budget, Load
 from preheat.pipelines import AfterStep, Batch, Painted, Row, Step
 from preheat.request import ImageRequest
 
@@ -141,6 +142,7 @@ class Engine(Batcher[Answer, Row]):
     Args:
         painter: the pipeline.
         shapes: the strategy, buckets (resolved, not empty unless `exact`) and batch sizes.
+        doubles: whether guidance doubles the denoiser's rows.
 
     The others are those of `Batcher`.
     """
@@ -155,9 +157,14 @@ class Engine(Batcher[Answer, Row]):
         device: torch.device,
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
+        budget: Budget | None = None,
+        doubles: bool = True,
     ) -> None:
-        super().__init__(routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report)
+        super().__init__(
+            routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report, budget=budget
+        )
         self._painter, self._shapes = painter, shapes
+        self._doubles = doubles
 
     def prepare(
         self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket, deadline: float | None = None
@@ -229,6 +236,14 @@ class Engine(Batcher[Answer, Row]):
         plan, request = answer.job.plan, answer.job.request
         how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
         return ", ".join([str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])])
+
+    def _load(self, answer: Answer, size: int) -> Load:
+        request = answer.job.request
+        rows = size * (2 if self._doubles and request.guidance_scale > 1 else 1)
+        return Load(answer.job.plan.bucket.area, rows, size, request.num_run_steps)
+
+    def _identity(self, answer: Answer) -> int:
+        return hash(replace(answer.job.request, seed=0))  # a seed that the client left out is drawn anew
 
     def _too_large(self, answer: Answer) -> str:
         return f"painting {answer.job.plan.bucket} does not fit into memory"

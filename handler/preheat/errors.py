@@ -5,6 +5,7 @@
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
     ├── RunError         a legal request that could not be painted; becomes a 5xx answer
     │   ├── DeadlinePassed       504: it waited longer than its client would
+    │   ├── PutOff               503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory          507: not even alone does it fit
     │   └── PipelineFailure      500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
@@ -85,6 +86,19 @@ class DeadlinePassed(RunError):
     """The client's deadline was over before the request's turn came; nothing was painted."""
 
     code = 504
+
+
+class PutOff(RunError):
+    """Its batch has no time left for it, so it was not begun; it may be sent again after `retry_after` seconds."""
+
+    code = 503
+
+    def __init__(self, retry_after: int) -> None:
+        super().__init__(
+            f"not begun: with the requests before it the answer would take longer than responseTimeout; "
+            f"send it again after {retry_after} s"
+        )
+        self.retry_after = retry_after
 
 
 class OutOfMemory(RunError):

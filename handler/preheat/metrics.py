@@ -120,7 +120,7 @@ class Metrics:
         logger.info("refused a request for its field %s", name)
 
     def failed(self, code: int) -> None:
-        """One legal request that got no answer: 500, 504 or 507."""
+        """One legal request that got no answer: 500, 503 (put off), 504 or 507."""
         self._count("preheat_failed_total", 1, {"Code": str(code)})
 
     def state(self, state: ServerState) -> None:

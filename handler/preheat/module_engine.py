@@ -17,6 +17,7 @@ from preheat.dims import Dims, covering, joined
 from preheat.errors import ConfigError, ModuleError
 from preheat.module_config import ModuleConfig, OutputConfig
 from preheat.module_request import Accept, sizes_of
+from preheat.pace import Budget, Load
 from preheat.tensors import TORCH_DTYPES, cut_to, pad_to
 
 logger = logging.getLogger(__name__)
@@ -97,8 +98,11 @@ class ModuleEngine(Batcher[Answer, Job]):
         device: torch.device,
         attention: str = "default",
         report: Callable[[RunReport], None] = lambda _: None,
+        budget: Budget | None = None,
     ) -> None:
-        super().__init__(routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report)
+        super().__init__(
+            routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report, budget=budget
+        )
         self._module, self._config, self._shapes = module, config, shapes
         self._choices, self._dtype = config.choices, DTYPES[config.dtype]
         self.padded: Exactness = "padded"
@@ -147,6 +151,13 @@ class ModuleEngine(Batcher[Answer, Job]):
 
     def _kind(self, answer: Answer) -> str:
         return str(answer.job.bucket)
+
+    def _load(self, answer: Answer, size: int) -> Load:
+        return Load(answer.job.bucket.volume if answer.job.bucket else 0, size, size, 1)
+
+    def _identity(self, answer: Answer) -> int:
+        parts = ((name, tensor.shape, tensor.tolist()) for name, tensor in sorted(answer.job.inputs.items()))
+        return hash(repr(list(parts)))
 
     def _too_large(self, answer: Answer) -> str:
         return f"bucket {answer.job.bucket} does not fit into memory"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.module_engine import Answer, Job, ModuleEngine
 from preheat.module_request import Accept, Reader
+from preheat.pace import Budget, Load, Pace, Timing
 from preheat.places import model_place
 from preheat.responses import Response, from_error
 
@@ -45,6 +47,11 @@ class Variant:
 
     def __str__(self) -> str:
         return f"{self.bucket} {self.details}"
+
+    @property
+    def load(self) -> Load:
+        """What its time depends on."""
+        return Load(self.bucket.volume, self.batch_size, self.batch_size, 1)
 
     @property
     def details(self) -> str:
@@ -124,7 +131,7 @@ class ModuleWork:
         weights = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._module.state_dict().items()}
         return {"module": repr(self._module), "config": settings, "weights": weights}
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
         """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows before anything is compiled."""
         own = self._own
         self._engine = ModuleEngine(
@@ -136,6 +143,7 @@ class ModuleWork:
             device=self._device,
             attention=self._config.pt2.attention,
             report=report,
+            budget=budget,
         )
         if self.shapes.strategy == "exact":
             return
@@ -163,14 +171,20 @@ class ModuleWork:
     def between(self, variants: Sequence[Variant]) -> list[Variant]:
         return []
 
-    def serve_variant(self, variant: Variant) -> None:
+    def serve_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would, without padding and with: of a mask without zeros a model may make no mask at all."""
         for sizes in (dict(variant.bucket.sizes), _inside(variant.bucket, self._own.choices)):
             jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
+            began = time.perf_counter()
             answers = self._engine.run(jobs, retry=False)
+            seconds = time.perf_counter() - began
             for answer in answers:
                 answer.raise_if_failed()
             self._respond_in_every_form(answers[0])
+        return Timing(0.0, seconds)
+
+    def overload(self, pace: Pace, timeout: float) -> str | None:
+        return None  # a module's requests have no cost that a client chooses
 
     def _respond_in_every_form(self, answer: Answer) -> None:
         """What encodes answers is warmed too; what it cannot encode shows now."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,20 +15,38 @@ from PIL import Image
 from torch import nn
 
 from preheat import images, responses
-from preheat.admission import check_cost
+from preheat.admission import check_cost, check_time
 from preheat.batching import RunReport
 from preheat.buckets import Bucket, round_up
 from preheat.compilation import Router
 from preheat.config import ModelConfig, ShapesConfig
 from preheat.device import DTYPES, num_cores
-from preheat.engine import Answer, Engine, Job
+from preheat.engine import Answer, Engine, Job, Progress
 from preheat.errors import ConfigError, RequestError
+from preheat.pace import MARGIN, Budget, Pace, Timing
 from preheat.pipelines import DiffusionPipeline
 from preheat.places import model_place
 from preheat.request import FIELDS, ImageRequest, parse_row
 from preheat.responses import Response
 from preheat.streaming import Stream
 from preheat.variants import Variant, covering, plan_variants
+
+
+class _StepClock:
+    """Watches one run: when its steps ended."""
+
+    def __init__(self) -> None:
+        self._ended: list[float] = []
+
+    def progress(self, progress: Progress) -> None:
+        self._ended.append(time.perf_counter())
+
+    def timing(self, seconds: float) -> Timing:
+        """Of a run that took `seconds`; its last step counts, what is first about the first one does not."""
+        if len(self._ended) < 2:
+            return Timing(seconds, 0.0)
+        per_step = self._ended[-1] - self._ended[-2]
+        return Timing(max(0.0, seconds - per_step * len(self._ended)), per_step)
 
 
 class PipelineWork:
@@ -71,7 +90,8 @@ class PipelineWork:
     def structure(self) -> Mapping[str, Any]:
         return self._pipeline.structure()
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
+        self._budget = budget
         self._engine = Engine(
             self._pipeline,
             routers,
@@ -80,6 +100,8 @@ class PipelineWork:
             device=self._device,
             attention=self._config.pt2.attention,
             report=report,
+            budget=budget,
+            doubles=self._pipeline.family.guidance == "cfg",
         )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
@@ -109,14 +131,17 @@ class PipelineWork:
         half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
         return replace(variant, bucket=half)
 
-    def serve_variant(self, variant: Variant) -> None:
+    def serve_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
         jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
+        clock, began = _StepClock(), time.perf_counter()
+        jobs[0] = replace(jobs[0], watcher=clock)
         answers = self._engine.run(jobs, retry=False)
         for job, answer in zip(jobs, answers, strict=True):
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
+        return clock.timing(time.perf_counter() - began)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -136,6 +161,19 @@ class PipelineWork:
             num_images=1,
             output_format=defaults.output_format,
             response_format="image",
+        )
+
+    def overload(self, pace: Pace, timeout: float) -> str | None:
+        limits, most = self._config.pipeline.limits, max(bucket.area for bucket in self.shapes.buckets)
+        cost = limits.max_cost or most * limits.max_steps * limits.max_images
+        per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
+        seconds = self._config.batchSize * cost * per_cost
+        if seconds <= timeout:
+            return None
+        fitting = int(timeout / MARGIN / (self._config.batchSize * per_cost))
+        return (
+            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is {timeout:.0f}: "
+            f"some will be told to come again (503); pipeline.limits.max_cost {fitting} would fit"
         )
 
     def measure_padding(self) -> Mapping[str, Any]:
@@ -168,6 +206,9 @@ class PipelineWork:
         steps = self._pipeline.num_calls(request)
         least_area = min(bucket.area for bucket in self.shapes.buckets)
         check_cost(request, job.plan.bucket, steps=steps, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        if self._budget.timeout is not None:
+            seconds = self._engine.seconds([Answer(job)], generous=True)
+            check_time(request, job.plan.bucket, seconds, self._budget.timeout)
         return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
 
     def _dropped(self, request: ImageRequest) -> dict[str, int]:

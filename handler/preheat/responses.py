@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from preheat import images
 from preheat.device import is_out_of_memory
-from preheat.errors import OutOfMemory, RequestError, RunError
+from preheat.errors import OutOfMemory, PutOff, RequestError, RunError
 
 if TYPE_CHECKING:  # a module's worker has no use for diffusers, which takes seconds to import
     from preheat.engine import Answer, Job
@@ -36,7 +36,8 @@ def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, 
 
 
 def from_error(error: RequestError | RunError) -> Response:
-    return json_response(error.code, error.body())
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, PutOff) else None
+    return json_response(error.code, error.body(), headers)
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:

@@ -32,21 +32,26 @@ from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig
 from preheat.debugging import debugging
 from preheat.device import computes, peak_memory_bytes
-from preheat.errors import ConfigError
+from preheat.errors import ConfigError, PutOff
 from preheat.importing import INSTALL, imported_from, load_files
 from preheat.metrics import Metrics, discard
 from preheat.modules import has_model
+from preheat.pace import Budget, Load, Timing
 from preheat.request import DEADLINE_HEADER, parse_deadline
 from preheat.responses import Response
 from preheat.roads import build_router, uses_cuda_graphs, wants_every_size
 from preheat.state import Phase as StatePhase
-from preheat.state import ServerState, StatusFile
+from preheat.state import ServerState, StatusFile, bucket_name
 from preheat.trust import Trust
 from preheat.warmup import Record, Step, Warmable, Warmup
+from preheat.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.watch import CompileWatch, raise_recompile_limits
 from preheat.work import Work
 
 logger = logging.getLogger(__name__)
+
+DEFAULT_TIMEOUT = 120.0
+"""TorchServe's responseTimeout in seconds where the YAML names none."""
 
 
 class Service:
@@ -96,7 +101,9 @@ class Service:
         if not computes(self._work.dtype, device):
             logger.warning("this CPU has no instructions for %s: float32 would be faster", self._work.dtype)
         self._routers = self._build_routers(imported)
-        self._work.engage(self._routers, self._report)
+        self._budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
+        self._loads: dict[tuple[str, int], Load] = {}
+        self._work.engage(self._routers, self._report, self._budget)
         self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
         self.state.fingerprint = self._fingerprint(model_dir)
         if config.pt2.export.aot_compile:
@@ -112,6 +119,11 @@ class Service:
         logger.info(
             "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
         )
+
+    def begin_call(self) -> None:
+        """A batch has come: `responseTimeout` runs from now on, until its answers go back together."""
+        self._budget.end()
+        self._budget.begin()
 
     def parse(
         self,
@@ -138,6 +150,7 @@ class Service:
                 self._count(answer)
             else:
                 self._metrics.failed(answer.error.code)
+                self.state.put_off += isinstance(answer.error, PutOff)
         self._metrics.state(self.current_state())
         return answers
 
@@ -149,6 +162,7 @@ class Service:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
         self.state.unfit = dict(self._work.unfit())
+        self._show_pace()
         self.state.peak_memory_bytes = peak_memory_bytes(self._device)
         return self.state
 
@@ -219,9 +233,9 @@ class Service:
             for router in self._routers.values():
                 router.phase = Phase.OPEN
             return "cold"
-        variants = self._work.variants(self._warmed_sizes())
         self.state.state = "warming"
-        raise_recompile_limits(self._num_graphs(len(variants)))
+        plan = self._plan()
+        raise_recompile_limits(plan.num_graphs)
         warmup = Warmup(
             self._work.serve_variant,
             self._routers,
@@ -231,59 +245,59 @@ class Service:
             leave_out=leave_out,
             own_folder=sharing.folder if sharing is not None else None,
         )
-        warmup.observe(self._work.extremes(variants))
-        proven = self._to_prove(self._warm(warmup, variants))
+        warmup.observe(plan.observe)
+        covers = self._compiles() and warmup.shows_nothing_new(plan.probe, self._work.covering(plan.probe))
+        plan = self._plan(covers=covers)
+        self._status.plan(Counter(str(variant.bucket) for variant in plan.warm))
+        warmup.warm(plan.warm)
+        # That a package fails shows in its first run only: then what was warmed has compiled after all, without a probe.
+        proven = self._plan(covers=covers).verify
         num_faults = warmup.prove(proven)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self._work.measure_padding())
+        self._learn_pace(warmup.timings)
         return "hot"
 
-    def _warm(self, warmup: Warmup, variants: Sequence[Warmable]) -> Sequence[Warmable]:
-        """Warm every variant, or a few where nothing has to be compiled; returns those that were warmed.
+    def _learn_pace(self, timings: Mapping[Warmable, Timing]) -> None:
+        """From here on requests that cannot end in time are refused or put off."""
+        for variant, timing in timings.items():
+            self._budget.pace.measured(variant.load, timing)
+            key = (bucket_name(variant.bucket.document()), variant.batch_size)
+            if key not in self._loads or self._loads[key].rows < variant.load.rows:
+                self._loads[key] = variant.load
+        assert self._budget.timeout is not None
+        too_much = self._work.overload(self._budget.pace, self._budget.timeout)
+        if too_much is not None:
+            logger.warning("%s", too_much)
 
-        That a package fails shows in its first run only: then everything is warmed after all.
-        """
-        for chosen in (self._work.covering(variants), variants):
-            compiles = any(router.compiles for router in self._routers.values())
-            if chosen is not variants and compiles:
-                continue
-            self._status.plan(Counter(str(variant.bucket) for variant in chosen))
-            warmup.warm(chosen)
-            if compiles or not any(router.compiles for router in self._routers.values()):
-                return chosen
-        return variants
+    def _show_pace(self) -> None:
+        rows: list[Mapping[str, Any]] = []
+        for row in self.state.buckets:
+            load = self._loads.get((bucket_name(row), row["batch_size"]))
+            seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
+            rows.append({**row, "seconds_per_step": round(seconds, 6)})
+        self.state.buckets = rows
 
-    def _to_prove(self, warmed: Sequence[Warmable]) -> Sequence[Warmable]:
-        """What is replayed: every variant that can be served, where compiled code might have missed one."""
-        if all(router.idle for router in self._routers.values()):
-            return ()  # eager code is what it was the first time
-        if not any(router.compiles for router in self._routers.values()):
-            # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages, whose second step of each
-            # run went the way of a request already, one run a bucket is enough: the last, which is the smallest.
-            return list({variant.bucket: variant for variant in warmed}.values())
-        served = self._work.variants(self._served_sizes())
-        return [*served, *self._work.between(served)]
+    def _plan(self, *, covers: bool = True) -> WarmupPlan:
+        """What is warmed and replayed, for all that is known of the targets now."""
+        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
+        return warmup_plan(
+            self._work,
+            served_sizes(self._shapes, self.config.batchSize),
+            self._warmed_sizes(),
+            graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,  # blocks share theirs in a target
+            compiles=self._compiles(),
+            idle=all(router.idle for router in self._routers.values()),
+            covers=covers,
+        )
 
-    def _served_sizes(self) -> tuple[int, ...]:
-        """The batch sizes that a run can have."""
-        sizes = self._shapes.batch_sizes
-        served = tuple(range(1, self.config.batchSize + 1)) if sizes == "dynamic" else sizes
-        return (max(served),) if self._shapes.invariant else served
+    def _compiles(self) -> bool:
+        return any(router.compiles for router in self._routers.values())
 
     def _warmed_sizes(self) -> tuple[int, ...]:
-        """Those that warm-up has to meet so that every served one is hot."""
-        served = self._served_sizes()
-        if self._shapes.batch_sizes != "dynamic" or wants_every_size(self.config.pt2.compile.kwargs, self._device):
-            return served
-        return tuple(sorted({served[0], served[min(1, len(served) - 1)], served[-1]}))
-
-    def _num_graphs(self, num_variants: int) -> int:
-        """An upper bound of graphs per code object: regional blocks share theirs among all blocks of a target."""
-        if self.config.pt2.scope == "full":
-            return 2 * num_variants
-        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
-        return num_variants * blocks
+        every = wants_every_size(self.config.pt2.compile.kwargs, self._device)
+        return warmed_sizes(self._shapes, self.config.batchSize, every=every)
 
     def _show(self, sharing: CacheUse | None, step: Step) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)

@@ -31,7 +31,7 @@ class ServerState:
     """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without `pt2.cache.shared`."""
     buckets: list[Mapping[str, Any]] = field(default_factory=list)
     """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
-    engine, warm_seconds, cache, reason."""
+    engine, warm_seconds, cache, reason, seconds_per_step (as estimated now; of a module, of a run)."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did not fit into memory. Such runs are
     split into smaller ones."""
@@ -45,6 +45,8 @@ class ServerState:
     """Requests that ran eagerly although compiled code was wanted: failed buckets and incidents."""
     incidents: int = 0
     """Requests that met a shape or guard nobody foresaw."""
+    put_off: int = 0
+    """Requests that their batch had no time left for: answered 503, not begun."""
     planned_eager: int = 0
     """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
     requests: int = 0

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 
 from preheat.buckets import Bucket
+from preheat.pace import Load
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,11 @@ class Variant:
 
     def __str__(self) -> str:
         return f"{self.bucket} {self.details}"
+
+    @property
+    def load(self) -> Load:
+        """What its time depends on, in one step."""
+        return Load(self.bucket.area, self.batch_size * (2 if self.guidance else 1), self.batch_size, 1)
 
     @property
     def details(self) -> str:

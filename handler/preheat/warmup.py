@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, slowest
+from preheat.compilation import DynamicDims, EngineName, Phase, Route, Router, Signature, slowest
 from preheat.errors import WarmupError
+from preheat.pace import Load, Timing
 from preheat.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
 
 logger = logging.getLogger(__name__)
@@ -42,6 +43,10 @@ class Warmable(Protocol):
 
     @property
     def batch_size(self) -> int: ...
+
+    @property
+    def load(self) -> Load:
+        """What the time of its run depends on."""
 
     @property
     def details(self) -> str:
@@ -85,7 +90,7 @@ class Warmup:
 
     def __init__(
         self,
-        serve: Callable[[Any], None],
+        serve: Callable[[Any], Timing | None],
         routers: Mapping[str, Router],
         watch: CompileWatch,
         *,
@@ -97,6 +102,8 @@ class Warmup:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
         self._own_folder = own_folder
+        self.timings: dict[Warmable, Timing] = {}
+        """Of each variant's last run, which was that of the proof where it was replayed."""
         self._records: dict[tuple[Size, int, str], Record] = {}
         for router in routers.values():
             router.num_events = lambda: watch.num_events
@@ -122,6 +129,24 @@ class Warmup:
             if router.observed:
                 router.dims = DynamicDims.varying(router.observed)
                 logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+
+    def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
+        """Whether `few` of the variants, run eagerly, give every target all signatures that all of them do."""
+        if not variants:
+            return True
+        self._enter(Phase.OBSERVE)
+        met: dict[Warmable, set[tuple[str, Signature]]] = {}
+        for variant in variants:
+            for router in self._routers.values():
+                router.start_variant()
+            self._serve(variant)
+            met[variant] = {
+                (name, key) for name, router in self._routers.items() if router.compiles for key in router.visited
+            }
+        found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
+        if not found:
+            logger.warning("variants differ in more than rows and pictures: every single one is warmed and replayed")
+        return found
 
     def warm(self, variants: Sequence[Warmable]) -> None:
         """Compile every variant.
@@ -157,7 +182,7 @@ class Warmup:
             router.start_variant()
         for _ in range(_MAX_PASSES):
             events = self._watch.num_events
-            self._serve(variant)
+            self._time(variant)
             if self._watch.num_events == events:
                 break
         return time.perf_counter() - started, cache_outcome(counters, cache_counters(self._own_folder))
@@ -178,7 +203,7 @@ class Warmup:
             for router in self._routers.values():
                 router.start_variant()
             events = self._watch.num_events
-            self._serve(variant)
+            self._time(variant)
             why = "compiled again in the replay" if self._watch.num_events != events else None
             if self._give_up(why):
                 num_faults += 1
@@ -187,6 +212,11 @@ class Warmup:
                 self._fail_if_asked(variant)
         self._enter(Phase.SERVE)
         return num_faults
+
+    def _time(self, variant: Warmable) -> None:
+        timing = self._serve(variant)
+        if timing is not None:
+            self.timings[variant] = timing
 
     def _enter(self, phase: Phase) -> None:
         for router in self._routers.values():

@@ -11,6 +11,7 @@ from torch import nn
 from preheat.batching import RunReport
 from preheat.compilation import Router
 from preheat.config import ShapesConfig
+from preheat.pace import Budget, Pace, Timing
 from preheat.responses import Response
 from preheat.warmup import Size, Warmable
 
@@ -44,7 +45,7 @@ class Work(Protocol):
     def structure(self) -> Mapping[str, Any]:
         """What compiled code depends on: classes and configs, without the weights."""
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None]) -> None:
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
         """Build the engine, now that the routers stand in for their targets; called once, before anything is served."""
 
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Warmable]:
@@ -59,8 +60,11 @@ class Work(Protocol):
     def between(self, variants: Sequence[Any]) -> Sequence[Warmable]:
         """Variants beside these that must be served too, and so proven."""
 
-    def serve_variant(self, variant: Any) -> None:
-        """Run one variant as requests would."""
+    def serve_variant(self, variant: Any) -> Timing:
+        """Run one variant as requests would; how long it took."""
+
+    def overload(self, pace: Pace, timeout: float) -> str | None:
+        """Why legal requests, `batchSize` of them, may take longer than an answer has (seconds); None where they cannot."""
 
     def measure_padding(self) -> Mapping[str, Any]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a question."""
