@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,23 +13,24 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat import modules, tensors
+from preheat import modules, ranges, tensors
 from preheat.batching import RunReport
 from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig, ModuleConfig, ShapesConfig, model_place
 from preheat.device import DTYPES
 from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
+from preheat.module_config import is_mask
 from preheat.module_engine import Answer, Job, ModuleEngine
 from preheat.module_request import Accept, Reader
 from preheat.responses import Response, from_error
+
+logger = logging.getLogger(__name__)
 
 WHOLE = "model"
 """The target that is the module itself."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
-TOKENS = "input_ids"
-"""What transformers calls the numbers of tokens."""
 MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
@@ -71,9 +73,9 @@ class ModuleWork:
             names,
             self._own.inputs or None,
             self._own.limits,
-            _bounds(self._own, self.shapes),
+            _bounds(names, module, self._own, self.shapes),
             self.dtype,
-            _ranges(names, module, self._own),
+            ranges.ranges(names, module, self._own),
             tokenizer,
         )
         self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
@@ -137,15 +139,45 @@ class ModuleWork:
             attention=self._config.pt2.attention,
             report=report,
         )
-        if self.shapes.strategy == "exact":
+        if not own.inputs:
+            self._warn_of_unknown_ranges()
             return
         for router in routers.values():
             router.phase = Phase.OBSERVE
         smallest = dict(self.sizes[-1].sizes)
+        self._try_ranges(smallest)
+        if self.shapes.strategy == "exact":
+            return
         self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
         self.measure_padding()
         for router in routers.values():
             router.phase, router.observed = Phase.WARM, []
+
+    def _warn_of_unknown_ranges(self) -> None:
+        unknown = [name for name in self._reader.names if name not in self._reader.ranges]
+        if unknown:
+            logger.warning(
+                "module.inputs is not declared: a request with whole numbers for %s is served eagerly, since an index outside its "
+                "table would end the worker; declare it, with its range, to have it compiled",
+                " or ".join(unknown),
+            )
+
+    def _try_ranges(self, smallest: Mapping[str, int]) -> None:
+        """Run the least and the greatest number of every range eagerly, where an index outside its table is an error like any other.
+
+        Raises:
+            ConfigError: the module fails on one.
+        """
+        base = self._prepared(smallest, seed=0)
+        for name, spec in self._own.inputs.items():
+            for number in self._reader.ranges[name] if spec.is_index else ():
+                changed = base.inputs[name].clone()
+                changed.view(-1)[0] = int(number)
+                answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
+                if answer.error is not None:
+                    raise ConfigError(
+                        f"{number:.15g} is more than it takes: {answer.error}", f"module.inputs.{name}.range"
+                    )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
         descending = sorted(batch_sizes, reverse=True)
@@ -213,7 +245,10 @@ class ModuleWork:
         names = self._engine.output_names
         if accept == "application/x-npy" and len(names) > 1:
             raise _too_many_for_npy(names)
-        return self._engine.prepare(inputs, accept, deadline)
+        job = self._engine.prepare(inputs, accept, deadline)
+        known = self._own.inputs or self._reader.ranges
+        unbounded = any(_is_index(tensor) and name not in known for name, tensor in inputs.items())
+        return replace(job, planned_eager=True) if unbounded else job
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
@@ -251,12 +286,12 @@ class ModuleWork:
                 made[name] = torch.full(shape, spec.default, dtype=dtype)
             elif dtype.is_floating_point:
                 made[name] = torch.randn(shape, generator=dice).to(dtype)
-            elif "mask" in name:
+            elif is_mask(name):
                 made[name] = torch.ones(shape, dtype=dtype)
             else:
                 made[name] = torch.randint(0, 2, shape, generator=dice).to(dtype)
-            if spec.range is not None:
-                made[name] = made[name].clamp(*spec.range).to(dtype)
+            if name in self._reader.ranges:
+                made[name] = made[name].clamp(*self._reader.ranges[name]).to(dtype)
         return self._engine.prepare(made, "application/json")
 
 
@@ -277,29 +312,16 @@ def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
     return tuple(config.inputs) or known
 
 
-def _bounds(config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
+def _bounds(names: Sequence[str], module: nn.Module, config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
     largest = {name: max(sizes) for name, sizes in config.choices.items()}
     rejecting = shapes.oversize == "reject" and shapes.strategy != "exact"
-    return tensors.Bounds(largest, rejecting, config.limits.max_elements)
+    lengths = ranges.lengths(names, module)
+    ranges.refuse_long_buckets(config, lengths)
+    return tensors.Bounds(largest, rejecting, config.limits.max_elements, lengths)
 
 
-def _ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dict[str, tensors.Span]:
-    """What each input may hold: as the YAML says; of `input_ids`, also by the rows of the module's embedding."""
-    found = {name: (spec.range[0], spec.range[1]) for name, spec in config.inputs.items() if spec.range is not None}
-    size = _vocabulary(module) if TOKENS in names and TOKENS not in found else None
-    if size is not None:
-        found[TOKENS] = (0, size - 1)
-    return found
-
-
-def _vocabulary(module: nn.Module) -> int | None:
-    """Of a transformers module (transformers/modeling_utils.py, EmbeddingAccessMixin); those without tokens raise."""
-    find: Any = getattr(module, "get_input_embeddings", None)
-    try:
-        size = getattr(find(), "num_embeddings", None) if find else None
-    except NotImplementedError:
-        return None
-    return size if isinstance(size, int) else None
+def _is_index(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype is not torch.bool
 
 
 def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
