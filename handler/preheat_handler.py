@@ -14,7 +14,7 @@ from ts.metrics.metric_type_enum import MetricTypes
 from preheat import responses
 from preheat.config import ModelConfig
 from preheat.device import is_out_of_memory, keep_freed_memory, pick_device, share_cpu
-from preheat.errors import OutOfMemory, RequestError
+from preheat.errors import OutOfMemory, PreheatError, RequestError
 from preheat.importing import left_out
 from preheat.metrics import Metrics
 from preheat.responses import Response
@@ -61,6 +61,8 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             )
         except Exception as error:
             status.write("failed", f"{type(error).__name__}: {error}")
+            if isinstance(error, PreheatError):  # its text says what is wrong; where in our code it was found is noise
+                raise error.with_traceback(None) from None
             raise
         self.initialized = True
 

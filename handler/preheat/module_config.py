@@ -120,6 +120,8 @@ class ModuleLimits(Section):
     max_image_pixels: Positive = 16_777_216
     max_elements: Positive = 16_777_216
     """Of one input that no bucket holds: with `oversize: eager`, or where no inputs are declared."""
+    max_response_bytes: Positive = 300_000_000
+    """Of one answer: a larger one than TorchServe's max_response_size, here that of archive/config.properties, would end the worker."""
 
 
 class ModuleConfig(Section):
@@ -135,7 +137,7 @@ class ModuleConfig(Section):
     inputs: Annotated[Mapping[str, InputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
     """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it is."""
     outputs: Annotated[Mapping[str, OutputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
-    """Those that are answered; empty means all tensors. A module that returns one tensor calls it `output`."""
+    """Those that are answered; empty means all tensors. A module that returns a bare tensor calls it by the only name here, or `output`."""
     limits: ModuleLimits = ModuleLimits()
 
     @property

@@ -22,7 +22,7 @@ from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.module_config import is_mask
 from preheat.module_engine import Answer, Job, ModuleEngine
-from preheat.module_request import Accept, Reader
+from preheat.module_request import ACCEPT, Accept, Reader
 from preheat.responses import Response, from_error
 
 logger = logging.getLogger(__name__)
@@ -149,7 +149,7 @@ class ModuleWork:
         if self.shapes.strategy == "exact":
             return
         self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
-        self.measure_padding()
+        self._measured_padding()
         for router in routers.values():
             router.phase, router.observed = Phase.WARM, []
 
@@ -210,12 +210,26 @@ class ModuleWork:
             self._response(replace(answer, job=replace(answer.job, accept=accept)))
 
     def measure_padding(self) -> Mapping[str, Any]:
+        """As `_measured_padding`, and said where it is more than rounding."""
+        found = self._measured_padding()
+        if found["exact"] == "padded":
+            share = found["max_share"]
+            how_far = (
+                f"up to {share:.2g} of the largest magnitude" if isinstance(share, float) else "into what is not finite"
+            )
+            logger.warning(
+                "padding changes answers by %s; a mask input with default: 1, padded with 0, would let the module see it",
+                how_far,
+            )
+        return found
+
+    def _measured_padding(self) -> Mapping[str, Any]:
         """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
 
         Raises:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
-        errors, shares = [0.0], [0.0]
+        errors, shares, of_largest = [0.0], [0.0], [0.0]
         for sizes in {each for bucket in self._ends() for each in _measured(bucket, self._own.choices)}:
             job = self._prepared(dict(sizes), seed=0)
             (ours,), alone = self._engine.run([job]), self._engine.alone(job)
@@ -226,10 +240,13 @@ class ModuleWork:
                 error, magnitude = _difference(ours.outputs[name], tensor)
                 errors.append(error)
                 shares.append(error / max(1.0, magnitude))
+                of_largest.append(error / magnitude if magnitude else error)
         exact = all(share <= TOLERANCE[self.dtype] for share in shares)  # of NaN, which is no number, this is not so
         self._engine.padded = "rounding" if exact else "padded"
         finite = all(map(math.isfinite, errors))  # JSON has no other numbers
-        return {"max_error": max(errors) if finite else "not finite", "exact": self._engine.padded}
+        if not finite:
+            return {"max_error": "not finite", "max_share": "not finite", "exact": self._engine.padded}
+        return {"max_error": max(errors), "max_share": round(max(of_largest), 6), "exact": self._engine.padded}
 
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
@@ -267,6 +284,9 @@ class ModuleWork:
             "exact": answer.exact,
         }
         headers = {"content-type": answer.job.accept, **{f"x-preheat-{name}": text for name, text in facts.items()}}
+        too_large = self._too_large(answer)
+        if too_large is not None:
+            return from_error(too_large)
         if answer.job.accept == "application/safetensors":
             return Response(200, tensors.to_safetensors(answer.outputs, facts), headers)
         if answer.job.accept == "application/x-npy":
@@ -274,6 +294,19 @@ class ModuleWork:
         lists = {name: tensors.to_lists(tensor) for name, tensor in answer.outputs.items()}
         document = {"outputs": lists, **facts, "padding": round(answer.padding, 4)}
         return Response(200, tensors.dumps(document), headers)
+
+    def _too_large(self, answer: Answer) -> RequestError | None:
+        """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than max_response_size."""
+        most, outputs = self._own.limits.max_response_bytes, answer.outputs.values()
+        as_file = sum(tensor.nbytes for tensor in outputs)
+        as_json = answer.job.accept == "application/json"
+        size = sum(map(tensors.json_bytes, outputs)) if as_json and 26 * as_file > most else as_file
+        if size <= most:
+            return None
+        what = f"the answer has about {size} bytes, at most {most} are allowed (module.limits.max_response_bytes)"
+        if as_json and as_file <= most:
+            return RequestError(f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406)
+        return RequestError(what, "body", code=413)
 
     def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
         """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and 1."""

@@ -33,7 +33,8 @@ class ServerState:
     """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
     engine, warm_seconds, cache, reason."""
     padding: Mapping[str, Any] = field(default_factory=dict)
-    """What padding was measured to change in a module's outputs: `max_error` (or words) and `exact`, the header's word; empty for a pipeline."""
+    """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
+    the largest magnitude (or words), and `exact`, the header's word; empty for a pipeline."""
     compiles_at_boot: int = 0
     compiles_since_ready: int = 0
     eager_fallbacks: int = 0
