@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -149,11 +150,12 @@ def make():
 
 
 def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Service:
-    (folder / "net_of_index.py").write_text(NET)
+    name = f"net_{uuid.uuid4().hex}"
+    (folder / f"{name}.py").write_text(NET)
     torch.compiler.set_stance("default")
     shapes = {"batch_sizes": [1]} if inputs else {}
     pt2 = {"compile": {"enable": True, "backend": backend}, "shapes": shapes}
-    config = ModelConfig.parse({"pt2": pt2, "module": {"factory": "net_of_index:make", "inputs": inputs}})
+    config = ModelConfig.parse({"pt2": pt2, "module": {"factory": f"{name}:make", "inputs": inputs}})
     return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "n"))
 
 
