@@ -242,13 +242,14 @@ def test_an_output_that_grows_with_padding_must_be_cut(watch: CompileWatch, mode
         start(models / "resnet", RESNET | {"inputs": {"pixels": {"shape": ["batch", 3]}}})
 
 
-def started(folder: Path, answer: str, outputs: dict[str, Any], **pt2: Any) -> Service:
+def started(folder: Path, answer: str, outputs: dict[str, Any], limits: Any = None, **pt2: Any) -> Service:
     """A module of x, (batch, n), that answers with this expression."""
     name = f"net_{uuid.uuid4().hex}"
     net = "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return "
     (folder / f"{name}.py").write_text(f"{net}{answer}\n\ndef make():\n    return Net()\n")
     inputs = {"x": {"shape": ["batch", "n"], "buckets": {"n": [8]}}}
-    return start(folder, {"factory": f"{name}:make", "inputs": inputs, "outputs": outputs}, enable=False, **pt2)
+    module = {"factory": f"{name}:make", "inputs": inputs, "outputs": outputs, "limits": limits or {}}
+    return start(folder, module, enable=False, **pt2)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +296,7 @@ def test_what_is_not_finite_is_not_measured_as_exact(
     watch: CompileWatch, tmp_path: Path, answer: str, exact: str, max_error: object
 ) -> None:
     padding = started(tmp_path, answer, {"output": {"crop": {1: "n"}}}).state.padding
-    assert padding == {"exact": exact, "max_error": max_error}
+    assert padding == {"exact": exact, "max_error": max_error, "max_share": max_error}
     json.dumps(padding, allow_nan=False)
 
 
@@ -311,6 +312,43 @@ def test_a_file_of_one_tensor_is_refused_where_a_model_answers_two(watch: Compil
     with pytest.raises(RequestError, match="answers a, b") as caught:
         service.parse({"body": [1.0]}, {"accept": "application/x-npy"})
     assert (caught.value.field, caught.value.code) == ("accept", 406)
+
+
+def test_a_bare_tensor_takes_the_only_declared_name(watch: CompileWatch, tmp_path: Path) -> None:
+    (answer,) = ask(started(tmp_path, "x[:, :1]", {"logits": {}}), [1.0, 2.0])
+    assert list(answer.outputs) == ["logits"]
+    (answer,) = ask(started(tmp_path, "x[:, :1]", {}), [1.0, 2.0])
+    assert list(answer.outputs) == ["output"]
+
+
+def test_padding_that_shows_is_said_as_a_share_of_the_largest_magnitude(
+    watch: CompileWatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    service = started(tmp_path, "x.mean(-1, keepdim=True)", {})
+    share = service.state.padding["max_share"]
+    assert 0.1 < share < 1 and f"padding changes answers by up to {share:.2g} of the largest magnitude" in caplog.text
+    caplog.clear()
+    assert started(tmp_path, "x.sum(-1, keepdim=True)", {}).state.padding["exact"] == "rounding"
+    assert "padding changes" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("most", "codes"), [(100_000, (200, 200, 200)), (50_000, (406, 200, 200)), (1_000, (413, 413, 413))]
+)
+def test_an_answer_too_large_for_torchserve_is_refused_before_it_is_encoded(
+    watch: CompileWatch, tmp_path: Path, most: int, codes: tuple[int, ...]
+) -> None:
+    """A larger one than max_response_size would end the worker."""
+    limits = {"max_response_bytes": most}
+    service = started(tmp_path, "torch.rand(x.shape[0], 4000)", {}, limits=limits)
+    for accept, code in zip(("application/json", "application/safetensors", "application/x-npy"), codes, strict=True):
+        (answer,) = service.run([service.parse({"body": [1.0]}, {"accept": accept})])
+        (response,) = service.respond([answer])
+        assert response.code == code
+        if code == 406:
+            assert "ask for application/safetensors, 16000 bytes" in json.loads(response.body)["message"]
+        if code == 200:
+            assert len(response.body) <= most
 
 
 def test_encoding_is_warmed_too(watch: CompileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,12 @@ from preheat.yaml_errors import refuse_twice, shown
 
 TensorDtype = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
 BATCH = "batch"
+DERIVED = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
+"""Inputs whose range the config of a transformers model may tell."""
+NEEDS_RANGE = (
+    "is missing; say the least and the greatest whole number that the module takes, such as range: [0, 1]: "
+    "an index outside its table would end the worker"
+)
 IMAGE_CHANNELS = 3
 
 
@@ -64,10 +70,15 @@ class InputConfig(Section):
     default: float | None = None
     """Fills the whole input where a request leaves it out; without one it is required."""
     range: Listed[float] | None = None
-    """`[least, greatest]` number that a request may hold. Of `input_ids` the default is the
-    module's vocabulary."""
+    """The least and the greatest number that a request may hold: of whole numbers, which may be indices, it must be known. The default
+    is 0 to 1 for a mask, and for the inputs in `DERIVED` what the module's transformers config says."""
     normalize: NormalizeConfig | None = None
     """For image files; tensors come normalised."""
+
+    @property
+    def is_index(self) -> bool:
+        """Whether it holds whole numbers."""
+        return "int" in self.dtype
 
     @property
     def takes_images(self) -> bool:
@@ -115,6 +126,8 @@ class ModuleLimits(Section):
     max_elements: Positive = 16_777_216
     """Elements of one input that no bucket holds: with `oversize: eager`, or where no inputs are
     declared."""
+    max_response_bytes: Positive = 300_000_000
+    """Bytes of one answer: a larger one than TorchServe's max_response_size, here that of archive/config.properties, would end the worker."""
 
 
 class ModuleConfig(Section):
@@ -133,8 +146,7 @@ class ModuleConfig(Section):
     """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it
     is."""
     outputs: Annotated[Mapping[str, OutputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
-    """Those that are answered; empty means all tensors. A module that returns one tensor calls it
-    `output`."""
+    """Those that are answered; empty means all tensors. A module that returns a bare tensor calls it by the only name here, or `output`."""
     limits: ModuleLimits = ModuleLimits()
     """What a request may hold."""
 
@@ -193,6 +205,8 @@ class ModuleConfig(Section):
         for key, number in (("pad", spec.pad), ("default", spec.default)):
             if isinstance(number, float) and not _fits(number, spec.dtype):
                 raise ConfigError(f"{number:g} is no {spec.dtype}", f"{path}.{key}")
+        if spec.is_index and spec.range is None and name not in DERIVED and not is_mask(name):
+            raise ConfigError(NEEDS_RANGE, f"{path}.range")
 
     def _check_crop(self, path: str, output: OutputConfig, seen: Mapping[str, str]) -> None:
         for dim, text in output.crop.items():
@@ -203,6 +217,11 @@ class ModuleConfig(Section):
                     f"must be a bucketed dimension such as sequence or height/32, got {shown(text)}; known: {known}",
                     f"{path}.{dim}",
                 )
+
+
+def is_mask(name: str) -> bool:
+    """Whether an input of this name says which others are padding: zeros and ones."""
+    return "mask" in name.split("_")
 
 
 def _check_name(name: str, path: str) -> None:

@@ -225,7 +225,8 @@ class ModuleEngine(Batcher[Answer, Job]):
             ConfigError, ModuleError: it is not what can be served.
         """
         if isinstance(result, torch.Tensor):
-            found: dict[str, object] = {"output": result}
+            declared = list(self._config.outputs)
+            found: dict[str, object] = {declared[0] if len(declared) == 1 else "output": result}
         elif isinstance(result, Mapping):
             found = dict(result)
         elif isinstance(result, (list, tuple)):

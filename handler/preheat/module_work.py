@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,25 +14,26 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat import modules, tensors
+from preheat import modules, ranges, tensors
 from preheat.batching import RunReport
 from preheat.compilation import Phase, Router
 from preheat.config import ModelConfig, ModuleConfig, ShapesConfig
 from preheat.device import DTYPES
 from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
+from preheat.module_config import is_mask
 from preheat.module_engine import Answer, Job, ModuleEngine
-from preheat.module_request import Accept, Reader
+from preheat.module_request import ACCEPT, Accept, Reader
 from preheat.pace import Budget, Load, Pace, Timing
 from preheat.places import model_place
 from preheat.responses import Response, from_error
+
+logger = logging.getLogger(__name__)
 
 WHOLE = "model"
 """The target that is the module itself."""
 TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 """Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
-TOKENS = "input_ids"
-"""What transformers calls the numbers of tokens."""
 MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
@@ -79,9 +81,9 @@ class ModuleWork:
             names,
             self._own.inputs or None,
             self._own.limits,
-            _bounds(self._own, self.shapes),
+            _bounds(names, module, self._own, self.shapes),
             self.dtype,
-            _ranges(names, module, self._own),
+            ranges.ranges(names, module, self._own),
             tokenizer,
         )
         self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
@@ -145,15 +147,45 @@ class ModuleWork:
             report=report,
             budget=budget,
         )
-        if self.shapes.strategy == "exact":
+        if not own.inputs:
+            self._warn_of_unknown_ranges()
             return
         for router in routers.values():
             router.phase = Phase.OBSERVE
         smallest = dict(self.sizes[-1].sizes)
+        self._try_ranges(smallest)
+        if self.shapes.strategy == "exact":
+            return
         self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
-        self.measure_padding()
+        self._measured_padding()
         for router in routers.values():
             router.phase, router.observed = Phase.WARM, []
+
+    def _warn_of_unknown_ranges(self) -> None:
+        unknown = [name for name in self._reader.names if name not in self._reader.ranges]
+        if unknown:
+            logger.warning(
+                "module.inputs is not declared: a request with whole numbers for %s is served eagerly, since an index outside its "
+                "table would end the worker; declare it, with its range, to have it compiled",
+                " or ".join(unknown),
+            )
+
+    def _try_ranges(self, smallest: Mapping[str, int]) -> None:
+        """Run the least and the greatest number of every range eagerly, where an index outside its table is an error like any other.
+
+        Raises:
+            ConfigError: the module fails on one.
+        """
+        base = self._prepared(smallest, seed=0)
+        for name, spec in self._own.inputs.items():
+            for number in self._reader.ranges[name] if spec.is_index else ():
+                changed = base.inputs[name].clone()
+                changed.view(-1)[0] = int(number)
+                answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
+                if answer.error is not None:
+                    raise ConfigError(
+                        f"{number:.15g} is more than it takes: {answer.error}", f"module.inputs.{name}.range"
+                    )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
         descending = sorted(batch_sizes, reverse=True)
@@ -192,12 +224,26 @@ class ModuleWork:
             self._response(replace(answer, job=replace(answer.job, accept=accept)))
 
     def measure_padding(self) -> Mapping[str, Any]:
+        """As `_measured_padding`, and said where it is more than rounding."""
+        found = self._measured_padding()
+        if found["exact"] == "padded":
+            share = found["max_share"]
+            how_far = (
+                f"up to {share:.2g} of the largest magnitude" if isinstance(share, float) else "into what is not finite"
+            )
+            logger.warning(
+                "padding changes answers by %s; a mask input with default: 1, padded with 0, would let the module see it",
+                how_far,
+            )
+        return found
+
+    def _measured_padding(self) -> Mapping[str, Any]:
         """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
 
         Raises:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
-        errors, shares = [0.0], [0.0]
+        errors, shares, of_largest = [0.0], [0.0], [0.0]
         for sizes in {each for bucket in self._ends() for each in _measured(bucket, self._own.choices)}:
             job = self._prepared(dict(sizes), seed=0)
             (ours,), alone = self._engine.run([job]), self._engine.alone(job)
@@ -208,10 +254,13 @@ class ModuleWork:
                 error, magnitude = _difference(ours.outputs[name], tensor)
                 errors.append(error)
                 shares.append(error / max(1.0, magnitude))
+                of_largest.append(error / magnitude if magnitude else error)
         exact = all(share <= TOLERANCE[self.dtype] for share in shares)  # of NaN, which is no number, this is not so
         self._engine.padded = "rounding" if exact else "padded"
         finite = all(map(math.isfinite, errors))  # JSON has no other numbers
-        return {"max_error": max(errors) if finite else "not finite", "exact": self._engine.padded}
+        if not finite:
+            return {"max_error": "not finite", "max_share": "not finite", "exact": self._engine.padded}
+        return {"max_error": max(errors), "max_share": round(max(of_largest), 6), "exact": self._engine.padded}
 
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
@@ -230,7 +279,10 @@ class ModuleWork:
         names = self._engine.output_names
         if accept == "application/x-npy" and len(names) > 1:
             raise _too_many_for_npy(names)
-        return self._engine.prepare(inputs, accept, deadline)
+        job = self._engine.prepare(inputs, accept, deadline)
+        known = self._own.inputs or self._reader.ranges
+        unbounded = any(_is_index(tensor) and name not in known for name, tensor in inputs.items())
+        return replace(job, planned_eager=True) if unbounded else job
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
@@ -249,6 +301,9 @@ class ModuleWork:
             "exact": answer.exact,
         }
         headers = {"content-type": answer.job.accept, **{f"x-preheat-{name}": text for name, text in facts.items()}}
+        too_large = self._too_large(answer)
+        if too_large is not None:
+            return from_error(too_large)
         if answer.job.accept == "application/safetensors":
             return Response(200, tensors.to_safetensors(answer.outputs, facts), headers)
         if answer.job.accept == "application/x-npy":
@@ -256,6 +311,19 @@ class ModuleWork:
         lists = {name: tensors.to_lists(tensor) for name, tensor in answer.outputs.items()}
         document = {"outputs": lists, **facts, "padding": round(answer.padding, 4)}
         return Response(200, tensors.dumps(document), headers)
+
+    def _too_large(self, answer: Answer) -> RequestError | None:
+        """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than max_response_size."""
+        most, outputs = self._own.limits.max_response_bytes, answer.outputs.values()
+        as_file = sum(tensor.nbytes for tensor in outputs)
+        as_json = answer.job.accept == "application/json"
+        size = sum(map(tensors.json_bytes, outputs)) if as_json and 26 * as_file > most else as_file
+        if size <= most:
+            return None
+        what = f"the answer has about {size} bytes, at most {most} are allowed (module.limits.max_response_bytes)"
+        if as_json and as_file <= most:
+            return RequestError(f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406)
+        return RequestError(what, "body", code=413)
 
     def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
         """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and 1."""
@@ -268,12 +336,12 @@ class ModuleWork:
                 made[name] = torch.full(shape, spec.default, dtype=dtype)
             elif dtype.is_floating_point:
                 made[name] = torch.randn(shape, generator=dice).to(dtype)
-            elif "mask" in name:
+            elif is_mask(name):
                 made[name] = torch.ones(shape, dtype=dtype)
             else:
                 made[name] = torch.randint(0, 2, shape, generator=dice).to(dtype)
-            if spec.range is not None:
-                made[name] = made[name].clamp(*spec.range).to(dtype)
+            if name in self._reader.ranges:
+                made[name] = made[name].clamp(*self._reader.ranges[name]).to(dtype)
         return self._engine.prepare(made, "application/json")
 
 
@@ -294,29 +362,16 @@ def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
     return tuple(config.inputs) or known
 
 
-def _bounds(config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
+def _bounds(names: Sequence[str], module: nn.Module, config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
     largest = {name: max(sizes) for name, sizes in config.choices.items()}
     rejecting = shapes.oversize == "reject" and shapes.strategy != "exact"
-    return tensors.Bounds(largest, rejecting, config.limits.max_elements)
+    lengths = ranges.lengths(names, module)
+    ranges.refuse_long_buckets(config, lengths)
+    return tensors.Bounds(largest, rejecting, config.limits.max_elements, lengths)
 
 
-def _ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dict[str, tensors.Span]:
-    """What each input may hold: as the YAML says; of `input_ids`, also by the rows of the module's embedding."""
-    found = {name: (spec.range[0], spec.range[1]) for name, spec in config.inputs.items() if spec.range is not None}
-    size = _vocabulary(module) if TOKENS in names and TOKENS not in found else None
-    if size is not None:
-        found[TOKENS] = (0, size - 1)
-    return found
-
-
-def _vocabulary(module: nn.Module) -> int | None:
-    """Of a transformers module (transformers/modeling_utils.py, EmbeddingAccessMixin); those without tokens raise."""
-    find: Any = getattr(module, "get_input_embeddings", None)
-    try:
-        size = getattr(find(), "num_embeddings", None) if find else None
-    except NotImplementedError:
-        return None
-    return size if isinstance(size, int) else None
+def _is_index(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() and tensor.dtype is not torch.bool
 
 
 def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:

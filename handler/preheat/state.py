@@ -36,7 +36,8 @@ class ServerState:
     """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did not fit into memory. Such runs are
     split into smaller ones."""
     padding: Mapping[str, Any] = field(default_factory=dict)
-    """What padding was measured to change in a module's outputs: `max_error` (or words) and `exact`, the header's word; empty for a pipeline."""
+    """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
+    the largest magnitude (or words), and `exact`, the header's word; empty for a pipeline."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0

@@ -9,7 +9,7 @@ import io
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -44,6 +44,8 @@ class Bounds:
     """Whether a larger one is refused (`oversize: reject`)."""
     max_elements: int
     """Of one input that no bucket holds."""
+    lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Input -> one of its dimensions, and the most that the module takes there, whatever `oversize` says."""
 
     def most(self, spec: InputConfig) -> int:
         """Elements of one input that `check` lets through, or more."""
@@ -56,6 +58,9 @@ class Bounds:
         Raises:
             RequestError: it is larger than that.
         """
+        dim, longest = self.lengths.get(name, (0, 0))
+        if longest and len(shape) >= -dim and shape[dim] > longest:
+            raise RequestError(f"is {shape[dim]} long, and the module has positions for {longest}", name)
         if spec is not None:
             named = zip(spec.shape, shape, strict=True)
             over = [
@@ -313,6 +318,15 @@ def cut_to(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
     for dim, size in sizes.items():
         tensor = tensor.narrow(dim, 0, size)
     return tensor
+
+
+def json_bytes(tensor: torch.Tensor) -> int:
+    """About how long `to_lists` of it is as JSON: as long as a thousand of its numbers are on average, and a tenth more."""
+    if not tensor.numel():
+        return 2
+    flat = tensor.reshape(-1)
+    sample = flat[:: max(1, flat.numel() // 1000)]
+    return int(1.1 * len(dumps({"": to_lists(sample)})) / sample.numel() * flat.numel())
 
 
 def to_npy(tensor: torch.Tensor) -> bytes:

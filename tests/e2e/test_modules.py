@@ -222,3 +222,26 @@ def test_bad_input_is_a_400_that_names_it_and_the_worker_lives(
         assert reply.error is not None and (reply.error["code"], reply.error["field"]) == (400, field), reply.body
     good = ask(client, 0, {"input_ids": IDS} if name == "bert" else {"pixel_values": np.zeros((3, 4, 4)).tolist()})
     assert good["engine"] == "compiled" and client.worker_pids() == pids
+
+
+INDICES = [
+    (name, field, number)
+    for name, config in CONFIGS.items()
+    for field, spec in config["module"]["inputs"].items()
+    if "int" in spec["dtype"]
+    for number in (-1, 9_999)
+]
+
+
+@pytest.mark.parametrize(("name", "field", "number"), [*INDICES, ("bert", "token_type_ids", 9)])
+def test_no_number_outside_its_table_ends_the_worker(modules: Modules, name: str, field: str, number: int) -> None:
+    """On two threads, as the worker has here, Inductor would abort the process, and with it every stranger in the batch."""
+    client = modules.clients[name]
+    pids = client.worker_pids()
+    body = json.dumps({"inputs": {"input_ids": [2, 3, 4], "token_type_ids": [0, 0, 0], field: [0, number, 0]}}).encode()
+    rest = client.post(content=body, headers={"content-type": "application/json"})
+    grpc = client.call_grpc({"data": body})
+    assert rest.status == 400
+    for reply in (rest, grpc):
+        assert reply.error is not None and (reply.error["code"], reply.error["field"]) == (400, field), reply.body
+    assert ask(client, 0, {"input_ids": IDS})["engine"] == "compiled" and client.worker_pids() == pids
