@@ -61,7 +61,7 @@ def test_a_tiny_model_is_made_anew_where_it_would_be_another(
     built: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = demo.tiny_model("sdxl", here)
-    monkeypatch.setattr(demo.metadata, "version", lambda name: f"another {name}")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
     assert demo.tiny_model("sdxl", here) != first and built == ["sdxl", "sdxl"]
 
 
@@ -111,7 +111,12 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
 ) -> None:
     started: list[list[Path]] = []
     running = server.TorchServe(here, server.Ports(), 1, 0.0, ("fox",), here)
-    monkeypatch.setattr(server, "start", lambda archives, *_, **__: (started.append(archives), running)[1])
+
+    def start(archives: list[Path], *_: object, **__: object) -> server.TorchServe:
+        started.append(archives)
+        return running
+
+    monkeypatch.setattr(server, "start", start)
     mar, folder = tmp_path / "fox.mar", tmp_path / "owl"
     with zipfile.ZipFile(mar, "w") as archive:
         archive.writestr(str(MANIFEST), "{}")

@@ -122,6 +122,8 @@ def test_what_a_worker_wrote_says_how_far_it_is(management: Management) -> None:
     management.models["fox"] = (2, ["UNLOADING", "READY"])
     verdict = readiness.check(management.url, statuses=[status(100, "warming", 3), status(101, "hot", 6)])
     assert verdict.missing == ["fox: 1 of 2 workers READY (warming 3/6)"]
+    killed = readiness.check(management.url, statuses=[status(100, "hot", 6), status(101, "hot", 6)])
+    assert killed.missing == ["fox: 1 of 2 workers READY (loading)"]
 
 
 def test_workers_that_die_while_one_waits_are_counted(management: Management) -> None:

@@ -238,7 +238,7 @@ class _Probe:
 
 def _doing(status: Status | None) -> str:
     """What a worker that is not READY does, for all that is known."""
-    if status is None or status.state == "failed":  # another is about to take its place
+    if status is None or status.state not in ("loading", "warming"):  # it died; another takes its place
         return "loading"
     return f"{status.state} {status.done}/{status.total}" if status.total else status.state
 
