@@ -289,7 +289,8 @@ class PipelineConfig(Section):
     path: Text = "."
     """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md."""
     dtype: Dtype = "float32"
-    """Of weights and computation. Not float16 for SDXL: its VAE overflows in it."""
+    """Of weights and computation.
+    In float16 SDXL's VAE, which overflows in it, stays float32."""
     scheduler: Text | None = None
     """Name of a diffusers scheduler class that replaces the folder's own."""
     guidance: Guidance = "both"
