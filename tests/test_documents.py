@@ -73,7 +73,8 @@ def test_yaml_blocks_load(document: Path) -> None:
 
 @each_document
 def test_what_examples_import_exists(document: Path) -> None:
-    for module, names in re.findall(r"^from (preheat[\w.]*) import (.+)$", document.read_text(), re.M):
+    imports = re.compile(r"^from (preheat[\w.]*) import (.+)$", re.MULTILINE)
+    for module, names in imports.findall(document.read_text()):
         found = importlib.import_module(module)
         assert all(hasattr(found, name.strip()) for name in names.split(",")), module
 
