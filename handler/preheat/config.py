@@ -355,7 +355,8 @@ class ModelConfig(Section):
     """
 
     minWorkers: Count | None = None
-    """Worker processes at start; each holds the model once."""
+    """Worker processes at start; each holds the model once. Say `maxWorkers` too; without them
+    TorchServe starts one for each GPU, or core."""
     maxWorkers: Count | None = None
     """Most that the model may be scaled to."""
     batchSize: Positive = 1
