@@ -71,6 +71,14 @@ def test_yaml_blocks_load(document: Path) -> None:
         assert ModelConfig.parse(yaml.safe_load(text)).pt2.compile.enable
 
 
+@each_document
+def test_what_examples_import_exists(document: Path) -> None:
+    imports = re.compile(r"^from (preheat[\w.]*) import (.+)$", re.MULTILINE)
+    for module, names in imports.findall(document.read_text()):
+        found = importlib.import_module(module)
+        assert all(hasattr(found, name.strip()) for name in names.split(",")), module
+
+
 def test_the_readme_is_short_and_leads_to_every_page() -> None:
     readme = (ROOT / "README.md").read_text()
     assert len(readme.split()) <= MAX_WORDS

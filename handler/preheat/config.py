@@ -296,7 +296,8 @@ class PipelineConfig(Section):
     path: Text = "."
     """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md."""
     dtype: Dtype = "float32"
-    """Of weights and computation. Not float16 for SDXL: its VAE overflows in it."""
+    """Of weights and computation.
+    In float16 SDXL's VAE, which overflows in it, stays float32."""
     scheduler: Text | None = None
     """Name of a diffusers scheduler class that replaces the folder's own."""
     guidance: Guidance = "both"
@@ -374,7 +375,8 @@ class ModelConfig(Section):
     """
 
     minWorkers: Count | None = None
-    """Worker processes at start; each holds the model once."""
+    """Worker processes at start; each holds the model once. Say `maxWorkers` too; without them
+    TorchServe starts one for each GPU, or core."""
     maxWorkers: Count | None = None
     """Most that the model may be scaled to."""
     batchSize: Positive = 1
