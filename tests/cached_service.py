@@ -66,7 +66,7 @@ def _die_at(point: str) -> None:
             keep(use)
             _die_at("compiling")
 
-        CacheUse.keep = keep_then_compile_and_die  # type: ignore[method-assign]
+        CacheUse.keep = keep_then_compile_and_die  # type: ignore[assignment, method-assign]
     elif point == "packing":
         whole = bundle.pack
 

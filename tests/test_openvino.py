@@ -266,7 +266,7 @@ class Head(nn.Module):
 
     def forward(self, output: BaseModelOutput, pair: Any) -> BaseModelOutput:
         assert output.last_hidden_state is not None
-        return BaseModelOutput(last_hidden_state=output.last_hidden_state + pair.left)  # type: ignore[arg-type]
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state + pair.left)
 
 
 def test_the_outputs_of_transformers_are_exported_for_any_batch() -> None:

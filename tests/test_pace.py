@@ -12,7 +12,6 @@ import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
 
 from preheat import responses
 from preheat.admission import check_cost, check_time
@@ -21,7 +20,7 @@ from preheat.config import LimitsConfig, ModelConfig
 from preheat.engine import Answer, Engine, Job
 from preheat.errors import DeadlinePassed, PutOff, RequestError
 from preheat.pace import Budget, Load, Pace, Timing, interpolated
-from preheat.pipelines import AfterStep, Batch
+from preheat.pipelines import AfterStep, Batch, Painted
 from test_engine import make_request
 
 SDXL = yaml.safe_load((Path(__file__).parent.parent / "model-config" / "sdxl.yaml").read_text())
@@ -51,13 +50,13 @@ class Machine:
     def _step(self, bucket: Bucket, rows: int) -> float:
         return rows * bucket.area / 1024**2 / PICTURE_STEPS / self.speed
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> NDArray[np.uint8]:
+    def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
         rows = len(batch.rows)
         self.now += FIXED * rows / self.speed + batch.num_inference_steps * self._step(batch.bucket, rows)
         self.pictures += rows
         if self.fail:
             raise ArithmeticError("late")
-        return np.zeros((rows, batch.bucket.height, batch.bucket.width, 3), np.uint8)
+        return Painted(np.zeros((rows, batch.bucket.height, batch.bucket.width, 3), np.uint8))
 
     def job(self, **wishes: Any) -> Job:
         """An admitted request.
@@ -68,7 +67,7 @@ class Machine:
         limits = self.config.pipeline.limits
         request = make_request(**({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes))
         job = self.engine.prepare(request, limits=LimitsConfig(), default=Bucket(1024, 1024))
-        check_cost(request, job.plan.bucket, least_area=1024**2, max_cost=limits.max_cost)
+        check_cost(request, job.plan.bucket, steps=request.num_run_steps, least_area=1024**2, max_cost=limits.max_cost)
         seconds = self.engine.seconds([Answer(job)], generous=True)
         check_time(request, job.plan.bucket, seconds, self.budget.timeout or 0)
         return job

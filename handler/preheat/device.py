@@ -72,7 +72,7 @@ def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
     Compiled code is for one number: workers of several GPUs would share nothing. CUDA reads CUDA_VISIBLE_DEVICES once, at its first
     call; where that has been (see `cuda_unasked`), and where there is no such GPU, all stays as it was.
     """
-    if gpu_id is None or not torch.backends.cuda.is_built():
+    if gpu_id is None or not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return gpu_id
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     # Numbers or UUIDs, of GPUs or of MIG slices: what TorchServe counts is a place among them.

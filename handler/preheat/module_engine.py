@@ -156,8 +156,8 @@ class ModuleEngine(Batcher[Answer, Job]):
         return Load(answer.job.bucket.volume if answer.job.bucket else 0, size, size, 1)
 
     def _identity(self, answer: Answer) -> int:
-        parts = ((name, tensor.shape, tensor.tolist()) for name, tensor in sorted(answer.job.inputs.items()))
-        return hash(repr(list(parts)))
+        inputs = sorted(answer.job.inputs.items())
+        return hash(tuple((name, tensor.shape, tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in inputs))
 
     def _too_large(self, answer: Answer) -> str:
         return f"bucket {answer.job.bucket} does not fit into memory"
