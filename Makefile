@@ -32,6 +32,8 @@ export GOMP_SPINCOUNT ?= 1000
 # The servers of the end-to-end tests come first and stay in one process; the other one works through the rest.
 TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
+UNIT_FOLDERS := $(filter-out tests/e2e/ tests/gpu/ tests/__pycache__/,$(wildcard tests/*/))
+
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
@@ -68,7 +70,7 @@ lint: $(STAMP) ## ruff and mypy --strict
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
 test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
-	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) tests/test_*.py tests/e2e/test_cpu_roads.py
+	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) tests/test_*.py $(UNIT_FOLDERS) tests/e2e/test_cpu_roads.py
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
@@ -100,7 +102,7 @@ bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an
 	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
 
 reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
-	$(BIN)/python -m preheat.reference > docs/configuration.md
+	$(BIN)/python -m preheat.config.reference > docs/configuration.md
 
 clean: ## remove everything made here but .venv
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }

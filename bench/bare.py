@@ -20,9 +20,9 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from bench.bare_spec import Spec
-from preheat import images
 from preheat.buckets import Bucket, covering
 from preheat.device import DTYPES, keep_freed_memory, pick_device, share_cpu
+from preheat.protocol import images
 
 WARM_CALLS = 2
 

@@ -11,8 +11,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from preheat.client import Client, Reply
-from preheat.server import TorchServe
+from preheat.torchserve.client import Client, Reply
+from preheat.torchserve.server import TorchServe
 
 Protocol = Literal["rest", "grpc"]
 Payload = Mapping[str, Any]

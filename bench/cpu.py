@@ -31,10 +31,10 @@ from bench.cpu_engines import IPEX_PYTHON, SLOW, TITLES, Engine, build
 from bench.cpu_models import MODELS
 from bench.machine import machine, versions
 from bench.report import on_one_line, percentile
-from preheat import server
+from preheat.compilation.watch import raise_recompile_limits
 from preheat.device import keep_freed_memory, share_cpu
 from preheat.errors import PreheatError
-from preheat.watch import raise_recompile_limits
+from preheat.torchserve import server
 
 RESULTS = server.ROOT / "bench" / "results"
 NUM_WARM = 5

@@ -15,13 +15,14 @@ from typing import IO, Any, Protocol
 import torch
 
 from bench.cpu_models import cast, first_tensor, make
-from preheat import aot, server
-from preheat.compilation import DynamicDims, Phase, map_tensors
-from preheat.config import Pt2Config
+from preheat.compilation.backends import aot
+from preheat.compilation.export import difference
+from preheat.compilation.router import DynamicDims, Phase, map_tensors
+from preheat.compilation.targets import build_router
+from preheat.config.model import Pt2Config
 from preheat.device import DTYPES, keep_freed_memory, share_cpu
 from preheat.errors import PreheatError
-from preheat.exporting import difference
-from preheat.roads import build_router
+from preheat.torchserve import server
 
 IPEX_PYTHON = server.ROOT / ".venv-ipex" / "bin" / "python"
 CPU = torch.device("cpu")

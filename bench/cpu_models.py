@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat.compilation import Inputs, map_tensors
+from preheat.compilation.router import Inputs, map_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,7 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def _unet() -> nn.Module:
-    from preheat import tiny
+    from preheat.models import tiny
 
     unet: nn.Module = tiny.FAMILIES["sdxl"]().unet
     return unet

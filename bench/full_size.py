@@ -19,8 +19,8 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from preheat import tiny
 from preheat.device import any_device
+from preheat.models import tiny
 
 UNET: Mapping[str, Any] = {
     "sample_size": 128,

@@ -40,11 +40,12 @@ from bench.machine import machine, versions
 from bench.processes import CACHE, BareProcess, run_module
 from bench.profiles import PROFILES, Profile, model_yaml
 from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
-from preheat import images, server
-from preheat.archiving import build_archive
-from preheat.client import Client
 from preheat.errors import PreheatError
-from preheat.server import ServerError
+from preheat.protocol import images
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client
+from preheat.torchserve.server import ServerError
 
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48

@@ -13,8 +13,8 @@ from typing import Any
 
 from bench.bare_spec import Spec
 from bench.traffic import STATE
-from preheat import server
 from preheat.errors import PreheatError
+from preheat.torchserve import server
 
 CACHE = STATE / "cache" / "inductor"
 

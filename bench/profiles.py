@@ -12,10 +12,10 @@ from typing import Any
 
 import yaml
 
-from preheat import server
 from preheat.buckets import Bucket
-from preheat.demo import build_tiny
+from preheat.cli.demo import build_tiny
 from preheat.errors import PreheatError
+from preheat.torchserve import server
 
 STRATEGIES = ("eager", "buckets", "fixed", "dynamic", "exact")
 """In the order they run: what the others are compared with comes first, what takes the longest last."""

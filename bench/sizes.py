@@ -22,7 +22,7 @@ from pathlib import Path
 
 from preheat.buckets import Bucket, covering
 from preheat.errors import PreheatError
-from preheat.geometry import inner_size
+from preheat.models.diffusion.geometry import inner_size
 
 LEAST_SIDE = 16
 """Pixels; the default `pipeline.limits.min_side`."""

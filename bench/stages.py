@@ -20,19 +20,21 @@ from typing import Any
 
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
-from preheat import images, responses, server
-from preheat.engine import Engine
-from preheat.pipelines import DiffusionPipeline
+from preheat.models.diffusion import image_processor, responses
+from preheat.models.diffusion.pipeline import DiffusionPipeline
+from preheat.models.diffusion.runner import Engine
+from preheat.protocol import images
+from preheat.torchserve import server
 from preheat_handler import PreheatHandler
 
 STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "parse": [(PreheatHandler, "preprocess")],
     "decode": [(images, "decode"), (images, "decode_mask")],
-    "lay": [(images, "fit_to"), (images, "lay")],
+    "lay": [(image_processor, "fit_to"), (image_processor, "lay")],
     "plan": [(Engine, "plan")],
     "group": [(Engine, "run")],
     "model": [(DiffusionPipeline, "paint")],
-    "crop": [(images, "finish")],
+    "crop": [(image_processor, "finish")],
     "encode": [(responses, "encoded")],
     "respond": [(PreheatHandler, "postprocess")],
     "rest": [(PreheatHandler, "handle")],

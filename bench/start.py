@@ -34,10 +34,10 @@ from rich.table import Table
 from bench import report
 from bench.machine import machine, versions
 from bench.profiles import PROFILES, Profile, model_yaml
-from preheat import server
-from preheat.archiving import build_archive
-from preheat.client import Client
 from preheat.errors import PreheatError
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client
 
 STATE = server.ROOT / ".preheat"
 RESULTS = server.ROOT / "bench" / "results"

@@ -28,12 +28,12 @@ from bench.machine import machine, versions
 from bench.profiles import LOAD, PROFILES, STRATEGIES, Profile, model_yaml
 from bench.report import Answer, Measured
 from bench.sizes import Size, TrafficError
-from preheat import server
-from preheat.archiving import build_archive
-from preheat.client import Client, Reply
-from preheat.config import ModelConfig
+from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
-from preheat.server import ServerError
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client, Reply
+from preheat.torchserve.server import ServerError
 
 STATE = server.ROOT / ".preheat"
 RESULTS = server.ROOT / "bench" / "results"

@@ -12,8 +12,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
-from preheat import responses
-from preheat.config import ModelConfig, names_a_family
+from preheat.config.model import ModelConfig, names_a_family
 from preheat.device import (
     cuda_unasked,
     is_out_of_memory,
@@ -24,11 +23,12 @@ from preheat.device import (
     use_tensor_cores,
 )
 from preheat.errors import OutOfMemory, PreheatError, RequestError
-from preheat.importing import left_out
-from preheat.metrics import Metrics
-from preheat.responses import Response
-from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.protocol import responses
+from preheat.protocol.responses import Response
+from preheat.status import StatusFile
+from preheat.user_code import left_out
+from preheat.worker.metrics import Metrics
+from preheat.worker.worker import Service
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of every start, and not what the
 # engine `openvino` here runs on.
@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
-    """Adapts TorchServe's contexts and rows to `preheat.service.Service`.
+    """Adapts TorchServe's contexts and rows to `preheat.worker.worker.Service`.
 
     `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or answer while it is good, a
     `Response` once its fate is known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.

@@ -22,4 +22,5 @@ class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        return file if file.endswith(tuple(f"/test_{name}.py" for name in ALONE)) else "/".join(file.split("/")[:2])
+        shares = file.startswith("tests/e2e/") and not file.endswith(tuple(f"/test_{name}.py" for name in ALONE))
+        return "tests/e2e" if shares else file

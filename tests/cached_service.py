@@ -15,12 +15,12 @@ from typing import Any
 import torch
 
 import counted_compiler
-from preheat import bundle, share
-from preheat.cache import CacheUse
-from preheat.config import ModelConfig
-from preheat.pipeline_work import PipelineWork
-from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.cache import bundle, store
+from preheat.cache.shared import CacheUse
+from preheat.config.model import ModelConfig
+from preheat.models.diffusion.model import PipelineWork
+from preheat.status import StatusFile
+from preheat.worker.worker import Service
 
 
 def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Service:
@@ -80,7 +80,7 @@ def _die_at(point: str) -> None:
     elif point == "renaming":
         Path.replace = _die  # type: ignore[assignment]
     else:
-        share._sync_folder = _die  # type: ignore[assignment]
+        store._sync_folder = _die  # type: ignore[assignment]
 
 
 def _half_then_die(serve: Any) -> Any:

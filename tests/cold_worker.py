@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from preheat.cache import SharedCache, synchronized_inductor_cache, without_headers_if_warmed
-from preheat.trust import Trust
-from preheat.watch import cache_counters, cache_outcome
+from preheat.cache.shared import SharedCache, synchronized_inductor_cache, without_headers_if_warmed
+from preheat.cache.trust import Trust
+from preheat.compilation.watch import cache_counters, cache_outcome
 
 
 class Tiny(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from preheat.watch import CompileWatch
+from preheat.compilation.watch import CompileWatch
 
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the cores.
 torch.set_num_threads(1)

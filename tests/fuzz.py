@@ -34,10 +34,10 @@ from hypothesis import HealthCheck, Phase
 from PIL import Image
 
 from fuzz_bodies import Sent, sent
-from preheat import server
-from preheat.archiving import build_archive
-from preheat.client import MAX_MESSAGE, SERVICE, Client, messages
-from preheat.demo import build_tiny
+from preheat.cli.demo import build_tiny
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import MAX_MESSAGE, SERVICE, Client, messages
 from served import opened
 
 STATE = server.ROOT / ".preheat"

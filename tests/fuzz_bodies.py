@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from hypothesis.strategies import SearchStrategy
 from PIL import Image
 
-from preheat.request import FIELDS
+from preheat.models.diffusion.request import FIELDS
 
 Protocol = Literal["rest", "grpc", "grpc-stream"]
 Headers = tuple[tuple[bytes, bytes], ...]

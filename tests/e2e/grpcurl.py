@@ -8,7 +8,7 @@ from pathlib import Path
 
 from google.protobuf import json_format
 
-from preheat.client import Client, messages
+from preheat.torchserve.client import Client, messages
 
 
 def main() -> None:

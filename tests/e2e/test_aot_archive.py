@@ -18,10 +18,10 @@ import torch
 import yaml
 from PIL import Image
 
-from preheat.archiving import build_archive
-from preheat.config import ModelConfig
-from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.config.model import ModelConfig
+from preheat.status import StatusFile
+from preheat.torchserve.archive import build_archive
+from preheat.worker.worker import Service
 from served import Served, serving
 
 BUCKETS = [[64, 128], [96, 64]]

@@ -20,12 +20,13 @@ import transformers
 import yaml
 from PIL import Image
 
-from preheat import server, tiny
-from preheat.archiving import build_archive
-from preheat.client import Client
-from preheat.config import ModelConfig
-from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.config.model import ModelConfig
+from preheat.models import tiny
+from preheat.status import StatusFile
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client
+from preheat.worker.worker import Service
 from served import Served, started
 
 BUCKETS = [[64, 128], [96, 64]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from preheat.archiving import build_archive
+from preheat.torchserve.archive import build_archive
 from served import opened, serving
 
 LONE = """

@@ -23,9 +23,10 @@ import torch
 import transformers
 import yaml
 
-from preheat import server, tiny
-from preheat.archiving import build_archive
-from preheat.client import Client, Reply
+from preheat.models import tiny
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client, Reply
 from served import CACHE, Served, blocks, started
 
 NUM_REQUESTS = 1000

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import yaml
 
-from preheat import archiving
-from preheat.client import Client, Reply
+from preheat.torchserve import archive as archiving
+from preheat.torchserve.client import Client, Reply
 from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, serving, streamed
 
 # Appended to the archive's entry file. `large` does not fit beside others, and says so when all steps are done; `huge` never fits.

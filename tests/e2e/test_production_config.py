@@ -19,9 +19,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from preheat import server
-from preheat.archiving import build_archive
-from preheat.client import Client
+from preheat.torchserve import server
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client
 from served import started
 
 PRODUCTION = server.ROOT / "archive" / "config.properties"
@@ -62,7 +62,7 @@ def keys(production: server.TorchServe) -> dict[str, str]:
 
 def probe(command: list[str], running: server.TorchServe, *arguments: str) -> tuple[int, str]:
     """Exit status and output of a probe such as ["preheat", "ready", ...], as a kubelet would run it in the pod."""
-    code = "from preheat.cli import main; main()"
+    code = "from preheat.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command[1:], "--management", running.management, *arguments],
         cwd="/",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from preheat import server
+from preheat.torchserve import server
 from served import blocks
 
 PORTS = {

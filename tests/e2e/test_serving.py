@@ -11,10 +11,10 @@ import pytest
 import torch
 import yaml
 
-from preheat.client import Reply
-from preheat.config import ModelConfig
-from preheat.service import Service
-from preheat.state import StatusFile
+from preheat.config.model import ModelConfig
+from preheat.status import StatusFile
+from preheat.torchserve.client import Reply
+from preheat.worker.worker import Service
 from served import BUCKETS, CONFIG, Served, noise, opened, random_request
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from preheat.archiving import build_archive
+from preheat.torchserve.archive import build_archive
 from served import Served, serving
 
 PAIR = """

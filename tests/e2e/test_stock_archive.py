@@ -16,7 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from preheat import processes, server
+from preheat.torchserve import processes, server
 from served import blocks
 
 REQUEST = {"prompt": "a cat", "height": 50, "width": 40, "seed": 1, "num_inference_steps": 1}
@@ -64,7 +64,7 @@ class Stock:
         assert done.returncode == 0, f"{commands}\n{output.read_text()}"
 
     def ready(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from preheat.cli import main; main()", "ready", *arguments]
+        command = [sys.executable, "-c", "from preheat.cli.app import main; main()", "ready", *arguments]
         where = ["--management", self.management.removeprefix("http://")]
         return subprocess.run(
             [*command, *where], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=400, check=False

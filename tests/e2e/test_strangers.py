@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from preheat.client import Client, Reply
+from preheat.compilation.watch import CompileWatch
 from preheat.errors import RequestError
-from preheat.service import Service
-from preheat.watch import CompileWatch
+from preheat.torchserve.client import Client, Reply
+from preheat.worker.worker import Service
 from served import BUCKETS, Served, noise, opened
-from test_service import start
+from worker.test_service import start
 
 NUM_BATCHES = 500
 NUM_DISTINCT = 60

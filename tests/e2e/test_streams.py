@@ -12,7 +12,7 @@ import httpx
 import numpy as np
 from PIL import Image
 
-from preheat.client import Reply
+from preheat.torchserve.client import Reply
 from served import Served, events, kinds, opened, picture, streamed
 
 ASKED: dict[str, Any] = {"prompt": "a cat", "height": 200, "width": 120, "seed": 4, "num_inference_steps": 5}

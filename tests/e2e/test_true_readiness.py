@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 
-from preheat.archiving import build_archive
-from preheat.client import Client, Reply
+from preheat.torchserve.archive import build_archive
+from preheat.torchserve.client import Client, Reply
 from served import CACHE, Served, serving
 
 PAIR = """
@@ -44,7 +44,7 @@ def await_true(condition: Callable[[], bool], what: str, seconds: float = 600) -
 
 def ready(pair: Served) -> tuple[int, str]:
     """The exit code of the command as a probe runs it, and what it says is missing."""
-    command = [sys.executable, "-c", "from preheat.cli import main; main()", "ready", "--management"]
+    command = [sys.executable, "-c", "from preheat.cli.app import main; main()", "ready", "--management"]
     done = subprocess.run([*command, pair.running.management], capture_output=True, text=True, check=False, timeout=60)
     return done.returncode, done.stdout
 

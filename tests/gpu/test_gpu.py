@@ -15,13 +15,13 @@ from PIL import Image
 from torch._dynamo.utils import counters
 
 import old_folders
-from preheat import tiny
-from preheat.config import ModelConfig
+from preheat.compilation.watch import CompileWatch
+from preheat.config.model import ModelConfig
 from preheat.device import pick_device
-from preheat.engine import Answer
-from preheat.service import Service
-from preheat.state import StatusFile
-from preheat.watch import CompileWatch
+from preheat.models import tiny
+from preheat.models.diffusion.runner import Answer
+from preheat.status import StatusFile
+from preheat.worker.worker import Service
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
 

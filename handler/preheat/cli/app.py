@@ -1,0 +1,343 @@
+"""The `preheat` command. Everything heavy is imported inside a command, since `preheat ready` is a probe."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import sys
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+
+from preheat.errors import ConfigError, PreheatError
+from preheat.status import STATUS_DIR_VARIABLE
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from preheat.status import Status
+    from preheat.torchserve.server import TorchServe
+
+STATE = Path(".preheat")
+"""Below the current folder: archives, compile cache, and a folder per server under `run`."""
+MANAGEMENT = "http://127.0.0.1:8081"
+DEMOS = ("sdxl", "bert", "resnet")
+
+app = typer.Typer(
+    help="Package, serve and watch models that are hot before the first request.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Format(str, Enum):
+    """How an archive lies on disk."""
+
+    zip_store = "zip-store"
+    default = "default"
+    no_archive = "no-archive"
+
+
+Config = Annotated[Path, typer.Argument(help="The model YAML; its stem becomes the model's name.", exists=True)]
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="Pipeline or transformers folder, or a hub id (org/name), or tiny:sdxl (sd15, sd3, flux, bert, resnet): "
+        "one with random weights, made on the spot. Default: the YAML's path."
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="The server's name, where several run here.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        import preheat
+
+        print(f"preheat {preheat.__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """What stands before the commands."""
+
+
+@app.command()
+def archive(
+    config: Config,
+    model: Model = None,
+    output: Annotated[Path, typer.Option(help="Folder the archive is written to.")] = STATE / "archives",
+    archive_format: Annotated[
+        Format,
+        typer.Option(
+            "--format", help="zip-store or default (deflated): a .mar; no-archive: a folder, which is served in place."
+        ),
+    ] = Format.zip_store,
+    external: Annotated[
+        bool, typer.Option("--external", help="Leave the weights where they are; the archive names the place.")
+    ] = False,
+    aot: Annotated[
+        bool, typer.Option("--aot", help="Compile now, for machines like this one, so that workers compile nothing.")
+    ] = False,
+) -> None:
+    """Package a model and its YAML into an archive for TorchServe."""
+    from preheat.torchserve.archive import build_archive, is_archive
+
+    if is_archive(config):
+        raise PreheatError(f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}")
+    place = _model(config, model)
+    print(build_archive(config, place, output=output, archive_format=archive_format.value, external=external, aot=aot))
+
+
+@app.command()
+def ready(
+    model: Annotated[str | None, typer.Option(help="Ask about this model alone. Default: about all.")] = None,
+    min_workers: Annotated[
+        int | None, typer.Option(min=0, help="Want at least so many workers; minWorkers of the YAML counts anyway.")
+    ] = None,
+    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait, showing how warm-up goes.")] = 0,
+    management: Annotated[
+        str | None, typer.Option(help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}.")
+    ] = None,
+    name: Name = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="TorchServe's key_file.json, where the management API wants a token.")
+    ] = None,
+) -> None:
+    """Exit 0 when every worker is warm, 1 otherwise, and say what is missing.
+
+    Unlike /ping it does not say yes before initialize() has returned. Made to be a Kubernetes exec probe.
+    """
+    from preheat import status
+    from preheat.torchserve import readiness
+
+    known = None if management else _recorded(name, required=name is not None)
+    url = management or (known or {}).get("management", MANAGEMENT)
+    models = model or (known or {}).get("models")
+    try:
+        token = readiness.read_token(token_file) if token_file else None
+    except (OSError, ValueError) as error:
+        _fail(f"no token: {error}")
+    folder = (known or {}).get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
+
+    def statuses() -> list[status.Status]:
+        return status.read_statuses(Path(folder)) if folder else []
+
+    verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
+    if wait and not verdict.ready and known:
+        _wait(_recall(known), min_workers, wait)
+        verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
+    elif wait and not verdict.ready:
+        verdict = readiness.wait(url, models, min_workers, token, seconds=wait, statuses=statuses, report=_say_waiting)
+    for line in verdict.missing:
+        print(line)
+    if verdict.ready:
+        asked = [status for status in statuses() if models is None or status.model in _names(models)]
+        _print_engines([status for status in asked if Path("/proc", str(status.pid)).exists()])
+        print("ready")
+    raise typer.Exit(0 if verdict.ready else 1)
+
+
+@app.command()
+def serve(
+    config: Annotated[
+        Path,
+        typer.Argument(
+            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder.", exists=True
+        ),
+    ],
+    model: Model = None,
+    name: Annotated[str | None, typer.Option(help="The server's name. Default: the YAML's or archive's.")] = None,
+    inference_port: Annotated[int, typer.Option(help="REST predictions.")] = 8080,
+    management_port: Annotated[int, typer.Option(help="REST management.")] = 8081,
+    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics.")] = 8082,
+    grpc_port: Annotated[int, typer.Option(help="gRPC predictions.")] = 7070,
+    grpc_management_port: Annotated[int, typer.Option(help="gRPC management.")] = 7071,
+) -> None:
+    """Start TorchServe on loopback in the background; the weights are served from where they lie.
+
+    `preheat ready --wait 1800` waits until it is warm, `preheat stop` ends it.
+    """
+    from preheat.torchserve import server
+    from preheat.torchserve.archive import build_archive, is_archive
+
+    archived = is_archive(config)
+    if archived and model is not None:
+        raise PreheatError(
+            f"{config} is an archive, which holds its model or names it: leave out --model (make: MODEL=)"
+        )
+    model_name = config.name.removesuffix(".mar") if archived else config.stem
+    name = _checked(name or model_name)
+    run_dir = STATE / "run" / name
+    if server.find(run_dir):
+        raise PreheatError(f"a server named {name} runs already: stop it, or give this one another name")
+    if archived:
+        built = config
+    else:
+        place = _model(config, model)
+        built = build_archive(config, place, output=run_dir / "archives", archive_format="no-archive", external=True)
+    ports = server.Ports(
+        inference=inference_port,
+        management=management_port,
+        metrics=metrics_port,
+        grpc_inference=grpc_port,
+        grpc_management=grpc_management_port,
+    )
+    running = server.start([built], run_dir, ports=ports, cache=STATE / "cache" / "inductor")
+    print(f"{name} serves {config} and is warming up (pid {running.pid}, logs in {running.logs})")
+    print(f"REST        {running.inference}/predictions/{model_name}")
+    print(f"gRPC        {running.grpc}")
+    print(f"management  {running.management}")
+    print(f"metrics     {running.metrics}/metrics")
+
+
+@app.command()
+def stop(name: Name = None) -> None:
+    """Stop a server that `preheat serve` started here, and no other."""
+    known = _recorded(name, required=True)
+    assert known is not None
+    running = _recall(known)
+    running.stop()
+    print(f"stopped {running.run_dir.name}")
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the pictures or answers.")] = Path("out"),
+    model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
+) -> None:
+    """Build, archive, warm and ask a tiny model, and stop it again."""
+    from preheat.cli import demo, module_demo
+
+    if model not in DEMOS:
+        raise PreheatError(f"no demo of {model!r}: {', '.join(DEMOS[:-1])} or {DEMOS[-1]}")
+    if model == "sdxl":
+        demo.run(STATE, out)
+    else:
+        module_demo.run(model, STATE, out)
+
+
+@app.command()
+def schema() -> None:
+    """Print the JSON schema of a model YAML, for editors: completion, and misspelt keys underlined.
+
+    A YAML names it in its first line: # yaml-language-server: $schema=preheat.json
+    """
+    from preheat.config import reference
+
+    print(json.dumps(reference.schema(), indent=2))
+
+
+def main() -> None:
+    """The entry point: errors that Preheat raises on purpose are one line, not a traceback."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the demo's server is stopped
+    try:
+        app()
+    except PreheatError as error:
+        _fail(str(error))
+
+
+def _fail(message: str) -> NoReturn:
+    print(f"preheat: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _checked(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
+        raise PreheatError(f"{name!r} is no name for a server: use letters, digits, '-', '_' and '.'")
+    return name
+
+
+def _model(config: Path, model: str | None) -> str | None:
+    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a factory makes it."""
+    from preheat.config.model import ModelConfig
+    from preheat.config.places import Family, folder_or_hub_id, tiny_name
+
+    loaded = ModelConfig.load(config)
+    if loaded.module is not None and loaded.module.factory is not None:
+        return model
+    family: Family = "pipeline" if loaded.module is None else "module"
+    path = loaded.pipeline.path if loaded.module is None else loaded.module.path
+    given = model or (path if path != "." else None)
+    if given is None:
+        tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
+        raise PreheatError(
+            f"{config} does not say where its model lies: give --model (make: MODEL=) or write {family}.path, "
+            f"either way a folder or a hub id; {tiny} is a small one with random weights"
+        )
+    try:
+        tiny_family = tiny_name(given, family)
+        if tiny_family is None:
+            place = folder_or_hub_id(given, Path() if model else config.parent, family)
+            if isinstance(place, str):
+                print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
+            return str(place)
+    except ConfigError as error:
+        if model is None:
+            raise
+        raise PreheatError(f"--model: {error.message}") from None
+    from preheat.cli.demo import tiny_model
+
+    print(f"{given}: a small model with random weights, to try things with", file=sys.stderr)
+    return str(tiny_model(tiny_family, STATE / "models"))
+
+
+def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:
+    """What `server.json` says of the server `name`, or of the only one that was started here and not stopped."""
+    folder = STATE / "run"
+    files = [folder / _checked(name) / "server.json"] if name else sorted(folder.glob("*/server.json"))
+    files = [file for file in files if file.exists()]
+    if len(files) > 1:
+        names = ", ".join(file.parent.name for file in files)
+        raise PreheatError(f"several servers were started here ({names}): say which by --name (make: NAME=)")
+    if not files:
+        if required:
+            raise PreheatError(f"no server {name + ' ' if name else ''}was started here")
+        return None
+    recorded: dict[str, Any] = json.loads(files[0].read_bytes())
+    return {**recorded, "run_dir": str(files[0].parent)}
+
+
+def _recall(recorded: dict[str, Any]) -> TorchServe:
+    from preheat.torchserve import server
+
+    running = server.recall(Path(recorded["run_dir"]))
+    if running is None:
+        raise PreheatError(f"{recorded['run_dir']}: the server is gone")
+    return running
+
+
+def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
+    """Wait with progress bars, as long as the server lives and no worker says that it failed."""
+    from preheat.cli.progress import WarmupProgress
+
+    with WarmupProgress() as progress:
+        running.wait_ready(seconds, min_workers, watch=progress.update)
+
+
+def _names(models: str | Sequence[str]) -> Sequence[str]:
+    return [models] if isinstance(models, str) else models
+
+
+def _say_waiting(missing: Sequence[str]) -> None:
+    print(f"waiting: {'; '.join(missing)}", file=sys.stderr, flush=True)
+
+
+def _print_engines(statuses: Sequence[Status]) -> None:
+    """What serves each bucket, with a warning where that is eager code though compiling was asked for."""
+    from preheat.torchserve import readiness
+
+    lines, warnings = readiness.describe_engines(statuses)
+    for line in lines:
+        print(line)
+    for line in warnings:
+        typer.secho(line, fg=typer.colors.YELLOW)

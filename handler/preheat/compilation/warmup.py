@@ -1,0 +1,281 @@
+"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and nothing may compile.
+
+Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as a request would run, and the routers
+that stand in for the compiled targets.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+from preheat.compilation.pace import Load, Timing
+from preheat.compilation.router import DynamicDims, EngineName, Phase, Route, Router, Signature, slowest
+from preheat.compilation.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
+from preheat.errors import WarmupError
+
+logger = logging.getLogger(__name__)
+
+# Compile, record, replay: CUDA graphs need three calls until nothing happens any more (torch/_inductor/cudagraph_trees.py).
+_MAX_PASSES = 4
+
+
+class Size(Protocol):
+    """A bucket, whatever its dimensions are: hashable, with a name that people read."""
+
+    def __hash__(self) -> int: ...
+
+    def __str__(self) -> str: ...
+
+    def document(self) -> dict[str, Any]:
+        """Its part of a row of the state."""
+
+
+class Warmable(Protocol):
+    """Whatever needs its own graph; hashable."""
+
+    @property
+    def bucket(self) -> Size: ...
+
+    @property
+    def batch_size(self) -> int: ...
+
+    @property
+    def load(self) -> Load:
+        """What the time of its run depends on."""
+
+    @property
+    def details(self) -> str:
+        """All but the bucket, for the log."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What warm-up did for one target in one bucket and batch size; a row of the state."""
+
+    bucket: Size
+    batch_size: int
+    target: str
+    engine: EngineName
+    warm_seconds: float
+    cache: str | None
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """Progress: variant number `done` of `total` took `seconds`."""
+
+    done: int
+    total: int
+    variant: Warmable
+    seconds: float
+
+
+class Warmup:
+    """One run of warm-up and proof.
+
+    Args:
+        serve: runs one variant through the served path.
+        routers: by target name.
+        on_failure: `eager` gives up the shapes at fault; `fail` raises.
+        progress: told after each variant.
+        leave_out: variants that are not warmed although they are proven: how tests show that the proof can fail.
+        own_folder: see `watch.cache_counters`.
+    """
+
+    def __init__(
+        self,
+        serve: Callable[[Any], Timing | None],
+        routers: Mapping[str, Router],
+        watch: CompileWatch,
+        *,
+        on_failure: Literal["eager", "fail"],
+        progress: Callable[[Step], None] = lambda _: None,
+        leave_out: Collection[Warmable] = (),
+        own_folder: Path | None = None,
+    ) -> None:
+        self._serve, self._routers, self._watch = serve, routers, watch
+        self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
+        self._own_folder = own_folder
+        self.timings: dict[Warmable, Timing] = {}
+        """Of each variant's last run, which was that of the proof where it was replayed."""
+        self._records: dict[tuple[Size, int, str], Record] = {}
+        for router in routers.values():
+            router.num_events = lambda: watch.num_events
+
+    @property
+    def records(self) -> list[Record]:
+        return list(self._records.values())
+
+    def observe(self, variants: Iterable[Warmable]) -> None:
+        """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those.
+
+        Packages that were compiled ahead of time know them already, and eager code does not care.
+        """
+        variants = list(variants)
+        if variants and all(router.ahead or router.idle for router in self._routers.values()):
+            for router in self._routers.values():
+                router.dims = DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
+            return
+        self._enter(Phase.OBSERVE)
+        for variant in variants:
+            self._serve(variant)
+        for router in self._routers.values():
+            if router.observed:
+                router.dims = DynamicDims.varying(router.observed)
+                logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+
+    def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
+        """Whether `few` of the variants, run eagerly, give every target all signatures that all of them do."""
+        if not variants:
+            return True
+        self._enter(Phase.OBSERVE)
+        met: dict[Warmable, set[tuple[str, Signature]]] = {}
+        for variant in variants:
+            for router in self._routers.values():
+                router.start_variant()
+            self._serve(variant)
+            met[variant] = {
+                (name, key) for name, router in self._routers.items() if router.compiles for key in router.visited
+            }
+        found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
+        if not found:
+            logger.warning("variants differ in more than rows and pictures: every single one is warmed and replayed")
+        return found
+
+    def warm(self, variants: Sequence[Warmable]) -> None:
+        """Compile every variant.
+
+        Raises:
+            WarmupError: a target could not be compiled and `on_failure` is `fail`.
+        """
+        allow_compiling()
+        self._enter(Phase.WARM)
+        chosen = [variant for variant in variants if variant not in self._leave_out]
+        for done, variant in enumerate(chosen, start=1):
+            events = self._watch.num_events
+            seconds, outcome = self._warm_until_quiet(variant)
+            self._note(variant, seconds, outcome)
+            how = "in" if self._watch.num_events > events else "already, ran in"
+            logger.info(
+                "[%d/%d] %s %s %s %.1f s (%s%s)",
+                done,
+                len(chosen),
+                variant.bucket,
+                _engines(self._routers.values()),
+                how,
+                seconds,
+                variant.details,
+                f", cache {outcome}" if outcome else "",
+            )
+            self._progress(Step(done, len(chosen), variant, seconds))
+            self._fail_if_asked(variant)
+
+    def _warm_until_quiet(self, variant: Warmable) -> tuple[float, str | None]:
+        started, counters = time.perf_counter(), cache_counters(self._own_folder)
+        for router in self._routers.values():
+            router.start_variant()
+        for _ in range(_MAX_PASSES):
+            events = self._watch.num_events
+            self._time(variant)
+            if self._watch.num_events == events:
+                break
+        return time.perf_counter() - started, cache_outcome(counters, cache_counters(self._own_folder))
+
+    def prove(self, variants: Iterable[Warmable]) -> int:
+        """Replay every variant with compiling forbidden; returns the number of variants at fault.
+
+        Any compile event, and any guard that would have asked for one, is a fault of warm-up. The shapes at fault are given up
+        to `eager`, so that no request can meet them.
+
+        Raises:
+            WarmupError: there is a fault and `on_failure` is `fail`.
+        """
+        forbid_compiling()
+        self._enter(Phase.PROVE)
+        num_faults = 0
+        for variant in variants:
+            for router in self._routers.values():
+                router.start_variant()
+            events = self._watch.num_events
+            self._time(variant)
+            why = "compiled again in the replay" if self._watch.num_events != events else None
+            if self._give_up(why):
+                num_faults += 1
+                logger.error("proof: %s was not hot after warm-up", variant)
+                self._note(variant, 0.0, None)
+                self._fail_if_asked(variant)
+        self._enter(Phase.SERVE)
+        return num_faults
+
+    def _time(self, variant: Warmable) -> None:
+        timing = self._serve(variant)
+        if timing is not None:
+            self.timings[variant] = timing
+
+    def _enter(self, phase: Phase) -> None:
+        for router in self._routers.values():
+            router.phase = phase
+
+    def _give_up(self, why: str | None) -> bool:
+        """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled, or all where no call did."""
+        found, known = False, any(router.recompiled for router in self._routers.values())
+        for router in self._routers.values():
+            for key, route in list(router.visited.items()):
+                at_fault = why is not None and (key in router.recompiled or not known)
+                if route.engine == "eager" and router.routes.get(key) != route:
+                    router.routes[key], found = route, True
+                elif at_fault and route.engine != "eager":
+                    router.routes[key] = router.visited[key] = Route("eager", why)
+                    found = True
+        return found
+
+    def _note(self, variant: Warmable, seconds: float, outcome: str | None) -> None:
+        """Fold what this variant did into the rows of the state: the slowest engine, the sum of seconds."""
+        for name, router in self._routers.items():
+            idle = Route("eager", router.ahead_reason or router.reason)
+            routes = list(router.visited.values()) or ([idle] if router.idle else [])
+            if not routes:
+                continue
+            key = (variant.bucket, variant.batch_size, name)
+            before = self._records.get(key)
+            engines = {route.engine for route in routes} | ({before.engine} if before else set())
+            slower = next((route for route in routes if route.reason), None)
+            self._records[key] = Record(
+                bucket=variant.bucket,
+                batch_size=variant.batch_size,
+                target=name,
+                engine=slowest(engines),
+                warm_seconds=round(seconds + (before.warm_seconds if before else 0.0), 3),
+                cache=_fold_outcome(before.cache if before else None, outcome),
+                reason=(slower.reason if slower else None) or (before.reason if before else None),
+            )
+
+    def _fail_if_asked(self, variant: Warmable) -> None:
+        if self._on_failure != "fail":
+            return
+        for name, router in self._routers.items():
+            reason = (router.ahead_reason or router.reason) if router.idle else None
+            bad = next((route.reason for route in router.visited.values() if route.engine == "eager"), reason)
+            if bad is not None:
+                raise WarmupError(f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}")
+
+
+def _fold_outcome(before: str | None, now: str | None) -> str | None:
+    if before is None or now is None or before == now:
+        return now or before
+    return "partial"
+
+
+def _engines(routers: Iterable[Router]) -> str:
+    """Which targets the last variant met on which engine, such as `unet, vae.decoder compiled`."""
+    by_engine: dict[str, list[str]] = {}
+    for router in routers:
+        for engine in sorted({route.engine for route in router.visited.values()}):
+            by_engine.setdefault(engine, []).append(router.name)
+    return "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items()) or "all eager"

@@ -1,0 +1,213 @@
+"""Geometry: how a picture of the asked size is laid in a bucket and cut out of it again.
+
+A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked size. The output's
+way is bucket -> resampled to `scaled` -> cut to `crop`; an input image goes the same way backwards, so that what was
+painted over it comes out where it was.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from preheat.buckets import Bucket, covering, nearest_aspect, round_up
+from preheat.errors import RequestError
+
+if TYPE_CHECKING:
+    from preheat.config.model import Fit, Oversize
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A rectangle of pixels; `top` and `left` count from the upper left corner of what it is cut from."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+    @property
+    def bottom(self) -> int:
+        """The first row below the rectangle."""
+        return self.top + self.height
+
+    @property
+    def right(self) -> int:
+        """The first column right of the rectangle."""
+        return self.left + self.width
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Where everything lies for one request. All sizes are (height, width), in pixels."""
+
+    height: int
+    """What was asked for, and what comes out."""
+    width: int
+    bucket: Bucket
+    """What the pipeline paints."""
+    engine_hint: Literal["bucket", "eager"]
+    """`eager`: a size outside every bucket, painted uncompiled on purpose (`oversize: eager`)."""
+    scaled: tuple[int, int]
+    """What the painted picture is resampled to: the bucket's own size when nothing is resampled."""
+    crop: Box
+    """What is cut from the scaled picture: exactly `height` x `width`."""
+    image_size: tuple[int, int]
+    """What an input image, which arrives at the asked size, is resampled to."""
+    image_at: tuple[int, int]
+    """(top, left) of the input image in the bucket; around it its edges are replicated."""
+
+    @property
+    def padding(self) -> float:
+        """Share of the painted picture that is thrown away: 0 (none of it) to 1 (not reached)."""
+        scaled_height, scaled_width = self.scaled
+        painted = scaled_height * scaled_width
+        return (painted - self.height * self.width) / painted
+
+    @property
+    def resampled(self) -> bool:
+        """Whether the output is resampled; if not, it is cut from the painted pixels untouched."""
+        return self.scaled != (self.bucket.height, self.bucket.width)
+
+
+def plan(
+    height: int,
+    width: int,
+    *,
+    buckets: Sequence[Bucket],
+    fit: Fit,
+    oversize: Oversize,
+    multiple: int,
+    has_image: bool,
+) -> Plan:
+    """The plan for a picture of `height` x `width` pixels.
+
+    `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket are rounded to it.
+
+    Raises:
+        RequestError: no bucket covers the size, and `oversize` is `reject`.
+        ValueError: a side is not positive, or there are no buckets.
+    """
+    if height < 1 or width < 1:
+        raise ValueError(f"a picture needs a positive height and width, got {height}x{width}")
+    if not buckets:
+        raise ValueError("no buckets to plan with")
+    if fit == "resize":
+        return resize_into(nearest_aspect(buckets, height, width), height, width)
+    bucket = covering(buckets, height, width)
+    if bucket is not None:
+        return pad_into(bucket, height, width, has_image=has_image)
+    if oversize == "downscale":
+        return resize_into(nearest_aspect(buckets, height, width), height, width)
+    if oversize == "eager":
+        own = round_up(Bucket(height, width), multiple)
+        return pad_into(own, height, width, has_image=has_image, engine_hint="eager")
+    raise _too_large(height, width, buckets)
+
+
+def pad_into(
+    bucket: Bucket,
+    height: int,
+    width: int,
+    *,
+    has_image: bool,
+    engine_hint: Literal["bucket", "eager"] = "bucket",
+) -> Plan:
+    """The plan that paints more than asked for and cuts the surplus off, resampling nothing.
+
+    An input image lies at the upper left, continued to the right and down; without one the cut is centred, where a
+    model puts its subject.
+
+    Raises:
+        ValueError: the bucket does not cover the size.
+    """
+    if not bucket.covers(height, width):
+        raise ValueError(f"bucket {bucket} does not cover {height}x{width}")
+    top, left = (0, 0) if has_image else ((bucket.height - height) // 2, (bucket.width - width) // 2)
+    return Plan(
+        height=height,
+        width=width,
+        bucket=bucket,
+        engine_hint=engine_hint,
+        scaled=(bucket.height, bucket.width),
+        crop=Box(top, left, height, width),
+        image_size=(height, width),
+        image_at=(top, left),
+    )
+
+
+def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
+    """The plan that resamples the painted bucket until it just covers the size, and cuts the middle out of it."""
+    scaled_height, scaled_width = cover_size(bucket.height, bucket.width, height, width)
+    crop = Box((scaled_height - height) // 2, (scaled_width - width) // 2, height, width)
+    top, image_height = _unscaled(crop.top, crop.bottom, scaled_height, bucket.height)
+    left, image_width = _unscaled(crop.left, crop.right, scaled_width, bucket.width)
+    return Plan(
+        height=height,
+        width=width,
+        bucket=bucket,
+        engine_hint="bucket",
+        scaled=(scaled_height, scaled_width),
+        crop=crop,
+        image_size=(image_height, image_width),
+        image_at=(top, left),
+    )
+
+
+def cover_size(height: int, width: int, over_height: int, over_width: int) -> tuple[int, int]:
+    """(height, width) scaled by one factor, up or down, to the smallest size that covers the other (pixels)."""
+    if over_height * width >= over_width * height:  # the height decides the factor
+        return over_height, _ceil_div(width * over_height, height)
+    return _ceil_div(height * over_width, width), over_width
+
+
+def inner_size(height: int, width: int, like_height: int, like_width: int) -> tuple[int, int]:
+    """The largest (height, width) inside the one size with the aspect ratio of the other, to the nearest pixel."""
+    if height * like_width <= width * like_height:  # the height is what there is least of
+        return height, max(1, _round_div(height * like_width, like_height))
+    return max(1, _round_div(width * like_height, like_width)), width
+
+
+def _unscaled(start: int, stop: int, scaled: int, side: int) -> tuple[int, int]:
+    """(start, length) of the stretch start..stop of a `scaled` side, taken back to a side of `side` pixels.
+
+    Both ends are rounded to the nearest pixel; at least one pixel is left. None lies outside, since a centred stretch
+    starts before the middle.
+    """
+    first = _round_div(start * side, scaled)
+    last = max(_round_div(stop * side, scaled), first + 1)
+    return first, last - first
+
+
+def _ceil_div(numerator: int, denominator: int) -> int:
+    return -(-numerator // denominator)
+
+
+def _round_div(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)
+
+
+def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
+    """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone would fit)."""
+    if all(bucket.width < width for bucket in buckets):
+        field = "width"
+    elif all(bucket.height < height for bucket in buckets):
+        field = "height"
+    else:
+        field = "width" if width >= height else "height"
+    largest = ", ".join(str(bucket) for bucket in _largest(buckets))
+    nearest = nearest_aspect(buckets, height, width)
+    return RequestError(
+        f"is too much: no bucket covers height {height} and width {width}; the nearest is {nearest} (height x width), "
+        f"the largest: {largest}; with pt2.shapes.oversize: downscale the server would paint a bucket and scale it up",
+        field,
+    )
+
+
+def _largest(buckets: Sequence[Bucket]) -> list[Bucket]:
+    """The buckets that no other one covers: the reach of the model."""
+    outer = [
+        one for one in set(buckets) if not any(other.covers(one.height, one.width) for other in set(buckets) - {one})
+    ]
+    return sorted(outer, key=lambda bucket: (-bucket.area, bucket.height))

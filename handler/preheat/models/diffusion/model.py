@@ -1,0 +1,269 @@
+"""Pipelines as a family: requests for pictures, the variants that they need, and the engine that paints them."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import nn
+
+from preheat.buckets import Bucket, round_up
+from preheat.compilation.pace import MARGIN, Budget, Pace, Timing
+from preheat.compilation.router import Router
+from preheat.config.model import ModelConfig, ShapesConfig
+from preheat.config.places import model_place
+from preheat.device import DTYPES, num_cores
+from preheat.errors import ConfigError, RequestError
+from preheat.models.batching import RunReport
+from preheat.models.diffusion import responses
+from preheat.models.diffusion.admission import check_cost, check_time
+from preheat.models.diffusion.pipeline import DiffusionPipeline
+from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
+from preheat.models.diffusion.runner import Answer, Engine, Job, Progress
+from preheat.models.diffusion.streaming import Stream
+from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.protocol import images
+from preheat.protocol.responses import Response
+
+
+class _StepClock:
+    """Watches one run: when its steps ended."""
+
+    def __init__(self) -> None:
+        self._ended: list[float] = []
+
+    def progress(self, progress: Progress) -> None:
+        self._ended.append(time.perf_counter())
+
+    def timing(self, seconds: float) -> Timing:
+        """Of a run that took `seconds`; its last step counts, what is first about the first one does not."""
+        if len(self._ended) < 2:
+            return Timing(seconds, 0.0)
+        per_step = self._ended[-1] - self._ended[-2]
+        return Timing(max(0.0, seconds - per_step * len(self._ended)), per_step)
+
+
+class PipelineWork:
+    """A diffusers pipeline behind `work.Work`."""
+
+    fields = FIELDS
+
+    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device) -> None:
+        self._pipeline, self._config, self._device = pipeline, config, device
+        self.shapes = _resolved_shapes(config, pipeline)
+        # The model's own threads sleep meanwhile, so there is a core for each.
+        self._encoders = ThreadPoolExecutor(num_cores(), "encode")
+
+    @classmethod
+    def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
+        """Load the pipeline.
+
+        Raises:
+            ConfigError, PipelineError: it cannot be served as the YAML says.
+        """
+        path = model_place(config.pipeline.path, model_dir, "pipeline")
+        return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self._config.pipeline.dtype]
+
+    @property
+    def sizes(self) -> Sequence[Bucket]:
+        return self.shapes.buckets
+
+    def default_targets(self) -> tuple[str, ...]:
+        return self._pipeline.default_targets()
+
+    def target(self, name: str) -> nn.Module:
+        return self._pipeline.target(name)
+
+    def settings(self) -> Mapping[str, Any]:
+        return {"dtype": self._config.pipeline.dtype}
+
+    def structure(self) -> Mapping[str, Any]:
+        return self._pipeline.structure()
+
+    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
+        self._budget = budget
+        self._engine = Engine(
+            self._pipeline,
+            routers,
+            self.shapes,
+            max_rows=self._config.batchSize,
+            device=self._device,
+            attention=self._config.pt2.attention,
+            report=report,
+            budget=budget,
+            doubles=self._pipeline.family.guidance == "cfg",
+        )
+
+    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
+        return plan_variants(self.shapes.buckets, batch_sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
+
+    def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
+        return covering(variants)
+
+    def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
+        largest, smallest = variants[0], variants[-1]
+        if self.shapes.strategy == "dynamic":
+            sizes = {variant.bucket: variant for variant in variants if variant.guidance == largest.guidance}
+            return [largest, *sizes.values(), self._between(largest)]
+        if self.shapes.batch_sizes == "dynamic":
+            guided = [v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task]
+            return [guided[0], guided[-1]]
+        return []
+
+    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+        if self.shapes.strategy != "dynamic":
+            return []
+        return list({self._between(variant): None for variant in variants})
+
+    def _between(self, variant: Variant) -> Variant:
+        """The variant at about half its size: what `strategy: dynamic` has to serve beside the buckets themselves."""
+        grid, bucket = self._pipeline.grid, variant.bucket
+        half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
+        return replace(variant, bucket=half)
+
+    def serve_variant(self, variant: Variant) -> Timing:
+        """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
+        jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
+        clock, began = _StepClock(), time.perf_counter()
+        jobs[0] = replace(jobs[0], watcher=clock)
+        answers = self._engine.run(jobs, retry=False)
+        for job, answer in zip(jobs, answers, strict=True):
+            answer.raise_if_failed()
+            for picture in answer.pictures:
+                images.encode(picture, job.request.output_format)
+        return clock.timing(time.perf_counter() - began)
+
+    def _sample(self, variant: Variant, seed: int) -> ImageRequest:
+        """A request that meets exactly this variant, in as few steps as the schedulers take."""
+        defaults = self._config.pipeline.defaults
+        with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
+        return ImageRequest(
+            prompt="a picture",
+            negative_prompt=None,
+            height=variant.bucket.height,
+            width=variant.bucket.width,
+            num_inference_steps=2,
+            guidance_scale=max(2.0, defaults.guidance_scale) if variant.guidance else 0.0,
+            seed=seed,
+            image=_blank(variant.bucket, "RGB") if with_image else None,
+            mask_image=_blank(variant.bucket, "L") if with_mask else None,
+            strength=1.0,
+            num_images=1,
+            output_format=defaults.output_format,
+            response_format="image",
+        )
+
+    def overload(self, pace: Pace, timeout: float) -> str | None:
+        limits, most = self._config.pipeline.limits, max(bucket.area for bucket in self.shapes.buckets)
+        cost = limits.max_cost or most * limits.max_steps * limits.max_images
+        per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
+        seconds = self._config.batchSize * cost * per_cost
+        if seconds <= timeout:
+            return None
+        fitting = int(timeout / MARGIN / (self._config.batchSize * per_cost))
+        return (
+            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is {timeout:.0f}: "
+            f"some will be told to come again (503); pipeline.limits.max_cost {fitting} would fit"
+        )
+
+    def measure_padding(self) -> Mapping[str, Any]:
+        return {}  # the canvas that is painted is the bucket: there is no picture without padding to compare with
+
+    def unfit(self) -> Mapping[str, int]:
+        return self._engine.unfit
+
+    def parse(
+        self,
+        row: Mapping[str, object],
+        headers: Mapping[str, str],
+        deadline: float | None,
+        send: Callable[[Response], None] | None,
+    ) -> Job:
+        pipeline = self._config.pipeline
+        request = parse_row(
+            row,
+            content_type=headers.get("content-type"),
+            limits=pipeline.limits,
+            defaults=pipeline.defaults,
+            guidance=pipeline.guidance,
+            tasks=pipeline.tasks,
+        )
+        family = self._pipeline.family
+        if request.negative_prompt is not None and family.guidance == "embedded":
+            raise RequestError(f"is not taken by {family.name} models, which are guided without one", "negative_prompt")
+        dropped = self._dropped(request)
+        job = replace(self._prepare(request, deadline), dropped=dropped)
+        steps = self._pipeline.num_calls(request)
+        least_area = min(bucket.area for bucket in self.shapes.buckets)
+        check_cost(request, job.plan.bucket, steps=steps, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        if self._budget.timeout is not None:
+            seconds = self._engine.seconds([Answer(job)], generous=True)
+            check_time(request, job.plan.bucket, seconds, self._budget.timeout)
+        return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
+
+    def _dropped(self, request: ImageRequest) -> dict[str, int]:
+        """Tokens that are cut off, by the field that they stand in."""
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        counted = {field: self._pipeline.prompts.num_dropped(text, field) for field, text in texts.items() if text}
+        dropped = {field: number for field, number in counted.items() if number}
+        if dropped and self._config.pipeline.limits.long_prompts == "reject":
+            field, number = next(iter(dropped.items()))
+            raise RequestError(f"is too long: the text encoders would not read its last {number} tokens", field)
+        return dropped
+
+    def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
+        limits = self._config.pipeline.limits
+        return self._engine.prepare(request, limits=limits, default=self.shapes.buckets[0], deadline=deadline)
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        return self._engine.run(jobs)
+
+    def respond(self, answers: Sequence[Answer]) -> list[Response]:
+        """Streams send what is left of them; all pictures are encoded side by side before."""
+        files = responses.encoded(answers, self._encoders)
+        return [
+            answer.job.watcher.finish(answer, own)
+            if isinstance(answer.job.watcher, Stream)
+            else responses.from_answer(answer, own)
+            for answer, own in zip(answers, files, strict=True)
+        ]
+
+
+def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
+    """The shapes with buckets filled in and checked against what the pipeline needs and the limits allow."""
+    shapes, limits = config.pt2.shapes, config.pipeline.limits
+    buckets = shapes.buckets or (pipeline.default_bucket,)
+    for index, bucket in enumerate(buckets):
+        for side, pixels in enumerate((bucket.height, bucket.width)):
+            if pixels % pipeline.multiple:
+                raise ConfigError(
+                    f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
+                    f"pt2.shapes.buckets[{index}][{side}]",
+                )
+        if max(bucket.height, bucket.width) > limits.max_side or bucket.area > limits.max_image_pixels:
+            raise ConfigError(
+                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
+                f"pt2.shapes.buckets[{index}]",
+            )
+        if min(bucket.height, bucket.width) < limits.min_side:
+            raise ConfigError(
+                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})", f"pt2.shapes.buckets[{index}]"
+            )
+    return shapes.model_copy(update={"buckets": tuple(buckets)})
+
+
+def _blank(bucket: Bucket, mode: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (bucket.width, bucket.height), "white").save(buffer, "png")
+    return buffer.getvalue()

@@ -1,0 +1,63 @@
+"""The variants of a pipeline: what needs a graph of its own, in which order they are warmed, and which few meet every shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from preheat.buckets import Bucket
+from preheat.compilation.pace import Load
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """Whatever needs its own graph. `guidance` doubles the denoiser's batch."""
+
+    bucket: Bucket
+    batch_size: int
+    guidance: bool
+    task: str
+
+    def __str__(self) -> str:
+        return f"{self.bucket} {self.details}"
+
+    @property
+    def load(self) -> Load:
+        """What its time depends on, in one step."""
+        return Load(self.bucket.area, self.batch_size * (2 if self.guidance else 1), self.batch_size, 1)
+
+    @property
+    def details(self) -> str:
+        return f"batch {self.batch_size}, guidance {'on' if self.guidance else 'off'}, {self.task}"
+
+
+def plan_variants(
+    buckets: Iterable[Bucket], batch_sizes: Iterable[int], guidance: Iterable[bool], tasks: Sequence[str]
+) -> tuple[Variant, ...]:
+    """Every variant, largest first: a bucket that does not fit into memory shows at once, and memory pools grow once."""
+    every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks))
+    return tuple(
+        sorted(
+            every, key=lambda v: (-v.bucket.area, v.bucket.height, -v.batch_size, not v.guidance, tasks.index(v.task))
+        )
+    )
+
+
+def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
+    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough where nothing is compiled."""
+
+    def met(variant: Variant) -> set[tuple[object, ...]]:
+        rows = variant.batch_size * (2 if variant.guidance else 1)
+        facts = {("rows", rows), ("task", variant.task), ("pictures", variant.batch_size)}
+        if variant.task != "text-to-image":
+            facts.add(("images", variant.batch_size))
+        return {(variant.bucket, *fact) for fact in facts}
+
+    missing = set[tuple[object, ...]]().union(*map(met, variants))
+    chosen: set[Variant] = set()
+    while missing:
+        best = max(variants, key=lambda variant: len(met(variant) & missing))  # of equals the first: the largest
+        chosen.add(best)
+        missing -= met(best)
+    return tuple(variant for variant in variants if variant in chosen)

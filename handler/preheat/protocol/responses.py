@@ -1,0 +1,33 @@
+"""Answers as TorchServe rows: a status, headers and bytes."""
+
+from __future__ import annotations
+
+import http
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from preheat.errors import PutOff, RequestError, RunError
+
+
+@dataclass(frozen=True, slots=True)
+class Response:
+    """One row's answer. Header values are strings: TorchServe's worker dies of any other type."""
+
+    code: int
+    body: bytes
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def phrase(self) -> str:
+        return http.HTTPStatus(self.code).phrase
+
+
+def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
+    return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
+
+
+def from_error(error: RequestError | RunError) -> Response:
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, PutOff) else None
+    return json_response(error.code, error.body(), headers)

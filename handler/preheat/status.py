@@ -1,0 +1,159 @@
+"""How far a worker is: the status file that it writes, and what others read in it.
+
+Standard library only: `preheat ready` runs as a probe every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
+
+
+class StatusFile:
+    """A worker's progress as a small JSON file, replaced atomically; nothing is written where no folder is given."""
+
+    def __init__(self, folder: str | None, model: str) -> None:
+        self._path = Path(folder) / f"{model}-{os.getpid()}.json" if folder else None
+        self._document: dict[str, Any] = {"model": model, "pid": os.getpid(), "state": "loading", "total": 0, "done": 0}
+        self._buckets: dict[str, dict[str, Any]] = {}
+
+    @classmethod
+    def from_environment(cls, model: str) -> StatusFile:
+        return cls(os.environ.get(STATUS_DIR_VARIABLE), model)
+
+    def plan(self, variants_per_bucket: Mapping[str, int]) -> None:
+        """Announce how many variants each bucket has, in the order they will be warmed."""
+        self._buckets = {
+            bucket: {"bucket": bucket, "total": total, "done": 0, "seconds": self._seconds(bucket)}
+            for bucket, total in variants_per_bucket.items()
+        }
+        self.write("warming")
+
+    def _seconds(self, bucket: str) -> float:
+        """What an earlier plan has spent on it: warm-up plans anew where a package fails."""
+        seconds: float = self._buckets.get(bucket, {}).get("seconds", 0.0)
+        return seconds
+
+    def step(self, bucket: str, seconds: float) -> None:
+        row = self._buckets[bucket]
+        row["done"] += 1
+        row["seconds"] = round(row["seconds"] + seconds, 3)
+        self.write("warming")
+
+    def fail(self, message: str, *, lasting: bool) -> None:
+        """The worker ends here; `lasting`: TorchServe's next one would, too."""
+        self._document["lasting"] = lasting
+        self.write("failed", message)
+
+    def finish(self, state: Phase, rows: Sequence[Mapping[str, Any]]) -> None:
+        """The worker serves. Of the state's `rows`, each bucket keeps its engine and why it is eager though it should not be."""
+        for bucket, row in self._buckets.items():
+            own = [each for each in rows if bucket_name(each) == bucket]
+            row["engine"] = _engine(own)
+            row["reason"] = next((each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), "")
+        self.write(state)
+
+    def write(self, state: Phase, message: str = "") -> None:
+        rows = list(self._buckets.values())
+        self._document |= {
+            "state": state,
+            "total": sum(row["total"] for row in rows),
+            "done": sum(row["done"] for row in rows),
+            "buckets": rows,
+            "message": message,
+        }
+        if self._path is None:
+            return
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        scratch = self._path.with_suffix(".tmp")
+        scratch.write_text(json.dumps(self._document))
+        scratch.replace(self._path)
+
+
+Phase = Literal["loading", "warming", "hot", "cold", "failed"]
+"""`cold`: serving without warm-up (`strategy: exact`)."""
+
+
+class Status(NamedTuple):
+    """What one worker last wrote about its warm-up; `buckets` are its parts, as (name, done, total, seconds)."""
+
+    model: str
+    pid: int
+    state: str
+    done: int
+    total: int
+    buckets: tuple[tuple[str, int, int, float], ...]
+    message: str
+    written: float
+    lasting: bool = False
+    """Of a failure: the next worker would fail alike."""
+    engines: tuple[Engine, ...] = ()
+    """Of the buckets, once they are served."""
+
+
+def read_statuses(folder: Path) -> list[Status]:
+    """What the workers wrote to `folder` ($PREHEAT_STATUS_DIR), oldest first; unreadable files are left out."""
+    statuses = []
+    for path in folder.glob("*.json"):
+        try:
+            data = json.loads(path.read_bytes())
+            buckets = tuple((b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0) for b in data["buckets"])
+            fields = (str(data["model"]), int(data["pid"]), str(data["state"]), int(data["done"]), int(data["total"]))
+            engines = tuple(Engine(b["bucket"], b["engine"], b["reason"]) for b in data["buckets"] if "engine" in b)
+            rest = (str(data.get("message") or ""), path.stat().st_mtime, bool(data.get("lasting")), engines)
+            statuses.append(Status(*fields, buckets, *rest))
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # gone meanwhile, or not a worker's
+    return sorted(statuses, key=lambda status: status.written)
+
+
+def failure(statuses: Sequence[Status]) -> str | None:
+    """What to say of the worker that `failed`."""
+    status = failed(statuses)
+    return f"{status.model}: worker {status.pid} failed: {status.message}" if status else None
+
+
+class Engine(NamedTuple):
+    """What serves a bucket; `reason`: why that is eager code although compiling was asked for."""
+
+    bucket: str
+    engine: str
+    reason: str
+
+
+def failed(statuses: Sequence[Status]) -> Status | None:
+    """The worker that failed, if no later one of its model has got further; `statuses` are oldest first.
+
+    TorchServe starts another at once. That it loads says nothing where the fault is lasting, and all else where it is not.
+    """
+    for model in dict.fromkeys(status.model for status in statuses):
+        own = [status for status in statuses if status.model == model]
+        told = [status for status in own if status.state != "loading"]
+        if told and told[-1].state == "failed" and (told[-1].lasting or told[-1] is own[-1]):
+            return told[-1]
+    return None
+
+
+def _engine(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The one engine of rows that agree; else each target with its own, such as `unet compiled, vae.decoder eager`."""
+    by_target: dict[str, list[str]] = {}
+    for row in rows:
+        engines = by_target.setdefault(row["target"], [])
+        if row["engine"] not in engines:
+            engines.append(row["engine"])
+    texts = {target: " or ".join(engines) for target, engines in by_target.items()}
+    if len(set(texts.values())) == 1:
+        return next(iter(texts.values()))
+    return ", ".join(f"{target} {text}" for target, text in texts.items())
+
+
+def bucket_name(row: Mapping[str, Any]) -> str:
+    """The bucket of a row of the state, as headers and metrics name it."""
+    if "dims" in row:
+        return " ".join(f"{name}={size}" for name, size in row["dims"].items()) or "fixed"
+    return f"{row['height']}x{row['width']}"

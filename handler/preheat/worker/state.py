@@ -1,0 +1,53 @@
+"""What a worker says about itself: the state that `GET /models/{name}?customized=true` returns, and the file that shows warm-up.
+
+Both are plain data. The state answers "is it hot, and has it stayed hot"; the status file lets `preheat ready` draw progress
+while `initialize()` runs, when TorchServe itself can only say "not ready".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from preheat.status import Phase
+
+
+@dataclass(slots=True)
+class ServerState:
+    """The design's state object. Counters count requests, not denoising steps."""
+
+    version: str
+    strategy: str
+    state: Phase = "loading"
+    fingerprint: str = ""
+    shared_cache: Mapping[str, Any] = field(default_factory=dict)
+    """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without `pt2.cache.shared`."""
+    buckets: list[Mapping[str, Any]] = field(default_factory=list)
+    """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
+    engine, warm_seconds, cache, reason, seconds_per_step (as estimated now; of a module, of a run)."""
+    unfit: Mapping[str, int] = field(default_factory=dict)
+    """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did not fit into memory. Such runs are
+    split into smaller ones."""
+    padding: Mapping[str, Any] = field(default_factory=dict)
+    """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
+    the largest magnitude (or words), and `exact`, the header's word; empty for a pipeline."""
+    warnings: list[str] = field(default_factory=list)
+    """What the YAML says that loads and is hardly meant."""
+    compiles_at_boot: int = 0
+    compiles_since_ready: int = 0
+    eager_fallbacks: int = 0
+    """Requests that ran eagerly although compiled code was wanted: failed buckets and incidents."""
+    incidents: int = 0
+    """Requests that met a shape or guard nobody foresaw."""
+    put_off: int = 0
+    """Requests that their batch had no time left for: answered 503, not begun."""
+    planned_eager: int = 0
+    """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
+    requests: int = 0
+    ready_seconds: float = 0.0
+    peak_memory_bytes: int = 0
+
+    def document(self) -> dict[str, Any]:
+        """The object under `customizedMetadata`."""
+        return {"preheat": {name: getattr(self, name) for name in self.__slots__}}

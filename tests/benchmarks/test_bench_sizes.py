@@ -1,0 +1,232 @@
+"""The bench's traffic and its report; nothing here is timed."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from bench import report, sizes
+from bench.machine import machine, versions
+from bench.profiles import PROFILES, STRATEGIES, model_yaml
+from bench.report import Answer, Measured
+from bench.sizes import LEAST_SIDE, Size, TrafficError
+from preheat.buckets import Bucket, covering
+from preheat.config.model import ModelConfig
+
+TINY = PROFILES["tiny"].buckets
+LIMITS = {"least": 16, "most": 2048}
+
+
+def generated(seed: int = 0, num_requests: int = 150, num_distinct: int = 30) -> list[Size]:
+    return sizes.generate(TINY, num_requests=num_requests, num_distinct=num_distinct, seed=seed)
+
+
+def log(tmp_path: Path, text: str | bytes) -> Path:
+    path = tmp_path / "sizes.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return path
+
+
+def test_the_same_seed_is_the_same_traffic_and_another_is_not() -> None:
+    assert generated(3) == generated(3) != generated(4)
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+@pytest.mark.parametrize("seed", range(20))
+def test_every_size_is_legal_under_every_strategy(profile: Any, seed: int) -> None:
+    made = sizes.generate(profile.buckets, num_requests=90, num_distinct=30, seed=seed)
+    assert all(covering(profile.buckets, size.height, size.width) for size in made)
+    assert all(min(size.height, size.width) >= LEAST_SIDE for size in made)
+
+
+def test_the_mix_is_as_documented() -> None:
+    described = sizes.describe(generated(), TINY)
+    assert described["mix"] == {"phone photo": 60, "shop export": 60, "hand crop": 30}
+    assert described["num_requests"] == 150 and described["num_distinct_sizes"] == 30
+    assert described["beyond_every_bucket"] == 0
+    kinds = {kind: {(s.height, s.width) for s in generated() if s.kind == kind} for kind in sizes.KINDS}
+    assert {kind: len(found) for kind, found in kinds.items()} == {
+        "phone photo": 12,
+        "shop export": 6,
+        "hand crop": 12,
+    }
+    assert all(height % 10 == width % 10 == 0 for height, width in kinds["shop export"])
+
+
+@pytest.mark.parametrize(("num_requests", "num_distinct"), [(1, 1), (6, 6), (12, 6), (7, 50)])
+def test_short_runs_have_every_request_and_no_more_sizes_than_asked(num_requests: int, num_distinct: int) -> None:
+    made = generated(0, num_requests, num_distinct)
+    assert len(made) == num_requests
+    assert len({(size.height, size.width) for size in made}) <= max(num_distinct, len(sizes.KINDS))
+
+
+def test_sizes_grow_with_the_buckets() -> None:
+    large = sizes.generate(PROFILES["sdxl"].buckets, num_requests=50, num_distinct=20, seed=0)
+    assert min(size.height * size.width for size in large) > max(size.height * size.width for size in generated())
+
+
+@pytest.mark.parametrize("numbers", [(0, 1), (1, 0)])
+def test_no_traffic_is_refused(numbers: tuple[int, int]) -> None:
+    with pytest.raises(TrafficError, match="at least 1"):
+        generated(0, *numbers)
+
+
+def test_more_sizes_than_there_are_is_refused() -> None:
+    with pytest.raises(TrafficError, match="different sizes of the kind"):
+        sizes.generate([Bucket(32, 32)], num_requests=900, num_distinct=600, seed=0)
+
+
+def test_a_log_is_replayed_in_its_order(tmp_path: Path) -> None:
+    path = log(tmp_path, "\ufeffWidth, Height\n300,200\n100,150\n300,200\n")
+    assert sizes.read_log(path, **LIMITS) == [Size(200, 300, "log"), Size(150, 100, "log"), Size(200, 300, "log")]
+
+
+def test_a_histogram_is_shuffled_by_the_seed(tmp_path: Path) -> None:
+    path = log(tmp_path, "height,width,count,app\n200,300,40,x\n100,150,2,y\n")
+    first, again, other = (sizes.read_log(path, **LIMITS, seed=seed) for seed in (1, 1, 2))
+    assert first == again != other
+    assert [first.count(Size(*size, "log")) for size in ((200, 300), (100, 150))] == [40, 2]
+
+
+def test_a_log_can_be_scaled_and_sampled(tmp_path: Path) -> None:
+    path = log(tmp_path, "height,width\n" + "".join(f"{side},1024\n" for side in range(500, 600)))
+    read = sizes.read_log(path, **LIMITS, scale=0.25)
+    assert read[:2] == [Size(125, 256, "log"), Size(125, 256, "log")] and len(read) == 100
+    few = sizes.sample(read, 10, seed=1)
+    assert few == sizes.sample(read, 10, seed=1) == sorted(few, key=lambda size: size.height) and len(few) == 10
+    assert sizes.sample(read, 1000, seed=1) == read
+    with pytest.raises(TrafficError, match="at least 1"):
+        sizes.sample(read, 0, seed=1)
+
+
+def test_what_no_bucket_covers_is_counted(tmp_path: Path) -> None:
+    read = sizes.read_log(log(tmp_path, "height,width\n1000,1000\n100,100\n"), **LIMITS)
+    assert sizes.describe(read, TINY)["beyond_every_bucket"] == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no column height and no column width.*nothing"),
+        ("height;width\n1;2\n", "no column height and no column width.*height;width"),
+        ("height,count\n100,1\n", "no column width"),
+        ("height,width\n", "holds no sizes"),
+        ("height,width\n100,100\n100\n", "line 3: width must be a whole number above 0, got ''"),
+        ("height,width\n100,12.5\n", "line 2: width must be a whole number above 0, got '12.5'"),
+        ("height,width\n-5,100\n", "line 2: height must be a whole number above 0"),
+        ("height,width\n100,99999\n", "line 2: width 99999 is outside what the model allows, 16 to 2048 pixels"),
+        ("height,width\n8,100\n", "line 2: height 8 is outside"),
+        ("height,width,count\n100,100,0\n", "line 2: count must be a whole number above 0"),
+        (b"height,width\n\xff,1\n", "is not UTF-8"),
+    ],
+)
+def test_a_log_that_cannot_be_used_says_where_and_why(tmp_path: Path, text: str | bytes, said: str) -> None:
+    with pytest.raises(TrafficError, match=said):
+        sizes.read_log(log(tmp_path, text), **LIMITS)
+
+
+def test_a_log_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(TrafficError, match="cannot read .*No such file"):
+        sizes.read_log(tmp_path / "none.csv", **LIMITS)
+
+
+def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Path) -> None:
+    path = log(tmp_path, "height,width\n100,100\n")
+    with pytest.raises(TrafficError, match="scale must be positive"):
+        sizes.read_log(path, **LIMITS, scale=0)
+    with pytest.raises(TrafficError, match="height 10 after scaling by 0.1 is outside"):
+        sizes.read_log(path, **LIMITS, scale=0.1)
+
+
+@pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_has_a_model_yaml_that_the_handler_takes(profile: Any, strategy: str) -> None:
+    config = ModelConfig.parse(model_yaml(profile, strategy))
+    assert config.pt2.shapes.strategy == ("exact" if strategy == "eager" else strategy)
+    assert config.pt2.compile.enable == (strategy != "eager")
+    # Plain torch.compile decides on its own when sizes become dynamic.
+    assert ("dynamic" in config.pt2.compile.kwargs) == (strategy not in ("eager", "exact"))
+    assert config.pipeline.tasks == ("text-to-image",) and config.pipeline.guidance == "on"
+
+
+def test_percentiles_lie_between_the_nearest_ranks() -> None:
+    values = [float(value) for value in range(101)]
+    assert [report.percentile(values, percent) for percent in (0, 50, 95, 99, 100)] == [0, 50, 95, 99, 100]
+    assert report.percentile([1.0, 2.0], 75) == pytest.approx(1.75)
+    assert report.percentile([7.0], 99) == 7.0
+
+
+def measured(milliseconds: list[float], *, num_requests: int | None = None, **state: Any) -> Measured:
+    answers = [Answer(value, 200, 1000, 0.25, "compiled") for value in milliseconds]
+    seen = {"compiles_at_boot": 3, "compiles_since_ready": 0, "peak_memory_bytes": 2**29, "ready_seconds": 5.0}
+    return Measured(9.0, sum(milliseconds) / 1000, answers, seen | state, num_requests or len(answers))
+
+
+def test_a_summary_says_what_was_measured() -> None:
+    eager = measured([200.0] * 4)
+    row = report.summary(measured([100.0] * 4, compiles_since_ready=2), eager)
+    assert (row["compiles_at_boot"], row["compiles_since_ready"], row["ready_seconds"]) == (3, 2, 9.0)
+    assert (row["p50_ms"], row["p99_ms"], row["p99_over_p50"], row["requests_per_second"]) == (100, 100, 1, 10)
+    assert (row["throughput_over_eager"], row["padded_share"], row["engines"]) == (2.0, 0.25, {"compiled": 4})
+    assert report.summary(eager, None)["throughput_over_eager"] is None
+
+
+def test_a_run_that_was_cut_short_is_compared_over_what_it_answered() -> None:
+    eager = measured([100.0, 100.0, 900.0, 900.0])
+    row = report.summary(measured([50.0, 50.0], num_requests=4), eager)
+    assert (row["throughput_over_eager"], row["answered"], row["not_sent"]) == (2.0, 2, 2)
+
+
+def test_a_refused_request_is_counted_and_is_no_latency() -> None:
+    answers = [Answer(100.0, 200, 1000, 0.5, "eager"), Answer(1.0, 503)]
+    row = report.summary(Measured(1.0, 0.1, answers, {}, 2), measured([100.0, 100.0]))
+    assert (row["answered"], row["failed"], row["p50_ms"], row["padded_share"]) == (1, 1, 100.0, 0.5)
+    assert row["milliseconds"] == [100.0, None] and row["throughput_over_eager"] == 1.0
+    assert "p50_ms" not in report.summary(Measured(1.0, 0.1, answers[1:], {}, 1), None)
+
+
+def test_padding_is_weighed_by_the_pixels_painted() -> None:
+    answers = [Answer(1.0, 200, 3000, 0.0, "compiled"), Answer(1.0, 200, 1000, 0.8, "compiled")]
+    assert report.summary(Measured(1.0, 1.0, answers, {}, 2), None)["padded_share"] == 0.2
+
+
+def canned() -> dict[str, Any]:
+    runs = {"eager": measured([200.0, 210.0]), "buckets": measured([100.0, 101.0]), "exact": measured([99.0, 40_000.0])}
+    rows: dict[str, Any] = {name: report.summary(run, runs["eager"]) for name, run in runs.items()}
+    return {
+        "profile": "tiny",
+        "machine": machine(),
+        "on_gpu": False,
+        "versions": versions(),
+        "steps": 4,
+        "requests": sizes.describe(generated(0, 2, 2), TINY),
+        "strategies": {**rows, "fixed": {"error": "ServerError: it [ended]\nlog"}},
+    }
+
+
+def test_a_report_is_a_json_file_a_picture_and_a_table(tmp_path: Path) -> None:
+    document = canned()
+    report.write(document, tmp_path / "results")
+    assert json.loads((tmp_path / "results" / "traffic.json").read_text()) == document
+    assert (tmp_path / "results" / "traffic.png").read_bytes().startswith(b"\x89PNG")
+    shown = io.StringIO()
+    Console(width=120, file=shown).print(report.table(document))
+    text = shown.getvalue()
+    assert "buckets" in text and "failed" in text and str(versions()["torch"]) in text
+
+
+def test_a_report_without_answers_has_no_picture(tmp_path: Path) -> None:
+    document = canned() | {"strategies": {"fixed": {"error": "ServerError: it ended"}}}
+    report.write(document, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["traffic.json"]
+
+
+def test_the_machine_is_named() -> None:
+    described = machine()
+    assert described["cpu"] and described["num_cores"] and isinstance(described["gpus"], list)
+    assert all(versions()[name] for name in ("python", "torch", "diffusers", "torchserve"))

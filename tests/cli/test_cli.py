@@ -1,0 +1,139 @@
+"""What the command makes of its arguments before a server starts; nothing is built and nothing is served."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import preheat
+from preheat.cli import app, demo
+from preheat.errors import ConfigError, PreheatError
+from preheat.torchserve import server
+from preheat.torchserve.archive import MANIFEST, is_archive
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+@pytest.fixture
+def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The tiny models that were made."""
+    made: list[str] = []
+
+    def build(family: str, folder: Path) -> Path:
+        made.append(family)
+        folder.mkdir(parents=True)
+        return folder
+
+    monkeypatch.setattr(demo, "build_tiny", build)
+    return made
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Callable[[str], Path]:
+    def write(text: str) -> Path:
+        (tmp_path / "lighthouse.yaml").write_text(text)
+        return tmp_path / "lighthouse.yaml"
+
+    return write
+
+
+@pytest.mark.parametrize("name", ["tiny-sdxl", "bert", "resnet"])
+def test_what_is_shipped_to_try_needs_no_model_under_any_name(name: str, built: list[str], tmp_path: Path) -> None:
+    copy = tmp_path / "lighthouse.yaml"
+    copy.write_text((ROOT / "model-config" / f"{name}.yaml").read_text())
+    first, again = app._model(copy, None), app._model(copy, None)
+    assert first == again and built == [name.removeprefix("tiny-")], "made once, for the next serve too"
+
+
+def test_a_tiny_model_is_made_anew_where_it_would_be_another(
+    built: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = demo.tiny_model("sdxl", here)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: f"another {name}")
+    assert demo.tiny_model("sdxl", here) != first and built == ["sdxl", "sdxl"]
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("pipeline: {path: .}", "--model.*pipeline.path.*tiny:sdxl"),
+        ("minWorkers: 1", "--model.*pipeline.path.*tiny:sdxl"),
+        ("module: {path: ., inputs: {x: {shape: [batch, 4]}}}", "--model.*module.path.*tiny:bert"),
+    ],
+)
+def test_a_yaml_without_a_model_names_both_ways(config: Callable[[str], Path], text: str, words: str) -> None:
+    with pytest.raises(PreheatError, match=words):
+        app._model(config(text), None)
+
+
+def test_a_folder_that_is_not_there_is_refused_before_a_server_starts(
+    config: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "start", lambda *_, **__: pytest.fail("a server was started"))
+    inside = config("pipeline: {path: /models/nope}")
+    with pytest.raises(ConfigError, match=r"^pipeline.path: no such folder: /models/nope$"):
+        app.serve(inside)
+    for wrong in ("/models/nope", "./nope", "../nope", "~/nope nope"):
+        with pytest.raises(PreheatError, match="^--model: no such folder: .*nope$"):
+            app.serve(inside, model=wrong)
+        with pytest.raises(PreheatError, match="^--model: no such folder: .*nope$"):
+            app.archive(inside, model=wrong)
+
+
+def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(config: Callable[[str], Path], here: Path) -> None:
+    beside = config("pipeline: {path: ./sdxl}")
+    for folder in (beside.parent / "sdxl", here / "mine"):
+        folder.mkdir()
+        (folder / "model_index.json").write_text("{}")
+    assert app._model(beside, None) == str(beside.parent / "sdxl")
+    assert app._model(beside, "mine") == app._model(beside, "./mine") == str(here / "mine")
+
+
+def test_a_hub_id_is_passed_on_and_said(config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+    assert app._model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
+    assert "org/sdxl: no folder here, so it is taken for a hub id" in capsys.readouterr().err
+
+
+def test_an_archive_is_served_and_not_read_as_a_yaml(
+    tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    started: list[list[Path]] = []
+    running = server.TorchServe(here, server.Ports(), 1, 0.0, ("fox",), here)
+
+    def start(archives: list[Path], *_: object, **__: object) -> server.TorchServe:
+        started.append(archives)
+        return running
+
+    monkeypatch.setattr(server, "start", start)
+    mar, folder = tmp_path / "fox.mar", tmp_path / "owl"
+    with zipfile.ZipFile(mar, "w") as archive:
+        archive.writestr(str(MANIFEST), "{}")
+    (folder / MANIFEST).parent.mkdir(parents=True)
+    (folder / MANIFEST).write_text("{}")
+    for path in (mar, folder):
+        assert is_archive(path)
+        app.serve(path)
+        with pytest.raises(PreheatError, match="leave out --model"):
+            app.serve(path, model="tiny:sdxl")
+        with pytest.raises(PreheatError, match=f"archive already.*preheat serve {path}"):
+            app.archive(path)
+    assert started == [[mar], [folder]]
+    said = capsys.readouterr().out
+    assert f"fox serves {mar}" in said and "/predictions/fox\n" in said and "/predictions/owl\n" in said
+
+
+def test_the_version_is_told() -> None:
+    assert CliRunner().invoke(app.app, ["--version"]).output == f"preheat {preheat.__version__}\n"

@@ -1,0 +1,284 @@
+"""OpenVINO models on a tiny module: made in warm-up only, for what varies in the batch alone, and compared with eager."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+from collections import namedtuple
+from collections.abc import Iterator
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers.modeling_outputs import BaseModelOutput
+
+from preheat.compilation.backends import openvino
+from preheat.compilation.router import DynamicDims, Inputs, Phase, Router, tensor_shapes
+from preheat.compilation.targets import build_router
+from preheat.compilation.watch import CompileWatch, forbid_compiling
+from preheat.config.model import ModelConfig, Pt2Config
+from preheat.errors import ConfigError
+from preheat.torchserve import server
+
+# Not importorskip: it would import the package with its telemetry.
+pytestmark = pytest.mark.skipif(
+    find_spec("openvino") is None, reason="needs the extra openvino, which make test installs"
+)
+
+CPU = torch.device("cpu")
+MOST_ROWS = 6
+
+
+class Toy(nn.Module):
+    """Called as a UNet is: positional and keyword tensors, a nested dict, plain values, a tuple back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.down = nn.Linear(8, 4)
+
+    def forward(
+        self,
+        sample: torch.Tensor,
+        timestep: torch.Tensor,
+        text: torch.Tensor,
+        cond: dict[str, torch.Tensor] | None = None,
+        mask: torch.Tensor | None = None,
+        return_dict: bool = True,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        assert cond is not None and mask is None and not return_dict
+        shift = self.down(text).relu() + (cond["size"] * timestep).to(sample.dtype)
+        return self.conv(sample) + shift[:, :, None, None], {"shift": shift}
+
+
+def inputs(rows: int, side: int = 8, dtype: torch.dtype = torch.float32) -> Inputs:
+    sample, text = torch.randn(rows, 4, side, side, dtype=dtype), torch.randn(rows, 8, dtype=dtype)
+    size = torch.arange(rows)[:, None]
+    return (sample, torch.tensor(3.0)), {"text": text, "cond": {"size": size}, "mask": None, "return_dict": False}
+
+
+def routed(
+    module: nn.Module | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device = CPU,
+    options: dict[str, Any] | None = None,
+) -> tuple[nn.Module, Router]:
+    """A router that has seen 1 and MOST_ROWS rows, as with `batch_sizes: dynamic`."""
+    module = (module if module is not None else Toy()).to(dtype).eval()
+    kwargs = {"backend": "openvino", **({"options": options} if options else {})}
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": kwargs}})
+    router = build_router("toy", module, config, dtype, device)
+    router.dims = DynamicDims({path: {0: (1, MOST_ROWS)} for path in ("0", "text", "cond.size")})
+    return module, router
+
+
+def call(module: nn.Module, rows: int, side: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+    """What the module gives and what it would give eagerly, under the mode of serving."""
+    args, kwargs = inputs(rows, side, dtype)
+    with torch.inference_mode():
+        return module(*args, **kwargs), type(module).forward(module, *args, **kwargs)
+
+
+@pytest.fixture(autouse=True)
+def stance(watch: CompileWatch) -> Iterator[None]:
+    """Compiling is allowed again afterwards."""
+    yield
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_one_model_serves_every_batch_size_as_eager_does(
+    watch: CompileWatch, dtype: torch.dtype, tolerance: float
+) -> None:
+    module, router = routed(dtype=dtype)
+    for rows in (MOST_ROWS, 1):
+        call(module, rows, dtype=dtype)
+    assert [route.engine for route in router.routes.values()] == ["openvino", "openvino"] and len(router.ahead) == 1
+    forbid_compiling()
+    router.phase = Phase.SERVE
+    router.start_run()
+    for rows in range(1, MOST_ROWS + 1):
+        result, expected = call(module, rows, dtype=dtype)
+        torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
+    assert router.run.engines == {"openvino"} and router.run.incidents == 0
+    assert watch.num_events == 0 and not router.compiles and not router.idle
+
+
+def test_a_result_is_not_overwritten_by_the_next_call() -> None:
+    module, _ = routed()
+    call(module, 2)
+    (first, _), _ = call(module, 2)
+    kept = first.clone()
+    call(module, 2)
+    assert torch.equal(first, kept)
+
+
+def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
+    """A CPU with bfloat16 instructions would compute either in bfloat16: eight bits of mantissa, seen in one product."""
+    module, _ = routed()
+    (result, _), (expected, _) = (answer for answer in call(module, 2))
+    assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
+    said = []
+    for dtype in (torch.float32, torch.bfloat16):
+        make = routed(dtype=dtype)[1]._make
+        assert make is not None
+        model = make(inputs(2, dtype=dtype), DynamicDims())
+        assert isinstance(model, openvino.Model)
+        compiled = model._request.get_compiled_model()
+        said.append(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
+    assert said[0] == "f32" and said[1] in ("bf16", "f32")  # which it says where the CPU has no bfloat16
+
+
+def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
+    module, router = routed()
+    call(module, 2)
+    router.phase = Phase.SERVE
+    router.start_run()
+    result, expected = call(module, 2, side=16)
+    torch.testing.assert_close(result, expected)
+    assert router.run.incidents == 1 and router.run.engines == {"eager"} and len(router.ahead) == 1
+
+
+def test_weights_cast_inside_a_request_are_exported_too() -> None:
+    """As diffusers casts an SDXL VAE of half precision."""
+    module, router = routed(dtype=torch.bfloat16)
+    with torch.inference_mode():
+        module.to(torch.float32)
+        module.register_buffer("spare", torch.zeros(1))
+    result, expected = call(module, 2)
+    torch.testing.assert_close(result, expected, atol=1e-5, rtol=1e-5)
+    assert router.run.engines >= {"openvino"}
+
+
+class Unconvertible(Toy):
+    """Reads a number out of a tensor, which no static graph can."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if args[0].sum().item() > 1e9:
+            raise AssertionError
+        return super().forward(*args, **kwargs)
+
+
+def test_a_module_that_cannot_be_exported_is_served_eagerly_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+    module, router = routed(Unconvertible())
+    with caplog.at_level(logging.ERROR):
+        result, expected = call(module, 2)
+    torch.testing.assert_close(result, expected)
+    (route,) = router.routes.values()
+    assert (
+        route.engine == "eager" and str(route.reason).startswith("openvino: ") and "toy: openvino failed" in caplog.text
+    )
+    router.phase = Phase.SERVE
+    router.start_run()
+    call(module, 2)
+    assert router.run.fallen == 1 and router.run.incidents == 0
+
+
+def test_a_fault_of_the_model_itself_is_raised() -> None:
+    module, _ = routed()
+    (_, timestep), kwargs = inputs(2)
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="channels"):
+        module(torch.randn(2, 3, 8, 8), timestep, **kwargs)
+
+
+def test_a_model_that_computes_something_else_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+    """Eager's weights are changed between the making and the comparing."""
+    module, router = routed()
+    made = router._make
+    assert made is not None
+
+    def spoilt(*args: Any) -> Any:
+        model = made(*args)
+        with torch.inference_mode(False):
+            module.conv.weight = nn.Parameter(module.conv.weight.detach() * 1.01)  # type: ignore[union-attr, operator]
+        return model
+
+    router._make = spoilt
+    with caplog.at_level(logging.ERROR):
+        call(module, 2)
+    (route,) = router.routes.values()
+    assert route.engine == "eager" and "differs from eager" in str(route.reason) and "is not used" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("device", "options", "words"),
+    [
+        ("cuda", {}, "serves on the CPU, and this worker's device is cuda"),
+        ("cpu", {"device": "GPU"}, "option device is GPU"),
+        ("cpu", {"mode": 1}, "unknown option mode"),
+    ],
+)
+def test_what_it_cannot_serve_is_a_loud_eager(
+    device: str, options: dict[str, Any], words: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.ERROR):
+        _, router = routed(device=torch.device(device), options=options)
+    assert router.idle and words in str(router.reason) and words in caplog.text
+
+
+def test_a_missing_package_is_a_loud_eager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with caplog.at_level(logging.ERROR):
+        module, router = routed()
+    assert router.idle and "openvino is not installed" in str(router.reason) and "not installed" in caplog.text
+    result, expected = call(module, 2)
+    torch.testing.assert_close(result, expected)
+
+
+def test_nothing_is_reported_over_the_network() -> None:
+    """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
+    script = "import sys; from preheat.device import import_openvino; import_openvino(); "
+    script += "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in sys.modules)"
+    env = {**os.environ, "PYTHONPATH": str(server.ROOT / "handler")}
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)
+
+
+def test_options_go_over_the_properties_and_name_the_cache() -> None:
+    torch_options = {"config": {"INFERENCE_NUM_THREADS": 7}, "model_caching": True, "cache_dir": "/somewhere"}
+    properties = openvino.cpu_properties(torch_options)
+    assert properties["INFERENCE_NUM_THREADS"] == 7 and properties["CACHE_DIR"] == "/somewhere"
+    assert openvino.cpu_properties({})["INFERENCE_NUM_THREADS"] == torch.get_num_threads()
+
+
+@pytest.mark.parametrize(
+    ("path", "extra"),
+    [
+        ("pt2.shapes.strategy", {"shapes": {"strategy": "dynamic"}}),
+        ("pt2.shapes.strategy", {"shapes": {"strategy": "exact"}}),
+        ("pt2.scope", {"scope": "regional"}),
+        ("pt2.attention", {"attention": "math"}),
+        ("pt2.export.aot_compile", {"export": {"aot_compile": True}}),
+    ],
+)
+def test_settings_that_mean_nothing_with_it_are_refused(path: str, extra: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError, match=path):
+        ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": "openvino"}, **extra}})
+    ModelConfig.parse({"pt2": {"compile": {"enable": False, "backend": "openvino"}, **extra}})
+
+
+Pair = namedtuple("Pair", "left right")
+
+
+class Head(nn.Module):
+    """A target that is called with another model's output, as transformers' heads are."""
+
+    def forward(self, output: BaseModelOutput, pair: Any) -> BaseModelOutput:
+        assert output.last_hidden_state is not None
+        return BaseModelOutput(last_hidden_state=output.last_hidden_state + pair.left)
+
+
+def test_the_outputs_of_transformers_are_exported_for_any_batch() -> None:
+    def inputs(rows: int) -> Inputs:
+        hidden: Any = torch.randn(rows, 5)
+        return (BaseModelOutput(last_hidden_state=hidden), Pair(torch.randn(rows, 5), None)), {}
+
+    dims = DynamicDims.varying([tensor_shapes(*inputs(rows)) for rows in (2, MOST_ROWS)])
+    model = openvino.Model("head", Head(), inputs(MOST_ROWS), dims, {})
+    for rows in (2, 3):
+        args, kwargs = inputs(rows)
+        assert model.matches(args, kwargs)
+        result = model(*args, **kwargs)
+        assert type(result) is BaseModelOutput and model.fault(result, Head()(*args)) is None
