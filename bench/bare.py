@@ -1,11 +1,13 @@
-"""The bare diffusers pipeline in a loop: compiled, batched, cropped and encoded, with nobody asking over a network.
+"""The bare diffusers pipeline in a loop: compiled, batched, cropped and encoded, with nobody asking
+over a network.
 
     python -m bench.bare
 
-What the served pipeline is held against. It is compiled as anybody would do it, one static graph per bucket and batch size;
-none of Preheat's routing, planning or padding of rows is on this road, but the worker's allocator settings are. A process that stays, so that it can be measured between
-two loads of the server: the first line it reads is the spec, every other one a question, and each gets a line of JSON. While it
-waits it takes no processor.
+What the served pipeline is held against. It is compiled as anybody would do it, one static graph
+per bucket and batch size; none of Preheat's routing, planning or padding of rows is on this road,
+but the worker's allocator settings are. A process that stays, so that it can be measured between
+two loads of the server: the first line it reads is the spec, every other one a question, and each
+gets a line of JSON. While it waits it takes no processor.
 """
 
 from __future__ import annotations
@@ -82,8 +84,9 @@ class BareLoop:
 def full_batches(
     sizes: Iterable[tuple[int, int]], buckets: Sequence[Bucket], batch_size: int
 ) -> Iterable[tuple[Bucket, list[tuple[int, int]]]]:
-    """The requests sorted into batches of one bucket, as no server that must answer in order could: what is left over of a
-    bucket fills its last batch with requests it has had before, so that every batch is full.
+    """The requests sorted into batches of one bucket, as no server that must answer in order could:
+    what is left over of a bucket fills its last batch with requests it has had before, so that
+    every batch is full.
     """
     by_bucket: dict[Bucket, list[tuple[int, int]]] = {}
     for height, width in sizes:
@@ -102,7 +105,10 @@ def main() -> None:
     os.dup2(2, 1)  # whatever libraries print is no answer
     loop, begun = BareLoop(Spec(**json.loads(sys.stdin.readline()))), time.perf_counter()
     loop.warm()
-    warmed = {"warm_seconds": round(time.perf_counter() - begun, 1), "num_threads": torch.get_num_threads()}
+    warmed = {
+        "warm_seconds": round(time.perf_counter() - begun, 1),
+        "num_threads": torch.get_num_threads(),
+    }
     print(json.dumps(warmed), file=answers)
     for question in sys.stdin:
         print(json.dumps(loop.rate(**json.loads(question))), file=answers)

@@ -1,4 +1,6 @@
-"""Clients that ask in a closed loop (each waits for its answer) or an open one (they come when they come), and what they saw."""
+"""Clients that ask in a closed loop (each waits for its answer) or an open one (they come when they
+come), and what they saw.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Seen:
 
 @dataclass(frozen=True, slots=True)
 class Traffic:
-    """All requests of one run, and the seconds from the first that was sent to the last that was answered."""
+    """All requests of one run, and the seconds from the first that was sent to the last that was
+    answered.
+    """
 
     seen: Sequence[Seen]
     seconds: float
@@ -41,9 +45,15 @@ class Traffic:
 
 
 def closed_loop(
-    running: TorchServe, payloads: Sequence[Payload], protocol: Protocol, num_clients: int, seconds: float
+    running: TorchServe,
+    payloads: Sequence[Payload],
+    protocol: Protocol,
+    num_clients: int,
+    seconds: float,
 ) -> Traffic:
-    """`num_clients` clients, each with one request under way, until `seconds` are over; they share one queue of payloads."""
+    """`num_clients` clients, each with one request under way, until `seconds` are over; they share
+    one queue of payloads.
+    """
     numbers, lock = itertools.count(), threading.Lock()
     first: list[float] = []
     gate = threading.Barrier(num_clients, action=lambda: first.append(time.perf_counter()))
@@ -64,16 +74,25 @@ def closed_loop(
         return seen
 
     with ThreadPoolExecutor(num_clients) as pool:
-        answers = [one for task in [pool.submit(work) for _ in range(num_clients)] for one in task.result()]
+        answers = [
+            one for task in [pool.submit(work) for _ in range(num_clients)] for one in task.result()
+        ]
     return Traffic([seen for _, seen in answers], max(done for done, _ in answers) - first[0])
 
 
 def open_loop(
-    running: TorchServe, payloads: Sequence[Payload], protocol: Protocol, rate: float, seconds: float, seed: int
+    running: TorchServe,
+    payloads: Sequence[Payload],
+    protocol: Protocol,
+    rate: float,
+    seconds: float,
+    seed: int,
 ) -> Traffic:
-    """Requests at `rate` a second on average, at random moments, whether or not earlier ones have been answered.
+    """Requests at `rate` a second on average, at random moments, whether or not earlier ones have
+    been answered.
 
-    One that must wait for a free client waits on its own time: latencies count from the moment a request was due.
+    One that must wait for a free client waits on its own time: latencies count from the moment a
+    request was due.
     """
     dues = arrivals(rate, seconds, seed)
     with Client.to(running) as client, ThreadPoolExecutor(MAX_CLIENTS) as pool:
@@ -97,7 +116,9 @@ def open_loop(
 def arrivals(rate: float, seconds: float, seed: int) -> list[float]:
     """Moments in seconds from the start, of a Poisson process; at least one."""
     rng = random.Random(seed)
-    moments = list(itertools.takewhile(lambda due: due < seconds, itertools.accumulate(_gaps(rng, rate))))
+    moments = list(
+        itertools.takewhile(lambda due: due < seconds, itertools.accumulate(_gaps(rng, rate)))
+    )
     return moments or [0.0]
 
 

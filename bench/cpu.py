@@ -2,9 +2,10 @@
 
     python -m bench.cpu [--only unet] [--rounds 40] [--seconds 700]
 
-For each module and dtype every engine is built, and then all make one step in turn, round after round: what disturbs the machine
-disturbs all alike. The figures are medians over the rounds; ratios are to eager of the same round and dtype. Compilers start
-without a cache. A cell that cannot be filled says why.
+For each module and dtype every engine is built, and then all make one step in turn, round after
+round: what disturbs the machine disturbs all alike. The figures are medians over the rounds; ratios
+are to eager of the same round and dtype. Compilers start without a cache. A cell that cannot be
+filled says why.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 def measure(model: str, dtype: str, rounds: int, until: float, say: Console) -> dict[str, Any]:
-    """One row of the result: its cells by engine. After `until`, of time.monotonic(), no slow compiler is started."""
+    """One row of the result: its cells by engine. After `until`, of time.monotonic(), no slow
+    compiler is started.
+    """
     torch._dynamo.reset()
     with ExitStack() as stack:
         cells: dict[str, dict[str, Any]] = {}
@@ -55,7 +58,15 @@ def measure(model: str, dtype: str, rounds: int, until: float, say: Console) -> 
                 continue
             try:
                 engines[name] = build(name, model, dtype)
-            except (PreheatError, RuntimeError, ValueError, TypeError, LookupError, AssertionError, OSError) as error:
+            except (
+                PreheatError,
+                RuntimeError,
+                ValueError,
+                TypeError,
+                LookupError,
+                AssertionError,
+                OSError,
+            ) as error:
                 said = str(error).strip() or type(error).__name__
                 cells[name] = {"failed": said.splitlines()[0][:200]}
                 say.print(f"{model} {dtype} {name}: {cells[name]['failed']}")
@@ -77,8 +88,12 @@ def summarize(cells: dict[str, dict[str, Any]]) -> dict[str, Any]:
     for cell in (cell for cell in cells.values() if "milliseconds" in cell):
         took = cell.pop("milliseconds")
         cell["median_ms"] = round(statistics.median(took), 3)
-        cell["p10_ms"], cell["p90_ms"] = (round(percentile(took, percent), 3) for percent in (10, 90))
-        cell["times_eager"] = round(statistics.median(other / mine for mine, other in zip(took, eager, strict=True)), 3)
+        cell["p10_ms"], cell["p90_ms"] = (
+            round(percentile(took, percent), 3) for percent in (10, 90)
+        )
+        cell["times_eager"] = round(
+            statistics.median(other / mine for mine, other in zip(took, eager, strict=True)), 3
+        )
     timed = {name: cell["median_ms"] for name, cell in cells.items() if "median_ms" in cell}
     return {"winner": min(timed, key=lambda name: timed[name]), "engines": cells}
 
@@ -107,7 +122,9 @@ def _empty_caches() -> Iterator[None]:
 @app.command()
 def main(
     rounds: Annotated[int, typer.Option(help="steps of each engine")] = 40,
-    only: Annotated[list[str] | None, typer.Option(help=f"one of {', '.join(MODELS)}; may be repeated")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"one of {', '.join(MODELS)}; may be repeated")
+    ] = None,
     seconds: Annotated[float, typer.Option(help="after these no slow compiler is started")] = 700,
     output: Annotated[Path, typer.Option(help="folder for cpu.json and cpu.png")] = RESULTS,
 ) -> None:

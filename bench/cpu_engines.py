@@ -1,4 +1,6 @@
-"""The engines of `bench.cpu`, each as Preheat's router runs it: built, warmed, and one timed call at a time."""
+"""The engines of `bench.cpu`, each as Preheat's router runs it: built, warmed, and one timed call
+at a time.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +84,9 @@ class Local:
         self.step()
         self.compile_seconds = 0.0 if engine == "eager" else time.perf_counter() - began
         with torch.inference_mode():
-            self.error = difference(first_tensor(self._call(*self._inputs[0], **self._inputs[1])), expected)
+            self.error = difference(
+                first_tensor(self._call(*self._inputs[0], **self._inputs[1])), expected
+            )
 
     def step(self) -> float:
         args, kwargs = self._inputs
@@ -98,7 +102,11 @@ class Local:
         self._call.to(memory_format=torch.channels_last)
 
         def change(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
+            return (
+                tensor.contiguous(memory_format=torch.channels_last)
+                if tensor.dim() == 4
+                else tensor
+            )
 
         self._inputs = map_tensors(self._inputs[0], change), map_tensors(self._inputs[1], change)
 
@@ -108,11 +116,16 @@ class Local:
             path = Path(folder, "model.pt2")
             aot.build(self._call, made, path, {})
             entry = aot.describe(path, "model", (), made)
-            self._module, self._call = self._call, aot.Package(entry, path.read_bytes(), self._call, CPU)
+            self._module, self._call = (
+                self._call,
+                aot.Package(entry, path.read_bytes(), self._call, CPU),
+            )
 
     def _route(self, engine: str, dtype: torch.dtype) -> None:
         kwargs = COMPILE.get(engine)
-        config = Pt2Config.model_validate({"compile": {"enable": kwargs is not None, "kwargs": dict(kwargs or {})}})
+        config = Pt2Config.model_validate(
+            {"compile": {"enable": kwargs is not None, "kwargs": dict(kwargs or {})}}
+        )
         router = build_router("model", self._call, config, dtype, CPU)
         self.step()
         route = next(iter(router.routes.values()), None)
@@ -123,7 +136,8 @@ class Local:
 
 
 class Distant:
-    """IPEX in its own environment: the same module in a process that makes a step for each line it is sent.
+    """IPEX in its own environment: the same module in a process that makes a step for each line it
+    is sent.
 
     Raises:
         PreheatError: it is not installed, or fell back to eager.

@@ -1,4 +1,6 @@
-"""The modules of `bench.cpu`: real classes with random weights, each with one call of the size that it is served with."""
+"""The modules of `bench.cpu`: real classes with random weights, each with one call of the size that
+it is served with.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def make(name: str) -> tuple[nn.Module, Inputs]:
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """The call with its floating-point tensors in `dtype`; a timestep is a number and stays what it is."""
+    """The call with its floating-point tensors in `dtype`; a timestep is a number and stays what it
+    is.
+    """
 
     def change(tensor: torch.Tensor) -> torch.Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() else tensor
@@ -80,13 +84,20 @@ def _bert() -> nn.Module:
 
 def _bert_inputs() -> Inputs:
     mask = torch.ones(1, 128, dtype=torch.int64)
-    return (), {"input_ids": torch.randint(30_000, (1, 128)), "attention_mask": mask, "return_dict": False}
+    return (), {
+        "input_ids": torch.randint(30_000, (1, 128)),
+        "attention_mask": mask,
+        "return_dict": False,
+    }
 
 
 MODELS: Mapping[str, Benched] = {
     "unet": Benched("tiny SDXL UNet", "256x256 pixels with guidance, batch 2", _unet, _unet_inputs),
     "resnet": Benched(
-        "ResNet-50", "224x224 pixels, batch 1", _resnet, lambda: ((torch.rand(1, 3, 224, 224),), {"return_dict": False})
+        "ResNet-50",
+        "224x224 pixels, batch 1",
+        _resnet,
+        lambda: ((torch.rand(1, 3, 224, 224),), {"return_dict": False}),
     ),
     "bert": Benched("BERT-base", "128 tokens, batch 1", _bert, _bert_inputs),
 }

@@ -22,12 +22,16 @@ def rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[s
 def headline(document: Mapping[str, Any]) -> str:
     machine, versions = document["machine"], document["versions"]
     threads = f"{document['num_threads']} threads"
-    return f"{machine['cpu']}, {threads}, torch {versions['torch']}, openvino {versions['openvino']}"
+    return (
+        f"{machine['cpu']}, {threads}, torch {versions['torch']}, openvino {versions['openvino']}"
+    )
 
 
 def table(document: Mapping[str, Any]) -> Table:
     """A row per engine: milliseconds, how many times faster than eager, seconds to compile."""
-    table = Table(title=headline(document), caption="ms per step (x eager; seconds to compile); * the fastest")
+    table = Table(
+        title=headline(document), caption="ms per step (x eager; seconds to compile); * the fastest"
+    )
     table.add_column("engine")
     found = list(rows(document))
     for title, dtype, _, _ in found:
@@ -39,7 +43,9 @@ def table(document: Mapping[str, Any]) -> Table:
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """A panel per model and dtype: the median of every engine with the 10th to 90th percentile, the fastest in red."""
+    """A panel per model and dtype: the median of every engine with the 10th to 90th percentile, the
+    fastest in red.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -53,14 +59,20 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
                 axes.text(0, place, f" {cell['failed'][:60]}", fontsize=7, va="center")
                 continue
             axes.barh(place, cell["median_ms"], color=RED if name == winner else BLUE)
-            axes.plot([cell["p10_ms"], cell["p90_ms"]], [place, place], color="#222222", linewidth=1)
-            axes.text(cell["p90_ms"], place, f"  {cell['times_eager']:.2f} x", fontsize=8, va="center")
+            axes.plot(
+                [cell["p10_ms"], cell["p90_ms"]], [place, place], color="#222222", linewidth=1
+            )
+            axes.text(
+                cell["p90_ms"], place, f"  {cell['times_eager']:.2f} x", fontsize=8, va="center"
+            )
         axes.set_yticks(range(len(TITLES)), list(TITLES.values()), fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_title(f"{title}, {dtype}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
-    figure.supxlabel("milliseconds per step; the number is how many times faster than eager", fontsize=9)
+    figure.supxlabel(
+        "milliseconds per step; the number is how many times faster than eager", fontsize=9
+    )
     figure.suptitle(headline(document), fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 

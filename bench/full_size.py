@@ -1,9 +1,11 @@
-"""An SDXL of real size with random weights, made on the GPU: as slow as the real one to run and to compile, nothing to download.
+"""An SDXL of real size with random weights, made on the GPU: as slow as the real one to run and to
+compile, nothing to download.
 
     python -m bench.full_size FOLDER
 
-The numbers are those of the published configs of Stable Diffusion XL base 1.0; tests/test_bench_full_size.py counts the
-parameters. Tokenizers and scheduler are those of the tiny pipeline, whose vocabulary is a corner of the real one.
+The numbers are those of the published configs of Stable Diffusion XL base 1.0;
+tests/test_bench_full_size.py counts the parameters. Tokenizers and scheduler are those of the tiny
+pipeline, whose vocabulary is a corner of the real one.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ TEXT_2: Mapping[str, Any] = {
 
 
 def modules(device: torch.device | str) -> dict[str, torch.nn.Module]:
-    """The four networks in bfloat16 on `device`, randomly filled there, by their names in a pipeline."""
+    """The four networks in bfloat16 on `device`, randomly filled there, by their names in a
+    pipeline.
+    """
     with _bfloat16(), torch.device(device):
         torch.manual_seed(0)
         return {
@@ -86,11 +90,15 @@ def modules(device: torch.device | str) -> dict[str, torch.nn.Module]:
 
 
 def build(folder: Path, device: torch.device) -> Path:
-    """Write the pipeline, 7 GB of safetensors, to `folder`, which must not exist; return `folder`."""
+    """Write the pipeline, 7 GB of safetensors, to `folder`, which must not exist; return
+    `folder`.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         small = tiny.build("sdxl", Path(scratch, "tiny"))
         networks = {name: module.to("cpu") for name, module in modules(device).items()}
-        StableDiffusionXLPipeline.from_pretrained(small, **networks).save_pretrained(folder, safe_serialization=True)
+        StableDiffusionXLPipeline.from_pretrained(small, **networks).save_pretrained(
+            folder, safe_serialization=True
+        )
     return folder
 
 

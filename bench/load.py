@@ -1,11 +1,14 @@
-"""Load from real clients on a real TorchServe, against the bare diffusers pipeline in a loop on the same machine.
+"""Load from real clients on a real TorchServe, against the bare diffusers pipeline in a loop on the
+same machine.
 
     python -m bench.load [--profile tiny|sdxl] ...
 
-Both paint the same sizes with the same steps through the same compiler on the same number of threads, and both encode every
-picture; what is left between them is the road. The clients live on this machine too, so on a CPU one core is left to them.
-Machines drift: the two are compared in turn, bare, served, bare, served, bare, and each served rate is held against the mean of its
-neighbours. Before that a server gets as much traffic unmeasured, for Java compiles its code while it runs, as the pipeline does.
+Both paint the same sizes with the same steps through the same compiler on the same number of
+threads, and both encode every picture; what is left between them is the road. The clients live on
+this machine too, so on a CPU one core is left to them. Machines drift: the two are compared in
+turn, bare, served, bare, served, bare, and each served rate is held against the mean of its
+neighbours. Before that a server gets as much traffic unmeasured, for Java compiles its code while
+it runs, as the pipeline does.
 """
 
 from __future__ import annotations
@@ -60,7 +63,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """One load. `share` is that of the throughput which the same server has shown in its busiest closed loop."""
+    """One load. `share` is that of the throughput which the same server has shown in its busiest
+    closed loop.
+    """
 
     loop: Literal["closed", "open"]
     traffic: Literal["mixed", "uniform"]
@@ -70,12 +75,16 @@ class Run:
 
     @property
     def name(self) -> str:
-        how = f"{self.num_clients} clients" if self.loop == "closed" else f"open at {self.share:.0%}"
+        how = (
+            f"{self.num_clients} clients" if self.loop == "closed" else f"open at {self.share:.0%}"
+        )
         return f"{self.traffic}, {self.protocol}, {how}"
 
 
 def runs(batch: int) -> dict[str, list[Run]]:
-    """By server: its batch size, and the loads in their order. Open loops come after the closed ones that they refer to."""
+    """By server: its batch size, and the loads in their order. Open loops come after the closed
+    ones that they refer to.
+    """
     full = 2 * batch  # while one batch is painted, the next one is there
     batching = [
         Run("closed", "uniform", num_clients=full),
@@ -101,7 +110,9 @@ class Load:
 
 
 def served_yaml(profile: Profile, batch: int, *, backend: str, max_delay: int) -> dict[str, Any]:
-    """The model YAML of a server that batches up to `batch` requests, in graphs for 1, 2, 4, ... rows."""
+    """The model YAML of a server that batches up to `batch` requests, in graphs for 1, 2, 4, ...
+    rows.
+    """
     data = model_yaml(profile, "buckets", backend=backend)
     data |= {"batchSize": batch, "maxBatchDelay": max_delay if batch > 1 else 0}
     data["pt2"]["shapes"]["batch_sizes"] = warmed_sizes(batch)
@@ -110,7 +121,9 @@ def served_yaml(profile: Profile, batch: int, *, backend: str, max_delay: int) -
 
 def warmed_sizes(batch: int) -> list[int]:
     """The powers of two below `batch`, and `batch`."""
-    return sorted({1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch})
+    return sorted(
+        {1 << power for power in range(batch.bit_length()) if 1 << power < batch} | {batch}
+    )
 
 
 def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payload]:
@@ -128,9 +141,14 @@ def payloads(requests: Sequence[tuple[int, int]], profile: Profile) -> list[Payl
 
 
 def run_stages(
-    profile: Profile, model: Path, sizes: Sequence[tuple[int, int]], batch: int, threads: Mapping[str, str]
+    profile: Profile,
+    model: Path,
+    sizes: Sequence[tuple[int, int]],
+    batch: int,
+    threads: Mapping[str, str],
 ) -> dict[str, Any]:
-    """Milliseconds per request that each stage of the handler takes, for texts and for images, in full batches.
+    """Milliseconds per request that each stage of the handler takes, for texts and for images, in
+    full batches.
 
     Nothing is compiled, for that is the model's own time.
     """
@@ -140,15 +158,25 @@ def run_stages(
     pictures = [noise(height, width) for height, width in sizes]
     kinds = {
         "text to image": texts,
-        "image to image": [{**text, "image": image} for text, image in zip(texts, pictures, strict=True)],
+        "image to image": [
+            {**text, "image": image} for text, image in zip(texts, pictures, strict=True)
+        ],
     }
-    spec = {"yaml": config, "model_dir": str(model.parent), "batch": batch, "batches": NUM_PROFILED, "kinds": kinds}
+    spec = {
+        "yaml": config,
+        "model_dir": str(model.parent),
+        "batch": batch,
+        "batches": NUM_PROFILED,
+        "kinds": kinds,
+    }
     return run_module("bench.stages", json.dumps(spec), threads)
 
 
 def noise(height: int, width: int) -> str:
     """A PNG in base64 that compresses as badly as any."""
-    pixels = np.random.default_rng(height * width).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(height * width).integers(
+        0, 256, (height, width, 3), dtype=np.uint8
+    )
     return base64.b64encode(images.encode(Image.fromarray(pixels), "png")).decode()
 
 
@@ -165,9 +193,13 @@ def serving(
     with tempfile.TemporaryDirectory(prefix="bench-", dir=STATE / "bench") as folder:
         path = Path(folder, f"{profile.name}.yaml")
         path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        archive = build_archive(path, model, output=Path(folder), archive_format="no-archive", external=True)
+        archive = build_archive(
+            path, model, output=Path(folder), archive_format="no-archive", external=True
+        )
         begun = time.monotonic()
-        running = server.start([archive], run_dir, ports=server.Ports.free(), cache=CACHE, env=threads)
+        running = server.start(
+            [archive], run_dir, ports=server.Ports.free(), cache=CACHE, env=threads
+        )
         try:
             running.wait_ready(READY_SECONDS)
             yield running, time.monotonic() - begun
@@ -194,15 +226,23 @@ def measure(
     }
 
 
-def compare(bare: BareProcess, running: server.TorchServe, load: Load, traffic: str, batch: int) -> dict[str, Any]:
-    """Bare and served in turn, in batches of this size; twice as many clients, so that the next batch is there in time."""
+def compare(
+    bare: BareProcess, running: server.TorchServe, load: Load, traffic: str, batch: int
+) -> dict[str, Any]:
+    """Bare and served in turn, in batches of this size; twice as many clients, so that the next
+    batch is there in time.
+    """
     requests = load.requests[traffic]
     rates = {"bare": [bare.rate(traffic, batch, load.seconds)], "served": []}
     for _ in range(NUM_ROUNDS):
         seen = closed_loop(running, requests, "rest", 2 * batch, load.seconds)
         rates["served"].append(seen.num_good / seen.seconds)
         rates["bare"].append(bare.rate(traffic, batch, load.seconds))
-    return {"traffic": traffic, "batch": batch, **load_report.compared(rates["bare"], rates["served"])}
+    return {
+        "traffic": traffic,
+        "batch": batch,
+        **load_report.compared(rates["bare"], rates["served"]),
+    }
 
 
 def scrape(running: server.TorchServe) -> dict[str, float]:
@@ -216,27 +256,38 @@ def scrape(running: server.TorchServe) -> dict[str, float]:
     return dict(totals)
 
 
-def scraped_after(running: server.TorchServe, traffic: Traffic, before: Mapping[str, float]) -> dict[str, float]:
+def scraped_after(
+    running: server.TorchServe, traffic: Traffic, before: Mapping[str, float]
+) -> dict[str, float]:
     """The metrics once they have caught up with the answers, which TorchServe sends first."""
     name, until = "preheat_requests_total", time.monotonic() + SCRAPE_SECONDS
     while True:
         after = scrape(running)
-        if after.get(name, 0.0) - before.get(name, 0.0) >= traffic.num_good or time.monotonic() > until:
+        if (
+            after.get(name, 0.0) - before.get(name, 0.0) >= traffic.num_good
+            or time.monotonic() > until
+        ):
             return after
         time.sleep(0.05)
 
 
 @app.command()
 def bench(
-    profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")] = "tiny",
+    profile: Annotated[
+        str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")
+    ] = "tiny",
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 10,
     batch: Annotated[int, typer.Option(min=2, help="Most requests of a batch.")] = 4,
     steps: Annotated[int | None, typer.Option(help="Denoising steps per request.")] = None,
     buckets: Annotated[
         int | None, typer.Option(min=1, help="How many of the profile's buckets; the first ones.")
     ] = None,
-    max_delay: Annotated[int, typer.Option(help="Milliseconds that a batch waits to be full.")] = 20,
-    backend: Annotated[str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")] = "inductor",
+    max_delay: Annotated[
+        int, typer.Option(help="Milliseconds that a batch waits to be full.")
+    ] = 20,
+    backend: Annotated[
+        str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")
+    ] = "inductor",
     output: Annotated[Path, typer.Option(help="Folder for load.json and load.png.")] = RESULTS,
 ) -> None:
     """Load a real TorchServe in closed and open loops, and hold it against the bare pipeline."""
@@ -286,13 +337,18 @@ def bench(
                     closed_loop(running, load.requests["mixed"], "rest", 2 * size, seconds)
                     for traffic in traffics:
                         document["compared"].append(compare(bare, running, load, traffic, size))
-                        console.print(f"  {load_report.compared_line(document['compared'][-1])}", markup=False)
+                        console.print(
+                            f"  {load_report.compared_line(document['compared'][-1])}", markup=False
+                        )
                     rows = load_all(running, loads, load, console)
                     with Client.to(running) as client:
                         state = client.state()
                 document["served"][name] = {
                     "ready_seconds": round(ready_seconds, 1),
-                    **{key: state[key] for key in ("compiles_since_ready", "incidents", "eager_fallbacks")},
+                    **{
+                        key: state[key]
+                        for key in ("compiles_since_ready", "incidents", "eager_fallbacks")
+                    },
                     "loads": rows,
                 }
                 document["seconds"] = round(time.monotonic() - begun, 1)
@@ -311,17 +367,29 @@ def load_all(
 ) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for run in loads:
-        busiest = max((row["requests_per_second"] for row in rows if row["traffic"] == run.traffic), default=0.0)
-        rows.append(measure(running, run, load.requests[run.traffic], run.share * busiest, load.seconds))
+        busiest = max(
+            (row["requests_per_second"] for row in rows if row["traffic"] == run.traffic),
+            default=0.0,
+        )
+        rows.append(
+            measure(running, run, load.requests[run.traffic], run.share * busiest, load.seconds)
+        )
         console.print(f"  {load_report.line(rows[-1])}", markup=False)
     return rows
 
 
 def mix(profile: Profile) -> dict[str, list[tuple[int, int]]]:
-    """Sizes (height, width) in pixels: `mixed` as bench.traffic has them, and `uniform`, the first bucket's own."""
-    mixed = sizes.generate(profile.buckets, num_requests=NUM_MIXED, num_distinct=NUM_MIXED // 2, seed=0)
+    """Sizes (height, width) in pixels: `mixed` as bench.traffic has them, and `uniform`, the first
+    bucket's own.
+    """
+    mixed = sizes.generate(
+        profile.buckets, num_requests=NUM_MIXED, num_distinct=NUM_MIXED // 2, seed=0
+    )
     first = profile.buckets[0]
-    return {"uniform": [(first.height, first.width)] * 16, "mixed": [(one.height, one.width) for one in mixed]}
+    return {
+        "uniform": [(first.height, first.width)] * 16,
+        "mixed": [(one.height, one.width) for one in mixed],
+    }
 
 
 def bare_spec(
@@ -347,7 +415,8 @@ def bare_spec(
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    # unwinds, so that the server is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except (PreheatError, ServerError, httpx.HTTPError) as error:

@@ -23,12 +23,19 @@ TARGET = 0.95
 def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) -> dict[str, Any]:
     """One load's numbers, from what its clients saw and what the metrics `counted` meanwhile.
 
-    Latencies and throughput are those of good answers. The overhead per request is the time in which the model did not run:
-    all of it by the clock, and of that what the handler spent parsing and encoding.
+    Latencies and throughput are those of good answers. The overhead per request is the time in
+    which the model did not run: all of it by the clock, and of that what the handler spent parsing
+    and encoding.
     """
     took = [one.milliseconds for one in traffic.seen if one.good]
-    runs, painted = counted.get("preheat_inference_seconds_count", 0.0), counted.get("preheat_rows_painted_total", 0.0)
-    filled, pixels = counted.get("preheat_rows_filled_total", 0.0), counted.get("preheat_pixels_painted_total", 0.0)
+    runs, painted = (
+        counted.get("preheat_inference_seconds_count", 0.0),
+        counted.get("preheat_rows_painted_total", 0.0),
+    )
+    filled, pixels = (
+        counted.get("preheat_rows_filled_total", 0.0),
+        counted.get("preheat_pixels_painted_total", 0.0),
+    )
     model_seconds = counted.get("preheat_inference_seconds_sum", 0.0)
     row: dict[str, Any] = {
         "answered": len(took),
@@ -52,7 +59,9 @@ def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) 
 
 
 def compared(bare: Sequence[float], served: Sequence[float]) -> dict[str, Any]:
-    """Rates in requests per second that were measured in turn, bare first and last: each served one over the mean of its neighbours."""
+    """Rates in requests per second that were measured in turn, bare first and last: each served one
+    over the mean of its neighbours.
+    """
     shares = [rate / mean(pair) for rate, pair in zip(served, pairwise(bare), strict=True)]
     return {
         "bare": [round(rate, 3) for rate in bare],
@@ -71,7 +80,9 @@ def compared_line(row: Mapping[str, Any]) -> str:
 def stages_table(document: Mapping[str, Any]) -> Table:
     """What the handler does with a request, in milliseconds, stage by stage."""
     stages_by_kind: Mapping[str, Mapping[str, float]] = document["stages_ms"]
-    table = Table(title=f"the handler alone, batches of {document['batch']}, nothing compiled", box=SIMPLE)
+    table = Table(
+        title=f"the handler alone, batches of {document['batch']}, nothing compiled", box=SIMPLE
+    )
     table.add_column("ms per request", no_wrap=True)
     for stage in next(iter(stages_by_kind.values())):
         table.add_column(stage, justify="right", no_wrap=True)
@@ -81,10 +92,18 @@ def stages_table(document: Mapping[str, Any]) -> Table:
 
 
 def verdict(document: Mapping[str, Any]) -> str:
-    """Where sizes are mixed, requests of several buckets share no run, while the bare loop sorts them: not the same batch size."""
+    """Where sizes are mixed, requests of several buckets share no run, while the bare loop sorts
+    them: not the same batch size.
+    """
     rows = document["compared"]
-    said = ", ".join(f"{row['traffic']}, batches of {row['batch']}: {row['share']:.1%}" for row in rows)
-    (full,) = (row["share"] for row in rows if (row["traffic"], row["batch"]) == ("uniform", document["batch"]))
+    said = ", ".join(
+        f"{row['traffic']}, batches of {row['batch']}: {row['share']:.1%}" for row in rows
+    )
+    (full,) = (
+        row["share"]
+        for row in rows
+        if (row["traffic"], row["batch"]) == ("uniform", document["batch"])
+    )
     return f"served over bare: {said}; {TARGET:.0%} {'reached' if full >= TARGET else 'missed'} at the same batch size"
 
 
@@ -104,8 +123,12 @@ def line(row: Mapping[str, Any]) -> str:
 
 
 def table(document: Mapping[str, Any]) -> Table:
-    """The result for a terminal of 120 columns. Times in milliseconds; those from "model" on are per request."""
-    table = Table(title=f"{document['profile']}: {headline(document)}", box=SIMPLE, padding=(0, 1, 0, 0))
+    """The result for a terminal of 120 columns. Times in milliseconds; those from "model" on are
+    per request.
+    """
+    table = Table(
+        title=f"{document['profile']}: {headline(document)}", box=SIMPLE, padding=(0, 1, 0, 0)
+    )
     table.add_column("load", no_wrap=True)
     headings = (
         "req/s",
@@ -121,7 +144,9 @@ def table(document: Mapping[str, Any]) -> Table:
     for heading in headings:
         table.add_column(heading, justify="right", no_wrap=True)
     for row in document["compared"]:
-        table.add_row(f"{row['traffic']}, bare loop, {row['batch']} a batch", f"{mean(row['bare']):.2f}")
+        table.add_row(
+            f"{row['traffic']}, bare loop, {row['batch']} a batch", f"{mean(row['bare']):.2f}"
+        )
     for name, served in document["served"].items():
         table.add_section()
         table.add_row(f"[bold]{name}")
@@ -151,7 +176,12 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
     from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
 
-    rows = [(name, row) for name, served in document["served"].items() for row in served["loads"] if "p50_ms" in row]
+    rows = [
+        (name, row)
+        for name, served in document["served"].items()
+        for row in served["loads"]
+        if "p50_ms" in row
+    ]
     bare_rates = {(row["traffic"], row["batch"]): mean(row["bare"]) for row in document["compared"]}
     figure = Figure(figsize=(12, 1.8 + 0.36 * len(rows)), layout="constrained")
     rate, latency = figure.subplots(1, 2, sharey=True)
@@ -159,13 +189,30 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         bare = bare_rates[row["traffic"], 1 if name == "no batching" else document["batch"]]
         bars = rate.barh([place], [row["requests_per_second"]], 0.7, color=BLUE)
         rate.bar_label(
-            bars, labels=[f" {row['requests_per_second']:.1f} ({row['requests_per_second'] / bare:.0%})"], fontsize=8
+            bars,
+            labels=[f" {row['requests_per_second']:.1f} ({row['requests_per_second'] / bare:.0%})"],
+            fontsize=8,
         )
         rate.plot([bare] * 2, [place - 0.4, place + 0.4], color=RED, linewidth=1.6)
-        latency.plot([row["p50_ms"], row["p99_ms"]], [place] * 2, color=BLUE, linewidth=3, solid_capstyle="butt")
+        latency.plot(
+            [row["p50_ms"], row["p99_ms"]],
+            [place] * 2,
+            color=BLUE,
+            linewidth=3,
+            solid_capstyle="butt",
+        )
         for percent, colour in ((50, "#222222"), (95, "#777777"), (99, RED)):
-            latency.plot([row[f"p{percent}_ms"]], [place], "|", color=colour, markersize=12, markeredgewidth=1.8)
-    rate.set_xlabel("requests per second (red: bare pipeline at the same batch size; in brackets: share of it)")
+            latency.plot(
+                [row[f"p{percent}_ms"]],
+                [place],
+                "|",
+                color=colour,
+                markersize=12,
+                markeredgewidth=1.8,
+            )
+    rate.set_xlabel(
+        "requests per second (red: bare pipeline at the same batch size; in brackets: share of it)"
+    )
     rate.set_yticks(range(len(rows)), [f"{name}: {row['name']}" for name, row in rows], fontsize=8)
     rate.invert_yaxis()
     rate.margins(x=0.2)

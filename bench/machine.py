@@ -14,7 +14,9 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "openvino", "torchse
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores this process may use, RAM in bytes, and the GPUs where nvidia-smi knows any."""
+    """Processor, cores this process may use, RAM in bytes, and the GPUs where nvidia-smi knows
+    any.
+    """
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)),
@@ -30,7 +32,9 @@ def versions() -> dict[str, str | None]:
 
 def _cpu_model() -> str:
     info = Path("/proc/cpuinfo")
-    lines = info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    lines = (
+        info.read_text(encoding="utf-8", errors="replace").splitlines() if info.is_file() else []
+    )
     named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(named, "") or platform.processor() or platform.machine()
 

@@ -1,4 +1,6 @@
-"""Modules of this bench that run beside the server, in processes of their own, which give their memory back."""
+"""Modules of this bench that run beside the server, in processes of their own, which give their
+memory back.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ class BareProcess:
 
     def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
         """Requests per second in full batches of this size."""
-        rate: float = self._ask(json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds}))
+        rate: float = self._ask(
+            json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds})
+        )
         return rate
 
     def _ask(self, question: str) -> Any:
@@ -91,8 +95,14 @@ class BareProcess:
 
 def _environment(threads: Mapping[str, str]) -> dict[str, str]:
     """Of a process beside the server: this repository's code, and what the server's worker has."""
-    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
-    env = {**os.environ, "PYTHONPATH": search.rstrip(os.pathsep), "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve())}
+    search = os.pathsep.join(
+        [str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")]
+    )
+    env = {
+        **os.environ,
+        "PYTHONPATH": search.rstrip(os.pathsep),
+        "TORCHINDUCTOR_CACHE_DIR": str(CACHE.resolve()),
+    }
     env |= threads
     env.setdefault("GOMP_SPINCOUNT", "1000")  # as the server's worker has it
     return env

@@ -1,4 +1,6 @@
-"""What is benched: a model, its buckets, how much traffic, and the model YAML that each strategy is served with."""
+"""What is benched: a model, its buckets, how much traffic, and the model YAML that each strategy is
+served with.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,12 @@ from preheat.errors import PreheatError
 from preheat.torchserve import server
 
 STRATEGIES = ("eager", "buckets", "fixed", "dynamic", "exact")
-"""In the order they run: what the others are compared with comes first, what takes the longest last."""
-LOAD = "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
+"""In the order they run: what the others are compared with comes first, what takes the longest
+last.
+"""
+LOAD = (
+    "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,18 +44,25 @@ class Profile:
     """Makes the pipeline in a folder."""
     dtype: str
     on_gpu: bool = False
-    """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would be measured."""
+    """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would
+    be measured.
+    """
     limit_seconds: float = float("inf")
-    """From the start of the run: after this no request is sent any more, so that a bench always ends."""
+    """From the start of the run: after this no request is sent any more, so that a bench always
+    ends.
+    """
 
 
 def model_yaml(profile: Profile, strategy: str, *, backend: str = "inductor") -> dict[str, Any]:
     """The model YAML, as data, that `strategy` is served with.
 
-    All are alike but for `pt2`: batches of one, text to image with guidance. `eager` is `exact` without the compiler: the
-    asked sizes, rounded up to what the model needs. `exact` leaves out `dynamic: false`, as people do who just compile.
+    All are alike but for `pt2`: batches of one, text to image with guidance. `eager` is `exact`
+    without the compiler: the asked sizes, rounded up to what the model needs. `exact` leaves out
+    `dynamic: false`, as people do who just compile.
     """
-    base: dict[str, Any] = yaml.safe_load((server.ROOT / "model-config" / f"{profile.name}.yaml").read_text())
+    base: dict[str, Any] = yaml.safe_load(
+        (server.ROOT / "model-config" / f"{profile.name}.yaml").read_text()
+    )
     compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
     if strategy not in ("eager", "exact"):
         compiled["dynamic"] = False
@@ -60,7 +73,12 @@ def model_yaml(profile: Profile, strategy: str, *, backend: str = "inductor") ->
         "batch_sizes": [1],
         "oversize": "downscale",  # a log may hold sizes that no bucket covers
     }
-    pipeline = {**base["pipeline"], "guidance": "on", "tasks": ["text-to-image"], "dtype": profile.dtype}
+    pipeline = {
+        **base["pipeline"],
+        "guidance": "on",
+        "tasks": ["text-to-image"],
+        "dtype": profile.dtype,
+    }
     return {
         "minWorkers": 1,
         "maxWorkers": 1,
@@ -80,7 +98,9 @@ def build_full_size(folder: Path) -> Path:
     Raises:
         PreheatError: there is no CUDA device, or it failed.
     """
-    search = os.pathsep.join([str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")])
+    search = os.pathsep.join(
+        [str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")]
+    )
     done = subprocess.run(
         [sys.executable, "-m", "bench.full_size", str(folder)],
         check=False,
@@ -109,7 +129,8 @@ PROFILES: Mapping[str, Profile] = {
         build=_tiny,
         dtype="float32",
     ),
-    # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to fit into ten minutes.
+    # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to
+    # fit into ten minutes.
     "sdxl": Profile(
         name="sdxl",
         buckets=(Bucket(1152, 896), Bucket(896, 1152)),

@@ -1,4 +1,6 @@
-"""The bench's result: what was measured per strategy as numbers, as a JSON file, a picture and a table."""
+"""The bench's result: what was measured per strategy as numbers, as a JSON file, a picture and a
+table.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def summary(measured: Measured, eager: Measured | None) -> dict[str, Any]:
         "not_sent": measured.num_requests - len(measured.answers),
         "engines": dict(Counter(answer.engine for answer in good)),
         "config": dict(measured.config),
-        "milliseconds": [round(answer.milliseconds, 1) if answer.good else None for answer in measured.answers],
+        "milliseconds": [
+            round(answer.milliseconds, 1) if answer.good else None for answer in measured.answers
+        ],
     }
     if not good:
         return row
@@ -98,7 +102,9 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
 
 
 def on_one_line(found: re.Match[str]) -> str:
-    """A list of plain values, which json would give a line each. No string in JSON has a line end."""
+    """A list of plain values, which json would give a line each. No string in JSON has a line
+    end.
+    """
     return re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[", 1)[:-2] + "]"
 
 
@@ -125,10 +131,20 @@ def table(document: Mapping[str, Any]) -> Table:
         if "error" in row:
             table.add_row(name, "failed")
             continue
-        keys = ("ready_seconds", "compiles_at_boot", "compiles_since_ready", "p50_ms", "p95_ms", "p99_ms")
+        keys = (
+            "ready_seconds",
+            "compiles_at_boot",
+            "compiles_since_ready",
+            "p50_ms",
+            "p95_ms",
+            "p99_ms",
+        )
         cells = [row.get(key) for key in (*keys, "p99_over_p50", "throughput_over_eager")]
         padded, peak = row.get("padded_share"), row["peak_memory_bytes"]
-        cells += [None if padded is None else f"{padded:.0%}", None if peak is None else f"{peak / 2**20:.0f}"]
+        cells += [
+            None if padded is None else f"{padded:.0%}",
+            None if peak is None else f"{peak / 2**20:.0f}",
+        ]
         cells.append(f"{row['answered']}/{document['requests']['num_requests']}")
         table.add_row(name, *("-" if cell is None else str(cell) for cell in cells))
     return table
@@ -137,13 +153,19 @@ def table(document: Mapping[str, Any]) -> Table:
 def headline(document: Mapping[str, Any]) -> str:
     """Machine and versions in a line."""
     machine, versions = document["machine"], document["versions"]
-    gpus = [f"{gpu['name']}, driver {gpu['driver']}" for gpu in machine["gpus"]] if document["on_gpu"] else []
+    gpus = (
+        [f"{gpu['name']}, driver {gpu['driver']}" for gpu in machine["gpus"]]
+        if document["on_gpu"]
+        else []
+    )
     where = gpus[0] if gpus else f"{machine['cpu']}, {machine['num_cores']} cores"
     return f"{where}, torch {versions['torch']}"
 
 
 def draw(document: Mapping[str, Any], path: Path) -> None:
-    """Three panels, a row per strategy: every request's latency, compiles before and after READY, seconds to READY."""
+    """Three panels, a row per strategy: every request's latency, compiles before and after READY,
+    seconds to READY.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -151,7 +173,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(13, 1.8 + 0.62 * len(rows)), layout="constrained")
     latency, compiles, ready = figure.subplots(1, 3, sharey=True, width_ratios=[5, 2, 2])
     _draw_latency(latency, rows)
-    _draw_bars(compiles, rows, {"compiles_at_boot": "at boot", "compiles_since_ready": "inside requests"})
+    _draw_bars(
+        compiles, rows, {"compiles_at_boot": "at boot", "compiles_since_ready": "inside requests"}
+    )
     compiles.set_xlabel("compile events")
     compiles.legend(fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2, frameon=False)
     _draw_bars(ready, rows, {"ready_seconds": "to READY"})
@@ -162,7 +186,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     requests = document["requests"]
     title = f"{document['profile']}: {requests['num_requests']} requests, {requests['num_distinct_sizes']} sizes"
-    figure.suptitle(f"{title}, {document['steps']} steps, one at a time\n{headline(document)}", fontsize=10)
+    figure.suptitle(
+        f"{title}, {document['steps']} steps, one at a time\n{headline(document)}", fontsize=10
+    )
     FigureCanvasAgg(figure).print_png(str(path))
 
 
@@ -172,10 +198,21 @@ def _draw_latency(axes: Any, rows: Mapping[str, Mapping[str, Any]]) -> None:
     rng = np.random.default_rng(0)  # the same scatter every time
     for place, row in enumerate(rows.values()):
         took = np.array([value for value in row["milliseconds"] if value is not None]) / 1000
-        axes.scatter(took, place + rng.uniform(-0.22, 0.22, len(took)), s=9, alpha=0.45, color="#2c6e9b", linewidths=0)
+        axes.scatter(
+            took,
+            place + rng.uniform(-0.22, 0.22, len(took)),
+            s=9,
+            alpha=0.45,
+            color="#2c6e9b",
+            linewidths=0,
+        )
         for key, colour in (("p50_ms", "#222222"), ("p99_ms", RED)):
-            axes.plot([row[key] / 1000] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=1.6)
-        axes.text(1.01, place, _beside(row), fontsize=8, va="center", transform=axes.get_yaxis_transform())
+            axes.plot(
+                [row[key] / 1000] * 2, [place - 0.34, place + 0.34], color=colour, linewidth=1.6
+            )
+        axes.text(
+            1.01, place, _beside(row), fontsize=8, va="center", transform=axes.get_yaxis_transform()
+        )
     axes.set_xscale("log")
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.set_xlabel("seconds per request, logarithmic (black: p50, red: p99)")
@@ -198,18 +235,28 @@ def _draw_bars(axes: Any, rows: Mapping[str, Mapping[str, Any]], keys: Mapping[s
     thick = 0.7 / len(keys)
     for index, (key, label) in enumerate(keys.items()):
         places = np.arange(len(rows)) + (index - (len(keys) - 1) / 2) * thick
-        bars = axes.barh(places, [row[key] for row in rows.values()], thick, label=label, color=(BLUE, RED)[index])
+        bars = axes.barh(
+            places,
+            [row[key] for row in rows.values()],
+            thick,
+            label=label,
+            color=(BLUE, RED)[index],
+        )
         axes.bar_label(bars, padding=2, fontsize=8)
     axes.margins(x=0.2)
 
 
 def _padded_share(good: Sequence[Answer]) -> float:
     painted = sum(answer.painted_pixels for answer in good)
-    return sum(answer.padding * answer.painted_pixels for answer in good) / painted if painted else 0.0
+    return (
+        sum(answer.padding * answer.painted_pixels for answer in good) / painted if painted else 0.0
+    )
 
 
 def _over_eager(measured: Measured, eager: Measured | None) -> float | None:
-    """How many times faster than eager, over the requests that both answered; None where there is nothing to compare."""
+    """How many times faster than eager, over the requests that both answered; None where there is
+    nothing to compare.
+    """
     if eager is None:
         return None
     both = [
@@ -217,4 +264,6 @@ def _over_eager(measured: Measured, eager: Measured | None) -> float | None:
         for mine, other in zip(measured.answers, eager.answers, strict=False)
         if mine.good and other.good
     ]
-    return round(sum(other for _, other in both) / sum(mine for mine, _ in both), 3) if both else None
+    return (
+        round(sum(other for _, other in both) / sum(mine for mine, _ in both), 3) if both else None
+    )

@@ -2,13 +2,15 @@
 
 The generated mix, by kind, with its share of the requests and of the distinct sizes:
 
-    phone photo   40 %, 40 %   4:3, 3:4, 16:9 and 9:16, shrunk by an app to 70-100 % of what fits, to the pixel
-    shop export   40 %, 20 %   a few templates (1:1, 5:4, 4:5, 3:2, 2:3 at 75, 90 or 100 %, in tens of pixels) that recur
-    hand crop     20 %, 40 %   any height and any width between 60 and 100 % of a bucket's, so mostly seen once
+    phone photo   40 %, 40 %   4:3, 3:4, 16:9 and 9:16, shrunk by an app to 70-100 % of what fits,
+    to the pixel shop export   40 %, 20 %   a few templates (1:1, 5:4, 4:5, 3:2, 2:3 at 75, 90 or
+    100 %, in tens of pixels) that recur hand crop     20 %, 40 %   any height and any width between
+    60 and 100 % of a bucket's, so mostly seen once
 
-"What fits" is the largest picture of that shape that one of the buckets covers, so the same mix serves a toy of 256 pixels
-and a model of 1024, and every generated size is legal under every strategy. Shares are exact up to rounding, every distinct
-size is asked for at least once, and the same seed is the same list in the same order.
+"What fits" is the largest picture of that shape that one of the buckets covers, so the same mix
+serves a toy of 256 pixels and a model of 1024, and every generated size is legal under every
+strategy. Shares are exact up to rounding, every distinct size is asked for at least once, and the
+same seed is the same list in the same order.
 """
 
 from __future__ import annotations
@@ -49,7 +51,9 @@ class Size:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """A habit of users: its share of the requests, of the distinct sizes, and how it draws a (height, width)."""
+    """A habit of users: its share of the requests, of the distinct sizes, and how it draws a
+    (height, width).
+    """
 
     requests: Fraction
     distinct: Fraction
@@ -57,7 +61,9 @@ class Kind:
 
 
 def reach(buckets: Sequence[Bucket], shape: tuple[int, int]) -> tuple[int, int]:
-    """The largest (height, width) of the aspect ratio `shape` (height to width) that one of the buckets covers."""
+    """The largest (height, width) of the aspect ratio `shape` (height to width) that one of the
+    buckets covers.
+    """
     inside = (inner_size(bucket.height, bucket.width, *shape) for bucket in buckets)
     return max(inside, key=lambda size: (size[0] * size[1], size))
 
@@ -77,7 +83,10 @@ def _shop(rng: random.Random, buckets: Sequence[Bucket]) -> tuple[int, int]:
 
 def _crop(rng: random.Random, buckets: Sequence[Bucket]) -> tuple[int, int]:
     bucket = rng.choice(buckets)
-    height, width = (rng.randint(side * LEAST_CROP_PERCENT // 100, side) for side in (bucket.height, bucket.width))
+    height, width = (
+        rng.randint(side * LEAST_CROP_PERCENT // 100, side)
+        for side in (bucket.height, bucket.width)
+    )
     return height, width
 
 
@@ -88,16 +97,22 @@ KINDS: Mapping[str, Kind] = {
 }
 
 
-def generate(buckets: Sequence[Bucket], *, num_requests: int, num_distinct: int, seed: int) -> list[Size]:
-    """The sizes of `num_requests` requests, at most `num_distinct` different ones, in the order they are sent.
+def generate(
+    buckets: Sequence[Bucket], *, num_requests: int, num_distinct: int, seed: int
+) -> list[Size]:
+    """The sizes of `num_requests` requests, at most `num_distinct` different ones, in the order
+    they are sent.
 
-    There are fewer different ones only where a kind has fewer requests than sizes, as happens in very short runs.
+    There are fewer different ones only where a kind has fewer requests than sizes, as happens in
+    very short runs.
 
-    Raises:
-        TrafficError: a number is below 1, or the buckets are too small or too few for so many different sizes.
+    Raises: TrafficError: a number is below 1, or the buckets are too small or too few for so many
+      different sizes.
     """
     if num_requests < 1 or num_distinct < 1:
-        raise TrafficError(f"needs at least 1 request and 1 size, got {num_requests} and {num_distinct}")
+        raise TrafficError(
+            f"needs at least 1 request and 1 size, got {num_requests} and {num_distinct}"
+        )
     rng = random.Random(seed)
     requests = _quotas(num_requests, [kind.requests for kind in KINDS.values()])
     distinct = _quotas(num_distinct, [kind.distinct for kind in KINDS.values()])
@@ -115,8 +130,9 @@ def generate(buckets: Sequence[Bucket], *, num_requests: int, num_distinct: int,
 def read_log(path: Path, *, least: int, most: int, scale: float = 1.0, seed: int = 0) -> list[Size]:
     """The sizes in a CSV file with the columns height, width and, where it is a histogram, count.
 
-    Without counts the rows are replayed in their order; with counts the file has no order, and the requests are shuffled
-    by `seed`. Every side is multiplied by `scale`. `least` and `most` (pixels) are what the model allows for a side.
+    Without counts the rows are replayed in their order; with counts the file has no order, and the
+    requests are shuffled by `seed`. Every side is multiplied by `scale`. `least` and `most`
+    (pixels) are what the model allows for a side.
 
     Raises:
         TrafficError: the file cannot be read or a row cannot be used; names the line.
@@ -127,7 +143,10 @@ def read_log(path: Path, *, least: int, most: int, scale: float = 1.0, seed: int
     sizes = []
     for line, row in rows:
         where = f"{path}, line {line}"
-        height, width = (_side(row, name, where, least=least, most=most, scale=scale) for name in ("height", "width"))
+        height, width = (
+            _side(row, name, where, least=least, most=most, scale=scale)
+            for name in ("height", "width")
+        )
         sizes += [Size(height, width, "log")] * (_whole(row, "count", where) if counted else 1)
     if not sizes:
         raise TrafficError(f"{path} holds no sizes")
@@ -146,7 +165,10 @@ def sample(sizes: Sequence[Size], num_requests: int, seed: int) -> list[Size]:
         raise TrafficError(f"needs at least 1 request, got {num_requests}")
     if num_requests >= len(sizes):
         return list(sizes)
-    return [sizes[index] for index in sorted(random.Random(seed).sample(range(len(sizes)), num_requests))]
+    return [
+        sizes[index]
+        for index in sorted(random.Random(seed).sample(range(len(sizes)), num_requests))
+    ]
 
 
 def describe(sizes: Sequence[Size], buckets: Sequence[Bucket]) -> dict[str, object]:
@@ -156,13 +178,17 @@ def describe(sizes: Sequence[Size], buckets: Sequence[Bucket]) -> dict[str, obje
         "num_requests": len(sizes),
         "num_distinct_sizes": len({(size.height, size.width) for size in sizes}),
         "mix": {kind: sum(size.kind == kind for size in sizes) for kind in kinds},
-        "beyond_every_bucket": sum(covering(buckets, size.height, size.width) is None for size in sizes),
+        "beyond_every_bucket": sum(
+            covering(buckets, size.height, size.width) is None for size in sizes
+        ),
         "sizes": [[size.height, size.width] for size in sizes],
     }
 
 
 def _quotas(total: int, shares: Sequence[Fraction]) -> list[int]:
-    """`total` dealt out by `shares`, which sum to 1: rounded down, the rest to the largest remainders."""
+    """`total` dealt out by `shares`, which sum to 1: rounded down, the rest to the largest
+    remainders.
+    """
     exact = [total * share for share in shares]
     quotas = [int(part) for part in exact]
     by_remainder = sorted(range(len(shares)), key=lambda index: quotas[index] - exact[index])
@@ -172,7 +198,12 @@ def _quotas(total: int, shares: Sequence[Fraction]) -> list[int]:
 
 
 def _pool(
-    name: str, kind: Kind, wanted: int, buckets: Sequence[Bucket], rng: random.Random, taken: set[tuple[int, int]]
+    name: str,
+    kind: Kind,
+    wanted: int,
+    buckets: Sequence[Bucket],
+    rng: random.Random,
+    taken: set[tuple[int, int]],
 ) -> list[Size]:
     """`wanted` different sizes of one kind that no other kind has; adds them to `taken`."""
     pool: list[Size] = []
@@ -184,12 +215,16 @@ def _pool(
             taken.add((height, width))
             pool.append(Size(height, width, name))
     if len(pool) < wanted:
-        raise TrafficError(f"these buckets give only {len(pool)} different sizes of the kind {name}, not {wanted}")
+        raise TrafficError(
+            f"these buckets give only {len(pool)} different sizes of the kind {name}, not {wanted}"
+        )
     return pool
 
 
 def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], bool]:
-    """The rows with their line numbers, by lower-case column names, and whether there is a column of counts."""
+    """The rows with their line numbers, by lower-case column names, and whether there is a column
+    of counts.
+    """
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, restkey="", restval="", skipinitialspace=True)
@@ -211,11 +246,15 @@ def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], bool]:
     return rows, "count" in names
 
 
-def _side(row: Mapping[str, str], name: str, where: str, *, least: int, most: int, scale: float) -> int:
+def _side(
+    row: Mapping[str, str], name: str, where: str, *, least: int, most: int, scale: float
+) -> int:
     side = round(_whole(row, name, where) * scale)
     if not least <= side <= most:
         scaled = "" if scale == 1 else f" after scaling by {scale}"
-        raise TrafficError(f"{where}: {name} {side}{scaled} is outside what the model allows, {least} to {most} pixels")
+        raise TrafficError(
+            f"{where}: {name} {side}{scaled} is outside what the model allows, {least} to {most} pixels"
+        )
     return side
 
 

@@ -1,9 +1,11 @@
-"""Where a request's time goes inside the handler, stage by stage: what is not the model should be small, and known.
+"""Where a request's time goes inside the handler, stage by stage: what is not the model should be
+small, and known.
 
     python -m bench.stages < spec.json > result.json
 
-The handler runs as TorchServe's worker runs it, with real rows, real metrics and the YAML of the spec, but nobody at the other
-end. A stage's time is its own: what it calls that is a stage too is taken off.
+The handler runs as TorchServe's worker runs it, with real rows, real metrics and the YAML of the
+spec, but nobody at the other end. A stage's time is its own: what it calls that is a stage too is
+taken off.
 """
 
 from __future__ import annotations
@@ -39,13 +41,16 @@ STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "respond": [(PreheatHandler, "postprocess")],
     "rest": [(PreheatHandler, "handle")],
 }
-"""By name, the functions whose own time it is: parsing with the request's limits, decoding its images, laying them in the
-bucket, choosing the bucket, grouping and filling up rows, the pipeline's call, cutting the pictures out, encoding them, headers
-and bodies, and what is left of BaseHandler's."""
+"""By name, the functions whose own time it is: parsing with the request's limits, decoding its
+images, laying them in the bucket, choosing the bucket, grouping and filling up rows, the pipeline's
+call, cutting the pictures out, encoding them, headers and bodies, and what is left of
+BaseHandler's."""
 
 
 class Stopwatch:
-    """Seconds by stage. `watch` replaces functions by timed ones, for good: it is for a process that does nothing else."""
+    """Seconds by stage. `watch` replaces functions by timed ones, for good: it is for a process
+    that does nothing else.
+    """
 
     def __init__(self) -> None:
         self.seconds: Counter[str] = Counter()
@@ -71,7 +76,9 @@ class Stopwatch:
 
 
 class Context(SimpleNamespace):
-    """What the handler asks of TorchServe's context: `headers` are those of each row, answers are dropped."""
+    """What the handler asks of TorchServe's context: `headers` are those of each row, answers are
+    dropped.
+    """
 
     def get_all_request_header(self, index: int) -> Mapping[str, Any]:
         headers: Mapping[str, Any] = self.headers[index]
@@ -88,8 +95,8 @@ class Context(SimpleNamespace):
 def profiled(spec: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Milliseconds per request by stage, for each kind of request in the spec.
 
-    `spec` holds `yaml` (the model's), `model_dir`, `batch` (requests at once), `batches` (how many are measured) and `kinds` (JSON
-    bodies by kind, repeated as needed).
+    `spec` holds `yaml` (the model's), `model_dir`, `batch` (requests at once), `batches` (how many
+    are measured) and `kinds` (JSON bodies by kind, repeated as needed).
     """
     metrics = MetricsCacheYamlImpl(config_file_path=str(server.METRICS))
     metrics.initialize_cache()
@@ -118,7 +125,9 @@ def profiled(spec: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for batch in batches:
             handler.handle(batch, context)
         num_requests = spec["batches"] * spec["batch"]
-        found[kind] = {stage: round(1000 * stopwatch.seconds[stage] / num_requests, 3) for stage in STAGES}
+        found[kind] = {
+            stage: round(1000 * stopwatch.seconds[stage] / num_requests, 3) for stage in STAGES
+        }
     return found
 
 

@@ -1,14 +1,14 @@
-"""How long a server takes from the start of its process to READY and to the first image, by what it finds to load.
+"""How long a server takes from the start of its process to READY and to the first image, by what it
+finds to load.
 
     python -m bench.start [--profile tiny|sdxl] [--only cold --only restart ...]
 
-One run, in this order; every server is a real TorchServe with a folder of temporary files of its own:
-eager    the same YAML with `compile: {enable: false}`
-cold     everything is compiled
-restart  the Inductor folder of `cold` is still there
-four     four workers at once on an empty shared cache: one compiles, three wait and load
-second   one more worker, later, on an empty disk: it finds the bundle that `four` published
-aot      everything was compiled when the archive was built (not counted here; see build_seconds)
+One run, in this order; every server is a real TorchServe with a folder of temporary files of its
+own: eager    the same YAML with `compile: {enable: false}` cold     everything is compiled restart
+the Inductor folder of `cold` is still there four     four workers at once on an empty shared cache:
+one compiles, three wait and load second   one more worker, later, on an empty disk: it finds the
+bundle that `four` published aot      everything was compiled when the archive was built (not
+counted here; see build_seconds)
 """
 
 from __future__ import annotations
@@ -56,14 +56,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 
 class Bench:
-    """The servers of one run. `folder` holds what they leave for each other: Inductor's folder and the shared cache.
+    """The servers of one run. `folder` holds what they leave for each other: Inductor's folder and
+    the shared cache.
 
-    Args:
-        num_threads: of each worker, the same in every scenario: compiled code is for a number of threads, and four workers have
-            to get along with the cores.
+    Args: num_threads: of each worker, the same in every scenario: compiled code is for a number of
+      threads, and four workers have to get along with the cores.
     """
 
-    def __init__(self, profile: Profile, model: Path, folder: Path, *, backend: str, num_threads: int) -> None:
+    def __init__(
+        self, profile: Profile, model: Path, folder: Path, *, backend: str, num_threads: int
+    ) -> None:
         self._profile, self._model, self._folder, self._backend = profile, model, folder, backend
         self._environment = {"OMP_NUM_THREADS": str(num_threads)}
 
@@ -79,10 +81,14 @@ class Bench:
             begun = time.monotonic()
             archive = self._archive(scenario, work)
             build_seconds = time.monotonic() - begun
-            kept = self._folder / "inductor" if scenario in ("cold", "restart") else work / "inductor"
+            kept = (
+                self._folder / "inductor" if scenario in ("cold", "restart") else work / "inductor"
+            )
             kept.mkdir(exist_ok=True)
             environment = self._environment | {"TRITON_CACHE_DIR": str(kept / "triton")}
-            return self._serve(archive, kept, environment) | {"build_seconds": round(build_seconds, 1)}
+            return self._serve(archive, kept, environment) | {
+                "build_seconds": round(build_seconds, 1)
+            }
 
     def config(self, scenario: str) -> dict[str, Any]:
         """The model YAML, as data."""
@@ -104,7 +110,12 @@ class Bench:
         path = work / f"{self._profile.name}.yaml"
         path.write_text(yaml.safe_dump(self.config(scenario), sort_keys=False))
         return build_archive(
-            path, self._model, output=work, archive_format="no-archive", external=True, aot=scenario == "aot"
+            path,
+            self._model,
+            output=work,
+            archive_format="no-archive",
+            external=True,
+            aot=scenario == "aot",
         )
 
     def _serve(self, archive: Path, kept: Path, environment: Mapping[str, str]) -> dict[str, Any]:
@@ -113,12 +124,19 @@ class Bench:
         if left is not None:
             left.stop()  # of an earlier run that was killed
         begun = time.monotonic()
-        running = server.start([archive], run_dir, ports=server.Ports.free(), cache=kept, env=environment)
+        running = server.start(
+            [archive], run_dir, ports=server.Ports.free(), cache=kept, env=environment
+        )
         try:
             running.wait_ready(READY_SECONDS)
             ready_seconds = time.monotonic() - begun
             bucket = self._profile.buckets[0]
-            request = {"prompt": "a lighthouse", "height": bucket.height, "width": bucket.width, "seed": 1}
+            request = {
+                "prompt": "a lighthouse",
+                "height": bucket.height,
+                "width": bucket.width,
+                "seed": 1,
+            }
             with Client.to(running, timeout=1000) as client:
                 reply = client.predict(request | {"num_inference_steps": self._profile.num_steps})
                 first_seconds = time.monotonic() - begun
@@ -146,13 +164,21 @@ class Bench:
 
 @app.command()
 def bench(
-    profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")] = "tiny",
+    profile: Annotated[
+        str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")
+    ] = "tiny",
     buckets: Annotated[int, typer.Option(help="How many of the profile's buckets are warmed.")] = 2,
-    only: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(TITLES)}; may be repeated.")] = None,
-    backend: Annotated[str, typer.Option(help="Of torch.compile; eager tries the bench out in minutes.")] = "inductor",
+    only: Annotated[
+        list[str] | None, typer.Option(help=f"Of {', '.join(TITLES)}; may be repeated.")
+    ] = None,
+    backend: Annotated[
+        str, typer.Option(help="Of torch.compile; eager tries the bench out in minutes.")
+    ] = "inductor",
     output: Annotated[Path, typer.Option(help="Folder for start.json and start.png.")] = RESULTS,
 ) -> None:
-    """Start the same server with nothing, a local, a shared and a shipped cache, and write down how long each takes."""
+    """Start the same server with nothing, a local, a shared and a shipped cache, and write down how
+    long each takes.
+    """
     if profile not in PROFILES:
         raise PreheatError(f"unknown profile {profile!r}: one of {', '.join(PROFILES)}")
     unknown = sorted(set(only or ()) - set(TITLES))
@@ -160,7 +186,10 @@ def bench(
         raise PreheatError(f"unknown scenario {unknown[0]!r}: one of {', '.join(TITLES)}")
     chosen = replace(PROFILES[profile], buckets=PROFILES[profile].buckets[: max(1, buckets)])
     num_threads = max(1, len(os.sched_getaffinity(0)) // NUM_TOGETHER)
-    console, begun = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120), time.monotonic()
+    console, begun = (
+        Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120),
+        time.monotonic(),
+    )
     document: dict[str, Any] = {
         "profile": profile,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -199,7 +228,8 @@ def bench(
 def _row(runs: Bench, scenario: str) -> dict[str, Any]:
     try:
         return runs.measure(scenario)
-    except (PreheatError, httpx.HTTPError) as error:  # the others' rows are worth having all the same
+    # the others' rows are worth having all the same
+    except (PreheatError, httpx.HTTPError) as error:
         return {"error": f"{type(error).__name__}: {error}"}
 
 
@@ -238,7 +268,13 @@ def table(document: Mapping[str, Any]) -> Table:
         if "ready_seconds" not in row:
             made.add_row(TITLES[scenario], "failed")
             continue
-        keys = ("ready_seconds", "first_image_seconds", "initialize_seconds", "first_request_ms", "engine")
+        keys = (
+            "ready_seconds",
+            "first_image_seconds",
+            "initialize_seconds",
+            "first_request_ms",
+            "engine",
+        )
         warmed = "/".join(str(count) for count in row["warmed"].values())
         made.add_row(TITLES[scenario], *(str(row[key]) for key in keys), warmed)
     return made
@@ -257,26 +293,34 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     first = [row["first_image_seconds"] - row["ready_seconds"] for row in rows.values()]
     axes.barh(titles, ready, 0.6, color=report.BLUE, label="to READY")
     bars = axes.barh(titles, first, 0.6, left=ready, color=report.RED, label="to the first image")
-    axes.bar_label(bars, [f"{row['first_image_seconds']:g} s" for row in rows.values()], padding=4, fontsize=9)
+    axes.bar_label(
+        bars, [f"{row['first_image_seconds']:g} s" for row in rows.values()], padding=4, fontsize=9
+    )
     axes.invert_yaxis()
     axes.margins(x=0.1)
     axes.set_xlabel("seconds from the start of the process")
     axes.legend(fontsize=8, frameon=False, loc="lower right")
     axes.spines[["top", "right"]].set_visible(False)
     sizes = ", ".join(f"{height}x{width}" for height, width in document["buckets"])
-    figure.suptitle(f"{document['profile']}, buckets {sizes}\n{report.headline(document)}", fontsize=10)
+    figure.suptitle(
+        f"{document['profile']}, buckets {sizes}\n{report.headline(document)}", fontsize=10
+    )
     FigureCanvasAgg(figure).print_png(str(path))
 
 
 def _line(row: Mapping[str, Any]) -> str:
     if "ready_seconds" not in row:
         return str(row["error"]).splitlines()[0]
-    warmed = ", ".join(f"{count} {word}" for word, count in row["warmed"].items() if count) or "nothing compiled"
+    warmed = (
+        ", ".join(f"{count} {word}" for word, count in row["warmed"].items() if count)
+        or "nothing compiled"
+    )
     return f"READY after {row['ready_seconds']} s, first image after {row['first_image_seconds']} s ({warmed})"
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    # unwinds, so that the server is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except PreheatError as error:

@@ -1,9 +1,11 @@
-"""The same traffic against a real TorchServe once per strategy, and eager: what each costs, before and after READY.
+"""The same traffic against a real TorchServe once per strategy, and eager: what each costs, before
+and after READY.
 
     python -m bench.traffic [--profile tiny|sdxl] [--csv sizes.csv] ...
 
-Every strategy gets a server of its own with an empty compile cache of its own, and the same requests in the same order, one
-at a time. No request is left out of the count: the first after READY matters as much as the rest.
+Every strategy gets a server of its own with an empty compile cache of its own, and the same
+requests in the same order, one at a time. No request is left out of the count: the first after
+READY matters as much as the rest.
 """
 
 from __future__ import annotations
@@ -74,11 +76,17 @@ def measure(
     with tempfile.TemporaryDirectory(prefix="bench-", dir=run_dir.parent) as folder:
         path = Path(folder, f"{name}.yaml")
         path.write_text(yaml.safe_dump(dict(config), sort_keys=False))
-        archive = build_archive(path, model, output=Path(folder), archive_format="no-archive", external=True)
+        archive = build_archive(
+            path, model, output=Path(folder), archive_format="no-archive", external=True
+        )
         caches = {"TRITON_CACHE_DIR": str(Path(folder, "triton"))}
         begun = time.monotonic()
         running = server.start(
-            [archive], run_dir, ports=server.Ports.free(), cache=Path(folder, "inductor"), env=caches
+            [archive],
+            run_dir,
+            ports=server.Ports.free(),
+            cache=Path(folder, "inductor"),
+            env=caches,
         )
         try:
             running.wait_ready(min(READY_SECONDS, max(1.0, until - time.monotonic())))
@@ -87,7 +95,14 @@ def measure(
                 begun = time.monotonic()
                 answers = send(client, requests, num_steps=num_steps, until=until)
                 traffic_seconds = time.monotonic() - begun
-                return Measured(ready_seconds, traffic_seconds, answers, client.state(), len(requests), config["pt2"])
+                return Measured(
+                    ready_seconds,
+                    traffic_seconds,
+                    answers,
+                    client.state(),
+                    len(requests),
+                    config["pt2"],
+                )
         finally:
             running.stop()
 
@@ -119,26 +134,42 @@ def _answer(reply: Reply) -> Answer:
 
 @app.command()
 def bench(
-    profile: Annotated[str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")] = "tiny",
+    profile: Annotated[
+        str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")
+    ] = "tiny",
     csv: Annotated[
-        Path | None, typer.Option(help="Replay this log of sizes (columns height,width[,count]) in pixels.")
+        Path | None,
+        typer.Option(help="Replay this log of sizes (columns height,width[,count]) in pixels."),
     ] = None,
     scale: Annotated[
-        float, typer.Option(help="Multiply the log's sides: 0.25 brings a log of 1024-class sizes to the profile tiny.")
+        float,
+        typer.Option(
+            help="Multiply the log's sides: 0.25 brings a log of 1024-class sizes to the profile tiny."
+        ),
     ] = 1.0,
     requests: Annotated[
-        int | None, typer.Option(help="How many. Default: the profile's number; of a log, all of it.")
+        int | None,
+        typer.Option(help="How many. Default: the profile's number; of a log, all of it."),
     ] = None,
-    distinct: Annotated[int | None, typer.Option(help="How many different sizes are generated.")] = None,
+    distinct: Annotated[
+        int | None, typer.Option(help="How many different sizes are generated.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising steps per request.")] = None,
     seed: Annotated[int, typer.Option(help="Of the sizes and their order.")] = 0,
     strategy: Annotated[
-        list[str] | None, typer.Option(help=f"Of {', '.join(STRATEGIES)}; may be repeated. Default: all.")
+        list[str] | None,
+        typer.Option(help=f"Of {', '.join(STRATEGIES)}; may be repeated. Default: all."),
     ] = None,
-    backend: Annotated[str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")] = "inductor",
-    output: Annotated[Path, typer.Option(help="Folder for traffic.json and traffic.png.")] = RESULTS,
+    backend: Annotated[
+        str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")
+    ] = "inductor",
+    output: Annotated[
+        Path, typer.Option(help="Folder for traffic.json and traffic.png.")
+    ] = RESULTS,
 ) -> None:
-    """Send the same requests to a real TorchServe once per strategy, and write down what each costs."""
+    """Send the same requests to a real TorchServe once per strategy, and write down what each
+    costs.
+    """
     chosen = _profile(profile, requests=requests, distinct=distinct, steps=steps)
     strategies = _strategies(strategy)
     traffic = _traffic(chosen, csv, scale=scale, num_requests=requests, seed=seed)
@@ -154,7 +185,10 @@ def bench(
         "load": LOAD,
         "steps": chosen.num_steps,
         "backend": backend,
-        "requests": {"source": csv.name if csv else "generated", **sizes.describe(traffic, chosen.buckets)},
+        "requests": {
+            "source": csv.name if csv else "generated",
+            **sizes.describe(traffic, chosen.buckets),
+        },
         "seconds": 0.0,
         "strategies": {},
     }
@@ -177,7 +211,8 @@ def bench(
                     until=begun + chosen.limit_seconds,
                 )
                 row = report.summary(measurements[name], measurements.get("eager"))
-            except (ServerError, httpx.HTTPError) as error:  # the others' rows are worth having all the same
+            # the others' rows are worth having all the same
+            except (ServerError, httpx.HTTPError) as error:
                 row = {"error": f"{type(error).__name__}: {error}"}
             console.print(f"{name}: {_line(row)}", markup=False)
             document["strategies"][name] = row
@@ -189,7 +224,9 @@ def bench(
         raise PreheatError("not every strategy could be measured; traffic.json says why")
 
 
-def _profile(name: str, *, requests: int | None, distinct: int | None, steps: int | None) -> Profile:
+def _profile(
+    name: str, *, requests: int | None, distinct: int | None, steps: int | None
+) -> Profile:
     if name not in PROFILES:
         raise TrafficError(f"unknown profile {name!r}: one of {', '.join(PROFILES)}")
     profile = PROFILES[name]
@@ -209,15 +246,22 @@ def _strategies(chosen: list[str] | None) -> list[str]:
     return [name for name in STRATEGIES if not chosen or name in chosen]
 
 
-def _traffic(profile: Profile, csv: Path | None, *, scale: float, num_requests: int | None, seed: int) -> list[Size]:
+def _traffic(
+    profile: Profile, csv: Path | None, *, scale: float, num_requests: int | None, seed: int
+) -> list[Size]:
     limits = ModelConfig.parse(model_yaml(profile, "buckets")).pipeline.limits
     if not 1 <= profile.num_steps <= limits.max_steps:
         raise TrafficError(f"steps must be 1 to {limits.max_steps}, got {profile.num_steps}")
     if csv is None:
         return sizes.generate(
-            profile.buckets, num_requests=profile.num_requests, num_distinct=profile.num_distinct, seed=seed
+            profile.buckets,
+            num_requests=profile.num_requests,
+            num_distinct=profile.num_distinct,
+            seed=seed,
         )
-    logged = sizes.read_log(csv, least=limits.min_side, most=limits.max_side, scale=scale, seed=seed)
+    logged = sizes.read_log(
+        csv, least=limits.min_side, most=limits.max_side, scale=scale, seed=seed
+    )
     return logged if num_requests is None else sizes.sample(logged, num_requests, seed)
 
 
@@ -225,12 +269,15 @@ def _line(row: Mapping[str, Any]) -> str:
     if "error" in row:
         return str(row["error"]).splitlines()[0]
     compiles = f"compiles {row['compiles_at_boot']} at boot, {row['compiles_since_ready']} after"
-    times = f"p50 {row['p50_ms']} ms, p99 {row['p99_ms']} ms" if "p50_ms" in row else "nothing answered"
+    times = (
+        f"p50 {row['p50_ms']} ms, p99 {row['p99_ms']} ms" if "p50_ms" in row else "nothing answered"
+    )
     return f"READY after {row['ready_seconds']} s, {compiles}, {times}"
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    # unwinds, so that the server is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except PreheatError as error:

@@ -17,7 +17,13 @@ from pathlib import Path
 
 WIDTH = 100
 """Columns."""
-FAMILY_WORDS = ("config.module", ".module is None", ".module is not None", "as_module", "has_model(")
+FAMILY_WORDS = (
+    "config.module",
+    ".module is None",
+    ".module is not None",
+    "as_module",
+    "has_model(",
+)
 """What code says that asks which family is served."""
 
 

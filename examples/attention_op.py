@@ -24,7 +24,9 @@ def attention(
     scale: float | None = None,
 ) -> torch.Tensor:
     """All (batch, heads, length, width); put your kernel's call here."""
-    result = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+    result = nn.functional.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, scale=scale
+    )
     return result.contiguous()  # whatever the backend's layout: the fake promises this one
 
 
@@ -55,7 +57,11 @@ class OpaqueProcessor:
         def split(projected: torch.Tensor) -> torch.Tensor:
             return projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
 
-        query, key, value = split(layer.to_q(hidden_states)), split(layer.to_k(context)), split(layer.to_v(context))
+        query, key, value = (
+            split(layer.to_q(hidden_states)),
+            split(layer.to_k(context)),
+            split(layer.to_v(context)),
+        )
         mixed = attention(query, key, value, attention_mask).transpose(1, 2).flatten(2)
         return layer.to_out[1](layer.to_out[0](mixed))
 
@@ -68,7 +74,9 @@ def install(target: nn.Module) -> None:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
 
-        def forward(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any) -> Any:
+        def forward(
+            module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: Any = None, **_: Any
+        ) -> Any:
             if mask is None and getattr(module, "is_causal", False) and query.shape[2] > 1:
                 raise NotImplementedError("this op knows no causal mask: it is for encoders")
             return attention(query, key, value, mask, scaling).transpose(1, 2), None

@@ -1,4 +1,6 @@
-"""The archive's entry point. TorchServe imports this file by its bare name and wants exactly one class defined in it."""
+"""The archive's entry point. TorchServe imports this file by its bare name and wants exactly one
+class defined in it.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +32,8 @@ from preheat.user_code import left_out
 from preheat.worker.metrics import Metrics
 from preheat.worker.worker import Service
 
-# BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of every start, and not what the
-# engine `openvino` here runs on.
+# BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of
+# every start, and not what the engine `openvino` here runs on.
 with left_out("openvino.torch"), cuda_unasked():
     from ts.torch_handler.base_handler import BaseHandler
 
@@ -41,18 +43,22 @@ logger = logging.getLogger(__name__)
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """Adapts TorchServe's contexts and rows to `preheat.worker.worker.Service`.
 
-    `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or answer while it is good, a
-    `Response` once its fate is known. `BaseHandler.handle` runs the three and keeps its timing metric and profiler.
+    `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or
+    answer while it is good, a `Response` once its fate is known. `BaseHandler.handle` runs the
+    three and keeps its timing metric and profiler.
     """
 
     def initialize(self, context: Any) -> None:
         """Load, compile, warm and prove; TorchServe shows READY when this returns.
 
-        Raises:
-            SystemExit: the model cannot be served as its YAML says, and the log has the reason; TorchServe tries again.
+        Raises: SystemExit: the model cannot be served as its YAML says, and the log has the reason;
+          TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
-        properties = {**context.system_properties, "gpu_id": see_one_gpu(context.system_properties.get("gpu_id"))}
+        properties = {
+            **context.system_properties,
+            "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
+        }
         self.metrics = Metrics(self._emit)
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
@@ -74,7 +80,8 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         except PreheatError as error:
             status.fail(str(error), lasting=error.lasting)
             logger.error("cannot serve %s: %s", context.model_name, error)
-            # The message says it all; raised as it is, TorchServe would print 35 lines of its own loader around it.
+            # The message says it all; raised as it is, TorchServe would print 35 lines of its own
+            # loader around it.
             raise SystemExit(1) from None
         except Exception as error:
             status.fail(f"{type(error).__name__}: {error}", lasting=False)
@@ -82,24 +89,31 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         self.initialized = True
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Any]:
-        """Parse and plan every row; a row that is refused keeps its error and costs its neighbours nothing."""
+        """Parse and plan every row; a row that is refused keeps its error and costs its neighbours
+        nothing.
+        """
         self.service.begin_call()
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 
     def inference(self, data: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Serve the jobs, in as few calls of the model as their differences allow."""
-        answers = iter(self.service.run([entry for entry in data if not isinstance(entry, Response)]))
+        answers = iter(
+            self.service.run([entry for entry in data if not isinstance(entry, Response)])
+        )
         return [entry if isinstance(entry, Response) else next(answers) for entry in data]
 
     def postprocess(self, data: Sequence[Any]) -> list[bytes]:
         """Encode the answers and set each row's status and headers; the bodies are the output."""
         with self.metrics.timed("preheat_encode_seconds"):
-            encoded = iter(self.service.respond([entry for entry in data if not isinstance(entry, Response)]))
+            encoded = iter(
+                self.service.respond([entry for entry in data if not isinstance(entry, Response)])
+            )
             answered = [entry if isinstance(entry, Response) else next(encoded) for entry in data]
         for index, response in enumerate(answered):
             self._head(index, response)
-            # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream, and the worker dies.
+            # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream,
+            # and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
         return [response.body for response in answered]
@@ -109,7 +123,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return self.service.current_state().document()
 
     def _config(self) -> ModelConfig:
-        """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe has lost the first."""
+        """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe
+        has lost the first.
+        """
         read = self.context.model_yaml_config or {}
         name = (self.manifest or {}).get("model", {}).get("configFile")
         if name is None or not isinstance(read, Mapping) or not names_a_family(read):
@@ -117,13 +133,18 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
-        # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among the headers it keeps a dict
-        # for each multipart field. A gRPC call has none.
+        # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among
+        # the headers it keeps a dict for each multipart field. A gRPC call has none.
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
-        # The management port asks with an empty row. A client of the inference port can send the header too, but its row holds at
-        # least a `body`, unless it is a form, and then it has a content type.
-        if not row and sent.get("describe") == "True" and not {"url_path", "content-type"} & headers.keys():
+        # The management port asks with an empty row. A client of the inference port can send the
+        # header too, but its row holds at least a `body`, unless it is a form, and then it has a
+        # content type.
+        if (
+            not row
+            and sent.get("describe") == "True"
+            and not {"url_path", "content-type"} & headers.keys()
+        ):
             return responses.json_response(200, self.describe_handle())
         try:
             return self.service.parse(row, headers, self._sender(index))
@@ -142,7 +163,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return not isinstance(self.context.get_request_header(index, "url_path"), str)
 
     def _sender(self, index: int) -> Callable[[Response], None] | None:
-        """What sends a part of one row's answer at once; None over gRPC, but where the YAML says that every client can stand it."""
+        """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
+        that every client can stand it.
+        """
         live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
         return partial(self._send, index) if live else None
 
@@ -159,14 +182,22 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         for name, value in response.headers.items():
             self.context.set_response_header(index, name, value)
 
-    def _emit(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
+    def _emit(
+        self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]
+    ) -> None:
         pairs = [Dimension(key, text) for key, text in dimensions.items()]
-        self.context.metrics.add_metric(name, value, unit, dimensions=pairs, metric_type=MetricTypes(kind))
+        self.context.metrics.add_metric(
+            name, value, unit, dimensions=pairs, metric_type=MetricTypes(kind)
+        )
 
     def _is_describe(self) -> bool:
-        """Never for the whole batch: BaseHandler would answer everybody with the state because one client sent the header."""
+        """Never for the whole batch: BaseHandler would answer everybody with the state because one
+        client sent the header.
+        """
         return False
 
     def _is_explain(self) -> bool:
-        """Never: an `explain` header would send the whole batch down a road that no pipeline has."""
+        """Never: an `explain` header would send the whole batch down a road that no pipeline
+        has.
+        """
         return False

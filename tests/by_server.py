@@ -18,9 +18,13 @@ ALONE = (
 
 
 class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
-    """Which tests stay together in one process of `make test`: those of a file, and end-to-end ones that share a server or its cache."""
+    """Which tests stay together in one process of `make test`: those of a file, and end-to-end ones
+    that share a server or its cache.
+    """
 
     def _split_scope(self, nodeid: str) -> str:
         file = nodeid.partition("::")[0]
-        shares = file.startswith("tests/e2e/") and not file.endswith(tuple(f"/test_{name}.py" for name in ALONE))
+        shares = file.startswith("tests/e2e/") and not file.endswith(
+            tuple(f"/test_{name}.py" for name in ALONE)
+        )
         return "tests/e2e" if shares else file

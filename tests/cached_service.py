@@ -1,5 +1,5 @@
-"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed while it writes, or serves and
-prints what its cache was.
+"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed
+while it writes, or serves and prints what its cache was.
 
 python cached_service.py MODEL_FOLDER SHARED compiling|second|packing|renaming|published|serving
 """
@@ -35,16 +35,29 @@ def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Serv
             "shapes": {"buckets": [[64, 64 + 32 * number] for number in range(num_buckets)]},
             "cache": {"shared": str(shared), "key": "tiny"} | cache,
         },
-        "pipeline": {"tasks": ["text-to-image"], "guidance": "on", "defaults": {"num_inference_steps": 2}},
+        "pipeline": {
+            "tasks": ["text-to-image"],
+            "guidance": "on",
+            "defaults": {"num_inference_steps": 2},
+        },
     }
-    return Service(ModelConfig.parse(config), model, torch.device("cpu"), status=StatusFile(None, "tiny"))
+    return Service(
+        ModelConfig.parse(config), model, torch.device("cpu"), status=StatusFile(None, "tiny")
+    )
 
 
 def is_hot_and_serves(service: Service) -> bool:
-    (answer,) = service.run([service.parse({"body": {"prompt": "a cat", "height": 60, "width": 50}})])
+    (answer,) = service.run(
+        [service.parse({"body": {"prompt": "a cat", "height": 60, "width": 50}})]
+    )
     answer.raise_if_failed()
     state = service.current_state()
-    return (state.state, answer.engine, state.compiles_since_ready, state.incidents) == ("hot", "compiled", 0, 0)
+    return (state.state, answer.engine, state.compiles_since_ready, state.incidents) == (
+        "hot",
+        "compiled",
+        0,
+        0,
+    )
 
 
 def caches(service: Service) -> set[str]:
@@ -56,7 +69,9 @@ def _die(*_: object) -> None:
 
 
 def _die_at(point: str) -> None:
-    """Replace the step that the writer does not survive; `packing` dies with half a bundle on the share."""
+    """Replace the step that the writer does not survive; `packing` dies with half a bundle on the
+    share.
+    """
     if point == "compiling":
         PipelineWork.serve_variant = _half_then_die(PipelineWork.serve_variant)  # type: ignore[method-assign]
     elif point == "second":
@@ -95,6 +110,8 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     if sys.argv[3] != "serving":
         _die_at(sys.argv[3])
-    service = start(Path(sys.argv[1]), Path(sys.argv[2]), num_buckets=2 if sys.argv[3] == "second" else 1)
+    service = start(
+        Path(sys.argv[1]), Path(sys.argv[2]), num_buckets=2 if sys.argv[3] == "second" else 1
+    )
     assert is_hot_and_serves(service)
     print(*caches(service))

@@ -1,4 +1,5 @@
-"""A tiny module under the real Inductor; run as a program, one worker that starts cold and prints what it had to compile.
+"""A tiny module under the real Inductor; run as a program, one worker that starts cold and prints
+what it had to compile.
 
     python cold_worker.py SHARED [NUM_WORKERS]
 
@@ -58,6 +59,9 @@ if __name__ == "__main__":
     if len(sys.argv) > 2:
         _await(folder.parent, int(sys.argv[2]))
     began = time.monotonic()
-    with synchronized_inductor_cache("tiny", cache(folder)) as use, without_headers_if_warmed("tiny"):
+    with (
+        synchronized_inductor_cache("tiny", cache(folder)) as use,
+        without_headers_if_warmed("tiny"),
+    ):
         outcome = compile_and_run(use.folder)
     print(json.dumps(use.document() | {"cache": outcome, "seconds": time.monotonic() - began}))

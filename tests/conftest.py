@@ -8,7 +8,8 @@ import torch
 
 from preheat.compilation.watch import CompileWatch
 
-# Tiny models gain nothing from a second thread, and lose much where test servers compete for the cores.
+# Tiny models gain nothing from a second thread, and lose much where test servers compete for the
+# cores.
 torch.set_num_threads(1)
 
 

@@ -1,4 +1,5 @@
-"""A compiler that takes no time and keeps its work in Inductor's folder, with Inductor's counters: a hit is a file that is there.
+"""A compiler that takes no time and keeps its work in Inductor's folder, with Inductor's counters:
+a hit is a file that is there.
 
 TorchServe knows the name `ofi`, and no such backend is installed.
 """

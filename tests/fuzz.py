@@ -2,8 +2,9 @@
 
     python tests/fuzz.py [--count 10000] [--seed N]
 
-Starts a tiny SDXL of its own. The requests follow from the seed alone; eight are under way at any time, so that legal and
-hostile ones share batches, and every tenth is a legal one whose picture is known.
+Starts a tiny SDXL of its own. The requests follow from the seed alone; eight are under way at any
+time, so that legal and hostile ones share batches, and every tenth is a legal one whose picture is
+known.
 """
 
 from __future__ import annotations
@@ -42,10 +43,13 @@ from served import opened
 
 STATE = server.ROOT / ".preheat"
 MAX_REQUEST_BYTES = 180_000
-"""Of the server that is started here: less than the largest body sent, so that TorchServe's own refusal is met too."""
+"""Of the server that is started here: less than the largest body sent, so that TorchServe's own
+refusal is met too.
+"""
 FRONT_END = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException")
-"""What TorchServe 0.12's Java front end answers, with a 500, to multipart that it cannot take apart (an unknown charset or
-transfer encoding, an empty boundary or name). No worker hears of it, and no setting changes it; so it is counted apart."""
+"""What TorchServe 0.12's Java front end answers, with a 500, to multipart that it cannot take apart
+(an unknown charset or transfer encoding, an empty boundary or name). No worker hears of it, and no
+setting changes it; so it is counted apart."""
 NUM_CLIENTS = 8
 TIMEOUT = 60  # seconds
 PROBE_EVERY = 10
@@ -74,7 +78,11 @@ MODEL: Mapping[str, Any] = {
         },  # Dynamo's guards, without the wait for Inductor
         "shapes": {"buckets": [[64, 64]], "batch_sizes": "dynamic"},
     },
-    "pipeline": {"path": ".", "limits": {"max_image_pixels": 1_000_000}, "defaults": {"num_inference_steps": 2}},
+    "pipeline": {
+        "path": ".",
+        "limits": {"max_image_pixels": 1_000_000},
+        "defaults": {"num_inference_steps": 2},
+    },
 }
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -82,7 +90,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
 @dataclass(frozen=True, slots=True)
 class Got:
-    """An answer over any protocol. `status` is HTTP's, or gRPC's code with 0 for OK; -1 where no answer came."""
+    """An answer over any protocol. `status` is HTTP's, or gRPC's code with 0 for OK; -1 where no
+    answer came.
+    """
 
     status: int
     body: bytes
@@ -99,8 +109,15 @@ class Finding:
 
     def __str__(self) -> str:
         sent = self.sent
-        said = f"{sent.protocol} {dict(sent.headers)} {_short(sent.content)}" if sent.protocol == "rest" else ""
-        said = said or f"{sent.protocol} { ({name: _short(value) for name, value in sent.fields.items()}) }"
+        said = (
+            f"{sent.protocol} {dict(sent.headers)} {_short(sent.content)}"
+            if sent.protocol == "rest"
+            else ""
+        )
+        said = (
+            said
+            or f"{sent.protocol} { ({name: _short(value) for name, value in sent.fields.items()}) }"
+        )
         return f"{self.fault} [{sent.kind}]\n  sent {said}\n  got {self.got.status} {_short(self.got.body, 300)}"
 
 
@@ -133,8 +150,13 @@ class Target:
         self.client, self.max_request_bytes = Client.to(running, timeout=TIMEOUT), max_request_bytes
         self._url = f"{running.inference}/predictions/{self.client.model}"
         self._http = httpx.Client(timeout=TIMEOUT, trust_env=False)
-        sizes = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
-        self._channel = grpc.insecure_channel(running.grpc, options=[*sizes, ("grpc.enable_http_proxy", 0)])
+        sizes = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE),
+            ("grpc.max_send_message_length", MAX_MESSAGE),
+        ]
+        self._channel = grpc.insecure_channel(
+            running.grpc, options=[*sizes, ("grpc.enable_http_proxy", 0)]
+        )
 
     def close(self) -> None:
         self.client.close()
@@ -147,7 +169,9 @@ class Target:
             return Got(0, b"")
         if one.protocol == "rest":
             try:
-                response = self._http.post(self._url, content=one.content, headers=list(one.headers))
+                response = self._http.post(
+                    self._url, content=one.content, headers=list(one.headers)
+                )
             except httpx.HTTPError as error:
                 return Got(-1, f"{type(error).__name__}: {error}".encode())
             return Got(response.status_code, response.content, dict(response.headers))
@@ -160,7 +184,9 @@ class Target:
         """Hang up after the first part of the answer, however it reads."""
         with suppress(httpx.HTTPError, grpc.RpcError):
             if one.protocol == "rest":
-                with self._http.stream("POST", self._url, content=one.content, headers=list(one.headers)) as response:
+                with self._http.stream(
+                    "POST", self._url, content=one.content, headers=list(one.headers)
+                ) as response:
                     next(response.iter_raw(), None)
             else:
                 with closing(self.client.stream_grpc(json.loads(one.fields["data"]))) as parts:
@@ -169,11 +195,18 @@ class Target:
     def _call(self, one: Sent) -> bytes:
         request, response = messages()
         message = request(model_name=self.client.model, input=one.fields)
-        how = {"request_serializer": request.SerializeToString, "response_deserializer": response.FromString}
+        how = {
+            "request_serializer": request.SerializeToString,
+            "response_deserializer": response.FromString,
+        }
         if one.protocol == "grpc":
-            answer = self._channel.unary_unary(f"{SERVICE}/Predictions", **how)(message, timeout=TIMEOUT)
+            answer = self._channel.unary_unary(f"{SERVICE}/Predictions", **how)(
+                message, timeout=TIMEOUT
+            )
             return bytes(answer.prediction)
-        parts = self._channel.unary_stream(f"{SERVICE}/StreamPredictions", **how)(message, timeout=TIMEOUT)
+        parts = self._channel.unary_stream(f"{SERVICE}/StreamPredictions", **how)(
+            message, timeout=TIMEOUT
+        )
         return b"".join(part.prediction for part in parts)
 
 
@@ -195,7 +228,9 @@ def made_up(count: int, seed: int, use: Callable[[Sent], None]) -> None:
     each()
 
 
-def campaign(target: Target, count: int, seed: int, show: Callable[[Tally], None] = lambda _: None) -> Tally:
+def campaign(
+    target: Target, count: int, seed: int, show: Callable[[Tally], None] = lambda _: None
+) -> Tally:
     """Send `count` requests and the probes between them; return when all are answered."""
     tally, lock, free = Tally(), Lock(), BoundedSemaphore(2 * NUM_CLIENTS)
     known = [_picture(_asked(target, probe)) for probe in PROBES]
@@ -220,7 +255,9 @@ def campaign(target: Target, count: int, seed: int, show: Callable[[Tally], None
             tally.num_probes += 1
             tally.num_wrong_probes += not right
             if not right:
-                tally.findings.append(Finding("a legal request was answered wrong", _probe(PROBES[index]), got))
+                tally.findings.append(
+                    Finding("a legal request was answered wrong", _probe(PROBES[index]), got)
+                )
 
     def bounded(work: Callable[[Any], None], argument: Any) -> None:
         def done() -> None:
@@ -254,7 +291,9 @@ def campaign(target: Target, count: int, seed: int, show: Callable[[Tally], None
 
 
 def judged(one: Sent, got: Got, max_request_bytes: int) -> tuple[str, str | None]:
-    """(outcome, what is wrong with it): a picture, a refusal that names its field, or TorchServe's own refusal."""
+    """(outcome, what is wrong with it): a picture, a refusal that names its field, or TorchServe's
+    own refusal.
+    """
     if one.leaves:
         return "left early", None
     too_long = one.num_bytes + 1000 > max_request_bytes  # headers and frames count too
@@ -286,21 +325,27 @@ def _judged_error(one: Sent, got: Got, document: Mapping[str, Any]) -> tuple[str
     if code == 504 and one.header(b"x-preheat-deadline") is not None:
         return "late", None
     if "field" not in document:
-        own = document.get("type") in FRONT_END or isinstance(code, int) and 400 <= code < 500
+        own = document.get("type") in FRONT_END or (isinstance(code, int) and 400 <= code < 500)
         fault = None if own else f"{code} of TorchServe's own"
-        return "refused by TorchServe", fault or ("a legal request was refused" if one.expect == "picture" else None)
+        return "refused by TorchServe", fault or (
+            "a legal request was refused" if one.expect == "picture" else None
+        )
     if code != 400 or not isinstance(at_fault, str) or not at_fault or not document["message"]:
         return "error", f"{code} that names {at_fault!r}"
     if one.expect == "picture":
         return "refused", f"a legal request was refused for {at_fault}: {document['message']}"
-    if one.at_fault is not None and at_fault not in (one.at_fault, "body") and not _named(one.at_fault, at_fault):
+    if (
+        one.at_fault is not None
+        and at_fault not in (one.at_fault, "body")
+        and not _named(one.at_fault, at_fault)
+    ):
         return "refused", f"{one.at_fault} is wrong, {at_fault} was blamed"
     return "refused", None
 
 
 def _named(name: str, shown: str) -> bool:
     """Whether `shown` is what the handler makes of a name that is no plain word."""
-    return name == "" or not name.isascii() and shown.startswith("\\x")
+    return name == "" or (not name.isascii() and shown.startswith("\\x"))
 
 
 def _half_sent(one: Sent) -> bool:
@@ -313,14 +358,22 @@ def _pictures(got: Got) -> list[Image.Image]:
     if got.body[:1] not in (b"{", b""):
         return [opened(got.body)]
     entries = [entry for line in _lines(got.body) for entry in line.get("data") or [line]]
-    coded = [entry["b64_json"] for entry in entries if isinstance(entry, dict) and "b64_json" in entry]
+    coded = [
+        entry["b64_json"] for entry in entries if isinstance(entry, dict) and "b64_json" in entry
+    ]
     return [opened(base64.b64decode(one)) for one in coded]
 
 
 def _lines(body: bytes) -> list[dict[str, Any]]:
     """The JSON objects in a body: one in any layout, or one a line."""
     whole = _document(body)
-    return [whole] if whole else [_document(line) for line in body.splitlines()] if body[:1] == b"{" else []
+    return (
+        [whole]
+        if whole
+        else [_document(line) for line in body.splitlines()]
+        if body[:1] == b"{"
+        else []
+    )
 
 
 def _stream_fault(lines: list[dict[str, Any]]) -> str | None:
@@ -331,7 +384,9 @@ def _stream_fault(lines: list[dict[str, Any]]) -> str | None:
     ends = ["image"] * images + (["done"] if images else ["error"])
     if kinds != ["queued", *["step"] * len(steps), *ends]:
         return f"events out of order: {kinds}"
-    if steps != sorted(steps) or images and steps[-1] != [line for line in lines if "of" in line][-1]["of"]:
+    if steps != sorted(steps) or (
+        images and steps[-1] != [line for line in lines if "of" in line][-1]["of"]
+    ):
         return f"steps {steps}"
     return None
 
@@ -394,7 +449,9 @@ def smallest(findings: list[Finding]) -> list[Finding]:
     """One finding a fault and kind: the shortest."""
     by_fault: dict[tuple[str, ...], Finding] = {}
     for finding in sorted(findings, key=lambda one: one.sent.num_bytes):
-        by_fault.setdefault((finding.fault[:40], finding.sent.kind, _own_refusal(finding.got)), finding)
+        by_fault.setdefault(
+            (finding.fault[:40], finding.sent.kind, _own_refusal(finding.got)), finding
+        )
     return list(by_fault.values())
 
 
@@ -405,22 +462,35 @@ def main(
 ) -> None:
     """Send made-up requests to a tiny server and judge every answer."""
     seed = secrets.randbelow(2**32) if seed is None else seed
-    print(f"fuzz: {count} requests, seed {seed} (again: make fuzz COUNT={count} SEED={seed})", flush=True)
+    print(
+        f"fuzz: {count} requests, seed {seed} (again: make fuzz COUNT={count} SEED={seed})",
+        flush=True,
+    )
     begun = time.monotonic()
     with tiny_server() as running:
         target = Target(running, max_request_bytes=MAX_REQUEST_BYTES)
         pids = target.client.worker_pids()
-        tally = campaign(target, count, seed, lambda tally: print(f"{tally.num_sent} answered", flush=True))
+        tally = campaign(
+            target, count, seed, lambda tally: print(f"{tally.num_sent} answered", flush=True)
+        )
         same_worker = target.client.worker_pids() == pids
         state = target.client.state()
         alone = [replace(one, got=target.ask(one.sent)) for one in smallest(tally.findings)]
         target.close()
     print(f"{time.monotonic() - begun:.0f} s, {tally.num_sent} requests")
-    for title, counted in (("sent", tally.kinds), ("answered", tally.outcomes), ("by TorchServe", tally.own_refusals)):
+    for title, counted in (
+        ("sent", tally.kinds),
+        ("answered", tally.outcomes),
+        ("by TorchServe", tally.own_refusals),
+    ):
         for name, number in counted.most_common():
             print(f"  {title}: {number:6} {name}")
-    print(f"  legal requests in between: {tally.num_probes}, answered wrong: {tally.num_wrong_probes}")
-    print(f"  same worker throughout: {same_worker}; compiles since READY: {state['compiles_since_ready']}")
+    print(
+        f"  legal requests in between: {tally.num_probes}, answered wrong: {tally.num_wrong_probes}"
+    )
+    print(
+        f"  same worker throughout: {same_worker}; compiles since READY: {state['compiles_since_ready']}"
+    )
     print(f"  findings: {len(tally.findings)}")
     for finding, again in zip(smallest(tally.findings), alone, strict=True):
         print(f"{finding}\n  alone afterwards: {again.got.status} {_short(again.got.body)}")
@@ -431,5 +501,6 @@ def main(
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the server is stopped
+    # unwinds, so that the server is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     app()

@@ -1,7 +1,8 @@
-"""What honest, careless and hostile clients send: hypothesis strategies for whole requests, over REST and gRPC.
+"""What honest, careless and hostile clients send: hypothesis strategies for whole requests, over
+REST and gRPC.
 
-The legal ones fit every model that covers 64x64 pixels and guides on demand; what each request may be answered with stands
-beside it.
+The legal ones fit every model that covers 64x64 pixels and guides on demand; what each request may
+be answered with stands beside it.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ class Sent:
     """The input map, over gRPC."""
     expect: Literal["picture", "refusal", "either"] = "either"
     at_fault: str | None = None
-    """The field that the refusal must name; where TorchServe could not parse the body, `body` will do."""
+    """The field that the refusal must name; where TorchServe could not parse the body, `body` will
+    do.
+    """
     size: tuple[int, int] | None = None
     """Of the picture: (height, width) in pixels."""
     leaves: bool = False
@@ -50,7 +53,9 @@ class Sent:
 
     @property
     def num_bytes(self) -> int:
-        return len(self.content) + sum(len(name) + len(value) for name, value in self.fields.items())
+        return len(self.content) + sum(
+            len(name) + len(value) for name, value in self.fields.items()
+        )
 
     def header(self, name: bytes) -> bytes | None:
         return next((value for key, value in self.headers if key.lower() == name), None)
@@ -87,7 +92,9 @@ def nearly_legal() -> SearchStrategy[Sent]:
     return payloads().flatmap(
         lambda payload: st.sampled_from(sorted(ILLEGAL)).flatmap(
             lambda name: ILLEGAL[name].flatmap(
-                lambda value: _json_sent("nearly legal JSON", _spoilt(payload, name, value), "refusal", name)
+                lambda value: _json_sent(
+                    "nearly legal JSON", _spoilt(payload, name, value), "refusal", name
+                )
             )
         )
     )
@@ -101,10 +108,16 @@ def _spoilt(payload: Mapping[str, Any], name: str, value: object) -> dict[str, A
 def hostile() -> SearchStrategy[Sent]:
     return st.one_of(
         _bodies("any JSON", _any_json().map(_dumped)),
-        _bodies("broken JSON", st.builds(_broken, payloads().map(_dumped), st.randoms(use_true_random=False))),
+        _bodies(
+            "broken JSON",
+            st.builds(_broken, payloads().map(_dumped), st.randoms(use_true_random=False)),
+        ),
         _bodies("monstrous JSON", st.sampled_from(MONSTERS).map(lambda make: make())),
         _bodies("any bytes", st.binary(max_size=200)),
-        _bodies("any text", st.text(max_size=100).map(lambda text: text.encode("utf-16", "surrogatepass"))),
+        _bodies(
+            "any text",
+            st.text(max_size=100).map(lambda text: text.encode("utf-16", "surrogatepass")),
+        ),
         _bodies("form", payloads().map(lambda one: urlencode(one).encode()), _FORM_TYPES),
         _bodies("multipart", _parts().flatmap(_multipart_hostile), _MULTIPART_TYPES),
         _maps(),
@@ -122,9 +135,16 @@ _SIDES = st.integers(16, MAX_SIDE)
 
 
 def _plain() -> SearchStrategy[dict[str, Any]]:
-    prompts = st.one_of(st.text(_CHARS, max_size=60), st.integers(0, 390).map(lambda n: "word " * n))
+    prompts = st.one_of(
+        st.text(_CHARS, max_size=60), st.integers(0, 390).map(lambda n: "word " * n)
+    )
     return st.fixed_dictionaries(
-        {"prompt": prompts, "height": _SIDES, "width": _SIDES, "num_inference_steps": st.integers(1, MAX_STEPS)},
+        {
+            "prompt": prompts,
+            "height": _SIDES,
+            "width": _SIDES,
+            "num_inference_steps": st.integers(1, MAX_STEPS),
+        },
         optional={
             "negative_prompt": st.none() | st.text(_CHARS, max_size=30),
             "guidance_scale": st.floats(0, 50) | st.integers(0, 50) | st.none(),
@@ -157,7 +177,9 @@ def _agreeing(payload: dict[str, Any], task: str, image: bytes, mask: bytes) -> 
 
 
 def _encoded(mode: str, height: int, width: int, file_format: str, **options: Any) -> bytes:
-    pixels = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(height * width).integers(
+        0, 255, (height, width, 3), dtype=np.uint8
+    )
     image = Image.fromarray(pixels)
     if mode == "I;16":
         image = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257)
@@ -196,7 +218,21 @@ def _no_image(data: bytes) -> str:
 
 
 _BAD_IMAGES: SearchStrategy[Any] = st.one_of(
-    st.sampled_from(["", "not base64!", "data:image/png;base64,", "a", "====", "\u00e9", [], {}, 5, True, [1, 2]]),
+    st.sampled_from(
+        [
+            "",
+            "not base64!",
+            "data:image/png;base64,",
+            "a",
+            "====",
+            "\u00e9",
+            [],
+            {},
+            5,
+            True,
+            [1, 2],
+        ]
+    ),
     st.binary(max_size=60).map(_no_image),
     st.builds(
         lambda data, end: _no_image(data[: len(data) * end // 100]),
@@ -241,14 +277,18 @@ _NO_NUMBER = st.sampled_from(
         1e308,
     ]
 )
-_NO_WHOLE = st.one_of(_NO_NUMBER, st.sampled_from([0.5, 64.5, 1.0, -0.0]), st.integers(max_value=-1))
+_NO_WHOLE = st.one_of(
+    _NO_NUMBER, st.sampled_from([0.5, 64.5, 1.0, -0.0]), st.integers(max_value=-1)
+)
 ILLEGAL: Mapping[str, SearchStrategy[Any]] = {
     "prompt": st.sampled_from([None, 5, True, [], {}, ["a"], "\0", "\ud800", "a" * 2001, 1.5]),
     "negative_prompt": st.sampled_from([5, False, [], {}, "a\0b", "\udfff", "b" * 100_000]),
     "height": _NO_WHOLE | st.sampled_from([0, 1, 15, 5000, 2**31, 2**63, 10**18]),
     "width": _NO_WHOLE | st.sampled_from([0, 1, 15, 5000, 2**31, 2**63, 10**18]),
     "num_inference_steps": _NO_WHOLE | st.sampled_from([0, 101, 10**9, 2**64]),
-    "guidance_scale": _NO_NUMBER | st.floats(max_value=-1e-9, allow_nan=False) | st.floats(50.5, allow_nan=False),
+    "guidance_scale": _NO_NUMBER
+    | st.floats(max_value=-1e-9, allow_nan=False)
+    | st.floats(50.5, allow_nan=False),
     "seed": _NO_WHOLE | st.integers(2**63),
     "strength": _NO_NUMBER | st.sampled_from([0, 0.0, -0.0, 1.0000001, 2]),
     "num_images": _NO_WHOLE | st.sampled_from([0, 101, 10**6]),
@@ -262,11 +302,14 @@ ILLEGAL: Mapping[str, SearchStrategy[Any]] = {
     "\u00e9" * 70: st.booleans(),
     "__class__": st.text(max_size=5),
 }
-"""Values that no model takes, by the field that has to be named. What is unknown has a value of its own kind."""
+"""Values that no model takes, by the field that has to be named. What is unknown has a value of its
+own kind.
+"""
 
 
 def _dumped(value: object) -> bytes:
-    return json.dumps(value).encode()  # NaN and Infinity too, which json.loads takes and JSON does not know
+    # NaN and Infinity too, which json.loads takes and JSON does not know
+    return json.dumps(value).encode()
 
 
 def _any_json() -> SearchStrategy[Any]:
@@ -287,7 +330,9 @@ def _broken(body: bytes, rng: Any) -> bytes:
             [
                 body[:at],
                 body[:at] + rng.randbytes(3) + body[at:],
-                body[:at] + rng.choice([b"\0", b"\\", b'"', b"{", b"}", b",", b"\\ud800", b"\xff"]) + body[at:],
+                body[:at]
+                + rng.choice([b"\0", b"\\", b'"', b"{", b"}", b",", b"\\ud800", b"\xff"])
+                + body[at:],
                 body[at:],
                 body + body,
                 b"\xef\xbb\xbf" + body,
@@ -370,22 +415,44 @@ _MULTIPART_TYPES = st.sampled_from(
         b"multipart/form-data",
     ]
 )
-_WORDS = st.text(st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20).map(str.encode)
+_WORDS = st.text(
+    st.characters(min_codepoint=0x21, max_codepoint=0x7E), min_size=1, max_size=20
+).map(str.encode)
 _ODD_HEADERS = st.one_of(
     st.tuples(
         st.sampled_from([b"describe", b"Describe", b"DESCRIBE", b"explain", b"Explain"]),
         st.sampled_from([b"True", b"true", b"1"]),
     ),
     st.tuples(
-        st.sampled_from([b"url_path", b"ts_stream_next", b"ts_request_sequence_id", b"x-preheat-nothing"]), _WORDS
+        st.sampled_from(
+            [b"url_path", b"ts_stream_next", b"ts_request_sequence_id", b"x-preheat-nothing"]
+        ),
+        _WORDS,
     ),
     st.tuples(
         st.sampled_from([b"x-preheat-deadline", b"X-Preheat-Deadline"]),
         st.sampled_from(
-            [b"0", b"-1", b"1", b"nan", b"1e400", b"9" * 400, b"soon", b"", b"99999999999999", b"0x10", b"\xb2"]
+            [
+                b"0",
+                b"-1",
+                b"1",
+                b"nan",
+                b"1e400",
+                b"9" * 400,
+                b"soon",
+                b"",
+                b"99999999999999",
+                b"0x10",
+                b"\xb2",
+            ]
         ),
     ),
-    st.tuples(st.sampled_from([b"Accept", b"Accept-Encoding", b"Cookie", b"Authorization", b"If-None-Match"]), _WORDS),
+    st.tuples(
+        st.sampled_from(
+            [b"Accept", b"Accept-Encoding", b"Cookie", b"Authorization", b"If-None-Match"]
+        ),
+        _WORDS,
+    ),
     st.tuples(st.just(b"X-Long"), st.just(b"a" * 3000)),
     st.tuples(st.just(b"Content-Encoding"), st.sampled_from([b"identity", b"gzip", b"br"])),
 )
@@ -400,11 +467,17 @@ def _headers(types: SearchStrategy[bytes]) -> SearchStrategy[Headers]:
     )
 
 
-def _bodies(kind: str, content: SearchStrategy[bytes], types: SearchStrategy[bytes] = _TYPES) -> SearchStrategy[Sent]:
+def _bodies(
+    kind: str, content: SearchStrategy[bytes], types: SearchStrategy[bytes] = _TYPES
+) -> SearchStrategy[Sent]:
     """Over REST with headers of every kind, or as the input map's `data`."""
-    over_rest = st.builds(lambda body, headers: Sent(kind, content=body, headers=headers), content, _headers(types))
+    over_rest = st.builds(
+        lambda body, headers: Sent(kind, content=body, headers=headers), content, _headers(types)
+    )
     over_grpc = st.builds(
-        lambda body, protocol: Sent(kind, protocol=protocol, fields={"data": body}), content, st.sampled_from(GRPC)
+        lambda body, protocol: Sent(kind, protocol=protocol, fields={"data": body}),
+        content,
+        st.sampled_from(GRPC),
     )
     return st.one_of(over_rest, over_rest, over_rest, over_grpc)
 
@@ -413,11 +486,16 @@ GRPC: tuple[Protocol, ...] = ("grpc", "grpc", "grpc-stream")
 
 
 def _json_sent(
-    kind: str, payload: Mapping[str, Any], expect: Literal["picture", "refusal"], at_fault: str | None = None
+    kind: str,
+    payload: Mapping[str, Any],
+    expect: Literal["picture", "refusal"],
+    at_fault: str | None = None,
 ) -> SearchStrategy[Sent]:
     body = _dumped(payload)
     size = (payload["height"], payload["width"]) if expect == "picture" else None
-    whole = Sent(kind, content=body, headers=JSON_HEADER, expect=expect, at_fault=at_fault, size=size)
+    whole = Sent(
+        kind, content=body, headers=JSON_HEADER, expect=expect, at_fault=at_fault, size=size
+    )
     spelled = [b"application/json; charset=utf-8", b"Application/JSON", b"application/octet-stream"]
     return st.one_of(
         st.just(whole),
@@ -433,11 +511,17 @@ def _with_header(whole: Sent, odd: tuple[bytes, bytes]) -> Sent:
     """A header that says nothing to us must change nothing; one that says something may."""
     meant = odd[0].lower() in (b"x-preheat-deadline", b"content-encoding")
     headers = (*whole.headers, odd)
-    return replace(whole, headers=headers, expect="either", at_fault=None) if meant else replace(whole, headers=headers)
+    return (
+        replace(whole, headers=headers, expect="either", at_fault=None)
+        if meant
+        else replace(whole, headers=headers)
+    )
 
 
 def _raw(payload: Mapping[str, Any]) -> dict[str, bytes]:
-    """The fields as parts of their own: text as UTF-8, numbers as JSON writes them, images as files."""
+    """The fields as parts of their own: text as UTF-8, numbers as JSON writes them, images as
+    files.
+    """
     parts = {}
     for name, value in payload.items():
         if name in ("image", "mask_image"):
@@ -450,12 +534,20 @@ def _raw(payload: Mapping[str, Any]) -> dict[str, bytes]:
 def _map_sent(payload: Mapping[str, Any]) -> SearchStrategy[Sent]:
     size = (payload["height"], payload["width"])
     return st.sampled_from(GRPC).map(
-        lambda how: Sent("legal gRPC map", protocol=how, fields=_raw(payload), expect="picture", size=size)
+        lambda how: Sent(
+            "legal gRPC map", protocol=how, fields=_raw(payload), expect="picture", size=size
+        )
     )
 
 
 def _part(name: bytes, value: bytes, more: bytes = b"", lines: bytes = b"") -> bytes:
-    return b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n%s\r\n%s\r\n' % (BOUNDARY, name, more, lines, value)
+    return b'--%s\r\nContent-Disposition: form-data; name="%s"%s\r\n%s\r\n%s\r\n' % (
+        BOUNDARY,
+        name,
+        more,
+        lines,
+        value,
+    )
 
 
 def _multipart_legal(payload: Mapping[str, Any], rng: Any) -> Sent:
@@ -500,7 +592,18 @@ def _parts() -> SearchStrategy[list[tuple[bytes, bytes]]]:
     names |= st.text(max_size=8).map(lambda text: text.encode("utf-8", "surrogatepass"))
     values = st.one_of(
         st.sampled_from(
-            [b"a", b"64", b"", b"NaN", b"null", b"[]", b'{"prompt": "a"}', b"1e400", b"\xff\xfe", *GOOD_IMAGES[:2]]
+            [
+                b"a",
+                b"64",
+                b"",
+                b"NaN",
+                b"null",
+                b"[]",
+                b'{"prompt": "a"}',
+                b"1e400",
+                b"\xff\xfe",
+                *GOOD_IMAGES[:2],
+            ]
         ),
         st.binary(max_size=30),
     )
@@ -508,7 +611,9 @@ def _parts() -> SearchStrategy[list[tuple[bytes, bytes]]]:
 
 
 def _multipart_hostile(parts: list[tuple[bytes, bytes]]) -> SearchStrategy[bytes]:
-    mores = st.sampled_from([b"", b'; filename="a"', b'; filename=""', b"; filename*=UTF-8''%ff", b'; name="prompt"'])
+    mores = st.sampled_from(
+        [b"", b'; filename="a"', b'; filename=""', b"; filename*=UTF-8''%ff", b'; name="prompt"']
+    )
     lines = st.sampled_from(
         [
             b"",
@@ -522,7 +627,13 @@ def _multipart_hostile(parts: list[tuple[bytes, bytes]]) -> SearchStrategy[bytes
         ]
     )
     ends = st.sampled_from(
-        [b"--" + BOUNDARY + b"--\r\n", b"--" + BOUNDARY + b"--\r\n", b"--" + BOUNDARY, b"", b"\r\n\r\n"]
+        [
+            b"--" + BOUNDARY + b"--\r\n",
+            b"--" + BOUNDARY + b"--\r\n",
+            b"--" + BOUNDARY,
+            b"",
+            b"\r\n\r\n",
+        ]
     )
     return st.builds(
         lambda decorations, end: (
@@ -551,10 +662,26 @@ def _maps() -> SearchStrategy[Sent]:
     names |= st.text(_CHARS, max_size=5)
     values = st.one_of(
         st.sampled_from(
-            [b"", b"a", b"64", b"-1", b"NaN", b"null", b"{}", b'{"prompt": "a"}', b"\xff", b"1e400", *GOOD_IMAGES[:2]]
+            [
+                b"",
+                b"a",
+                b"64",
+                b"-1",
+                b"NaN",
+                b"null",
+                b"{}",
+                b'{"prompt": "a"}',
+                b"\xff",
+                b"1e400",
+                *GOOD_IMAGES[:2],
+            ]
         ),
         payloads().map(_dumped),
         st.binary(max_size=30),
     )
     maps = st.dictionaries(names, values, max_size=5)
-    return st.builds(lambda fields, how: Sent("any gRPC map", protocol=how, fields=fields), maps, st.sampled_from(GRPC))
+    return st.builds(
+        lambda fields, how: Sent("any gRPC map", protocol=how, fields=fields),
+        maps,
+        st.sampled_from(GRPC),
+    )

@@ -1,6 +1,8 @@
-"""Tiny pipeline folders as an older diffusers wrote them: what people download, not what the installed version saves.
+"""Tiny pipeline folders as an older diffusers wrote them: what people download, not what the
+installed version saves.
 
-Their config.json lack keys that today's classes have, name an older version, and the weights are float16 under `fp16` names.
+Their config.json lack keys that today's classes have, name an older version, and the weights are
+float16 under `fp16` names.
 """
 
 from __future__ import annotations
@@ -40,13 +42,17 @@ def sdxl(folder: Path) -> Path:
 
 
 def sd15(folder: Path, *, flagged: bool = False) -> Path:
-    """Stable Diffusion 1.5's, with a safety checker of the real class, which flags every picture or none."""
+    """Stable Diffusion 1.5's, with a safety checker of the real class, which flags every picture or
+    none.
+    """
     pipeline = StableDiffusionPipeline.from_pretrained(tiny.build("sd15", folder))
     whole = StableDiffusionPipeline(
         **{name: part for name, part in pipeline.components.items() if part is not None},
         image_encoder=None,
         safety_checker=_safety_checker(flagged),
-        feature_extractor=CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        feature_extractor=CLIPImageProcessor(
+            size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}
+        ),
         requires_safety_checker=True,
     )
     whole.save_pretrained(folder)
@@ -57,10 +63,17 @@ def sd15(folder: Path, *, flagged: bool = False) -> Path:
 
 def _safety_checker(flagged: bool) -> StableDiffusionSafetyChecker:
     sides = {"image_size": 32, "patch_size": 8}
-    widths = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    widths = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+    }
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        checker = StableDiffusionSafetyChecker(CLIPConfig(vision_config=sides | widths, projection_dim=32))
+        checker = StableDiffusionSafetyChecker(
+            CLIPConfig(vision_config=sides | widths, projection_dim=32)
+        )
     # A cosine is compared with the threshold of each concept: all exceed -2, and none 2.
     for thresholds in (checker.concept_embeds_weights, checker.special_care_embeds_weights):
         thresholds.data.fill_(-2.0 if flagged else 2.0)
@@ -78,7 +91,9 @@ def _age(
         if "_diffusers_version" not in config:
             continue  # transformers' own
         # Components that this version did not know are not named at all.
-        absent = {key for key, value in config.items() if value == [None, None]} | dropped.get(part, set())
+        absent = {key for key, value in config.items() if value == [None, None]} | dropped.get(
+            part, set()
+        )
         older = {key: value for key, value in config.items() if key not in absent}
         older |= changed.get(part, {}) | {"_diffusers_version": version}
         path.write_text(json.dumps(older, indent=2))

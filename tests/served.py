@@ -23,12 +23,16 @@ from preheat.torchserve import server
 from preheat.torchserve.client import Client
 
 CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
-BUCKETS = [tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]]
+BUCKETS = [
+    tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]
+]
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
 
 
 def blocks(language: str, document: str = "README.md") -> list[str]:
-    """A document's fenced blocks of a language: `sh` are run as they stand, of `bash` single commands."""
+    """A document's fenced blocks of a language: `sh` are run as they stand, of `bash` single
+    commands.
+    """
     text = (server.ROOT / document).read_text()
     return re.findall(rf"^```{language}\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
 
@@ -55,13 +59,21 @@ class Served:
         return pids
 
     def metric(self, name: str, **labels: str) -> float:
-        """The sum of a metric's samples with these labels on the metrics port; 0.0 where none is exported."""
+        """The sum of a metric's samples with these labels on the metrics port; 0.0 where none is
+        exported.
+        """
         wanted = [f'{key}="{value}"' for key, value in labels.items()]
         lines = [line for line in self.exported() if re.match(rf"{name}[{{ ]", line)]
-        return sum(float(line.rsplit(" ", 1)[1]) for line in lines if all(label in line for label in wanted))
+        return sum(
+            float(line.rsplit(" ", 1)[1])
+            for line in lines
+            if all(label in line for label in wanted)
+        )
 
     def exported(self) -> list[str]:
-        """What the metrics port says, a line each: samples, and `# TYPE` lines of what has no sample yet."""
+        """What the metrics port says, a line each: samples, and `# TYPE` lines of what has no
+        sample yet.
+        """
         with urllib.request.urlopen(f"{self.running.metrics}/metrics", timeout=60) as answer:
             return list(answer.read().decode().splitlines())
 
@@ -96,14 +108,18 @@ def picture(event: dict[str, Any]) -> bytes:
 
 def noise(height: int, width: int, mode: str = "RGB") -> str:
     """A picture nobody could have guessed, as base64."""
-    pixels = np.random.default_rng(height * width).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    pixels = np.random.default_rng(height * width).integers(
+        0, 255, (height, width, 3), dtype=np.uint8
+    )
     buffer = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
 def random_request(rng: random.Random) -> dict[str, Any]:
-    """A legal request of any size that a bucket covers: text, image or mask, with and without guidance, 1 to 6 steps."""
+    """A legal request of any size that a bucket covers: text, image or mask, with and without
+    guidance, 1 to 6 steps.
+    """
     most_height, most_width = rng.choice(BUCKETS)
     height, width = rng.randint(16, most_height), rng.randint(16, most_width)
     request: dict[str, Any] = {
@@ -125,8 +141,12 @@ def random_request(rng: random.Random) -> dict[str, Any]:
 
 
 @contextmanager
-def started(archives: Sequence[Path], work: Path, *, wait: float = 900, **options: Any) -> Iterator[server.TorchServe]:
-    """A server on ports of its own, READY unless `wait` is 0 seconds, and stopped in the end; `options` are `server.start`'s."""
+def started(
+    archives: Sequence[Path], work: Path, *, wait: float = 900, **options: Any
+) -> Iterator[server.TorchServe]:
+    """A server on ports of its own, READY unless `wait` is 0 seconds, and stopped in the end;
+    `options` are `server.start`'s.
+    """
     running = server.start(archives, work / "run", ports=server.Ports.free(), **options)
     try:
         if wait:

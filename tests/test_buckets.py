@@ -10,11 +10,19 @@ from hypothesis import strategies as st
 
 from preheat.buckets import Bucket, covering, nearest_aspect, round_up, split_rows
 
-SDXL = [Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152), Bucket(1344, 768), Bucket(768, 1344)]
+SDXL = [
+    Bucket(1024, 1024),
+    Bucket(1152, 896),
+    Bucket(896, 1152),
+    Bucket(1344, 768),
+    Bucket(768, 1344),
+]
 
 sides = st.integers(1, 4096)
 # Small multiples of 8 collide in area and in aspect all the time, so the ties are really tried.
-bucket_sides = st.integers(1, 12).map(lambda cells: 8 * cells) | st.integers(1, 256).map(lambda cells: 8 * cells)
+bucket_sides = st.integers(1, 12).map(lambda cells: 8 * cells) | st.integers(1, 256).map(
+    lambda cells: 8 * cells
+)
 buckets = st.builds(Bucket, bucket_sides, bucket_sides)
 bucket_lists = st.lists(buckets, min_size=1, max_size=8)
 near_sides = st.integers(1, 100) | sides
@@ -73,7 +81,9 @@ def test_the_order_of_the_list_decides_nothing(
 
 @settings(max_examples=1000, deadline=None)
 @given(sides, sides, st.integers(1, 64))
-def test_round_up_is_the_smallest_aligned_size_that_covers(height: int, width: int, multiple: int) -> None:
+def test_round_up_is_the_smallest_aligned_size_that_covers(
+    height: int, width: int, multiple: int
+) -> None:
     size = round_up((height, width), multiple)
     assert size == round_up(Bucket(height, width), multiple)
     assert size.height % multiple == size.width % multiple == 0
@@ -85,12 +95,16 @@ def every_split(sizes: set[int], rows: int) -> list[tuple[int, ...]]:
     """Every multiset of batch sizes that holds the rows and from which no run can be left out."""
     if rows <= 0:
         return [()]
-    return [tuple(sorted((size, *rest))) for size in sizes for rest in every_split(sizes, rows - size)]
+    return [
+        tuple(sorted((size, *rest))) for size in sizes for rest in every_split(sizes, rows - size)
+    ]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sets(st.integers(1, 8), min_size=1, max_size=4), st.integers(1, 9))
-def test_rows_are_split_with_the_least_filler_in_the_fewest_runs(sizes: set[int], rows: int) -> None:
+def test_rows_are_split_with_the_least_filler_in_the_fewest_runs(
+    sizes: set[int], rows: int
+) -> None:
     split = split_rows(sorted(sizes), rows)
     assert list(split) == sorted(split, reverse=True) and set(split) <= sizes
     assert (sum(split), len(split)) == min((sum(one), len(one)) for one in every_split(sizes, rows))
@@ -122,7 +136,8 @@ def test_covering_among_the_sdxl_buckets(height: int, width: int, bucket: Bucket
 @pytest.mark.parametrize(
     ("choices", "size", "bucket"),
     [
-        # Twice too wide is as far as twice too tall; neither covers, both have the same area: the smaller height.
+        # Twice too wide is as far as twice too tall; neither covers, both have the same area: the
+        # smaller height.
         ([(16, 8), (8, 16)], (100, 100), (8, 16)),
         # The same shape three times: the least that covers,
         ([(64, 64), (32, 32), (16, 16)], (20, 20), (32, 32)),
@@ -132,7 +147,9 @@ def test_covering_among_the_sdxl_buckets(height: int, width: int, bucket: Bucket
         ([(80, 160), (240, 120)], (120, 120), (240, 120)),
     ],
 )
-def test_ties_of_aspect(choices: list[tuple[int, int]], size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_ties_of_aspect(
+    choices: list[tuple[int, int]], size: tuple[int, int], bucket: tuple[int, int]
+) -> None:
     assert nearest_aspect([Bucket(*choice) for choice in choices], *size) == Bucket(*bucket)
 
 

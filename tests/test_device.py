@@ -1,4 +1,6 @@
-"""What the worker asks of the C library, of CUDA and of the kernel, and which failures mean that memory ran out."""
+"""What the worker asks of the C library, of CUDA and of the kernel, and which failures mean that
+memory ran out.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from preheat.errors import ConfigError
 
 HANDLER = Path(__file__).parent.parent / "handler"
 
-# Page faults of filling blocks of 128 MiB in all that have been filled and freed before: before and after `release_memory`.
+# Page faults of filling blocks of 128 MiB in all that have been filled and freed before: before and
+# after `release_memory`.
 FAULTS = """
 import resource, numpy, torch
 from preheat.device import keep_freed_memory, release_memory
@@ -46,15 +49,23 @@ print(again, faults())
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way")
-def test_freed_memory_is_kept_until_it_is_released_unless_the_user_has_settings_of_his_own() -> None:
+@pytest.mark.skipif(
+    platform.libc_ver()[0] != "glibc", reason="another C library keeps memory in its own way"
+)
+def test_freed_memory_is_kept_until_it_is_released_unless_the_user_has_settings_of_his_own() -> (
+    None
+):
     kept, released = page_faults()
     plain, _ = page_faults(MALLOC_ARENA_MAX="8")
     assert 4 * kept < plain and 4 * kept < released
 
 
 def page_faults(**settings: str) -> list[int]:
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(("MALLOC_", "GLIBC_TUNABLES"))
+    }
     done = subprocess.run(
         [sys.executable, "-c", FAULTS],
         env={**clean, "PYTHONPATH": str(HANDLER), **settings},
@@ -66,7 +77,9 @@ def page_faults(**settings: str) -> list[int]:
 
 
 def cuda_error(text: str, code: int | None = None) -> Exception:
-    """What torch raises for an error of the CUDA runtime; before 2.8 it was a plain RuntimeError."""
+    """What torch raises for an error of the CUDA runtime; before 2.8 it was a plain
+    RuntimeError.
+    """
     error: Exception = getattr(torch, "AcceleratorError", RuntimeError)(text)
     if code is not None:
         error.error_code = code  # type: ignore[attr-defined]
@@ -111,7 +124,9 @@ def test_every_allocators_failure_is_out_of_memory_and_no_lost_device(error: Exc
     assert is_out_of_memory(error) and not is_device_lost(error)
 
 
-@pytest.mark.skipif(not hasattr(torch, "AcceleratorError"), reason="torch before 2.8 tells no lost device")
+@pytest.mark.skipif(
+    not hasattr(torch, "AcceleratorError"), reason="torch before 2.8 tells no lost device"
+)
 @pytest.mark.parametrize("error", [cuda_error(text) for text in LOST], ids=str)
 def test_a_broken_context_is_a_lost_device(error: Exception) -> None:
     assert is_device_lost(error) and not is_out_of_memory(error)
@@ -133,17 +148,23 @@ def test_a_gpu_that_torch_cannot_use_stops_the_load_with_torchs_reason(wanted: A
         pick_device("3", wanted)
     assert caught.value.path == "deviceType"
     assert "gave this worker GPU 3, which torch" in caught.value.message
-    assert "not compiled with CUDA" in caught.value.message or "NVIDIA driver" in caught.value.message
+    assert (
+        "not compiled with CUDA" in caught.value.message or "NVIDIA driver" in caught.value.message
+    )
     assert caught.value.message.endswith("say deviceType: cpu")
     assert any_device() == torch.device("cpu")
 
 
 def test_a_driver_that_is_too_old_is_said_in_torchs_words(monkeypatch: pytest.MonkeyPatch) -> None:
     def init() -> None:
-        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12020).\nPlease update it.")
+        raise RuntimeError(
+            "The NVIDIA driver on your system is too old (found version 12020).\nPlease update it."
+        )
 
     monkeypatch.setattr(torch.cuda, "init", init)
-    with pytest.raises(ConfigError, match=r"too old \(found version 12020\)\. To serve on the CPU, say"):
+    with pytest.raises(
+        ConfigError, match=r"too old \(found version 12020\)\. To serve on the CPU, say"
+    ):
         pick_device(0)
 
 
@@ -156,8 +177,16 @@ V1 = "4:memory:/pod\n2:cpu,cpuacct:{path}\n"
 
 QUOTAS = [
     ("no cgroups at all", {}, None),
-    ("version 2, none set", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000"}, None),
-    ("version 2, the root of a container", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000"}, 2),
+    (
+        "version 2, none set",
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "max 100000"},
+        None,
+    ),
+    (
+        "version 2, the root of a container",
+        {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "200000 100000"},
+        2,
+    ),
     ("rounded up", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000"}, 2),
     ("less than one", {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "1000 100000"}, 1),
     (
@@ -221,8 +250,12 @@ QUOTAS = [
 ]
 
 
-@pytest.mark.parametrize(("files", "cores"), [case[1:] for case in QUOTAS], ids=[case[0] for case in QUOTAS])
-def test_cpu_quotas_of_both_versions_count(files: dict[str, str], cores: int | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("files", "cores"), [case[1:] for case in QUOTAS], ids=[case[0] for case in QUOTAS]
+)
+def test_cpu_quotas_of_both_versions_count(
+    files: dict[str, str], cores: int | None, tmp_path: Path
+) -> None:
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
@@ -251,25 +284,33 @@ def test_workers_share_the_cores_that_they_may_use(
         share_cpu(workers)
         cores = num_cores()
         assert cores == min(limit for limit in (affinity, quota, told) if limit is not None)
-        assert os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") == (str(cores) if cores < affinity else None)
+        assert os.environ.get("TORCHINDUCTOR_COMPILE_THREADS") == (
+            str(cores) if cores < affinity else None
+        )
     (threads,) = given_threads
     assert threads >= 1 and (threads == 1 or threads * (workers or cores) <= cores)
 
 
 def test_omp_num_threads_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
-    monkeypatch.setattr(torch, "set_num_threads", lambda _: pytest.fail("the user has said how many"))
+    monkeypatch.setattr(
+        torch, "set_num_threads", lambda _: pytest.fail("the user has said how many")
+    )
     share_cpu(2)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "2.5", "all", "\u0663"])
-def test_a_number_of_cores_that_is_none_is_refused(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_number_of_cores_that_is_none_is_refused(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PREHEAT_CPUS", text)
     with pytest.raises(ConfigError, match="PREHEAT_CPUS: must be a whole number above 0"):
         num_cores()
 
 
-def simulated_gpus(monkeypatch: pytest.MonkeyPatch, num_gpus: int, asked_before: bool = False) -> None:
+def simulated_gpus(
+    monkeypatch: pytest.MonkeyPatch, num_gpus: int, asked_before: bool = False
+) -> None:
     """CUDA, as far as counting goes: it reads the variable when it is asked first."""
     visible = [os.environ.get("CUDA_VISIBLE_DEVICES")] if asked_before else []
 
@@ -296,7 +337,11 @@ def simulated_gpus(monkeypatch: pytest.MonkeyPatch, num_gpus: int, asked_before:
     ids=["number", "text", "numbers", "uuids", "mig", "too-far", "hidden", "no-gpu"],
 )
 def test_a_worker_sees_the_gpu_that_it_was_given_and_no_other(
-    monkeypatch: pytest.MonkeyPatch, visible: str | None, gpu_id: int | str | None, expected: int | None, left: str
+    monkeypatch: pytest.MonkeyPatch,
+    visible: str | None,
+    gpu_id: int | str | None,
+    expected: int | None,
+    left: str,
 ) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     if visible is not None:
@@ -344,5 +389,7 @@ print(*asked)
 def test_importing_the_handler_does_not_ask_for_gpus() -> None:
     """CUDA would have read CUDA_VISIBLE_DEVICES before the worker is told its GPU."""
     environment = {**os.environ, "PYTHONPATH": str(HANDLER)}
-    done = subprocess.run([sys.executable, "-c", ASKED], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", ASKED], env=environment, capture_output=True, text=True, check=False
+    )
     assert (done.returncode, done.stdout.strip()) == (0, ""), done.stderr

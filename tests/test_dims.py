@@ -19,25 +19,39 @@ CHOICES = st.dictionaries(
 
 
 @given(CHOICES)
-def test_every_combination_is_there_once_and_the_largest_first(choices: dict[str, list[int]]) -> None:
+def test_every_combination_is_there_once_and_the_largest_first(
+    choices: dict[str, list[int]],
+) -> None:
     found = combinations(choices)
     assert len(set(found)) == len(found) == prod(len(sizes) for sizes in choices.values())
     assert [dims.volume for dims in found] == sorted((dims.volume for dims in found), reverse=True)
 
 
 @given(CHOICES, st.data())
-def test_the_chosen_bucket_is_the_smallest_that_covers(choices: dict[str, list[int]], data: st.DataObject) -> None:
+def test_the_chosen_bucket_is_the_smallest_that_covers(
+    choices: dict[str, list[int]], data: st.DataObject
+) -> None:
     sizes = {name: data.draw(st.integers(1, 45)) for name in choices}
-    fitting = [dims for dims in combinations(choices) if all(dims[name] >= size for name, size in sizes.items())]
+    fitting = [
+        dims
+        for dims in combinations(choices)
+        if all(dims[name] >= size for name, size in sizes.items())
+    ]
     chosen = covering(choices, sizes)
     assert chosen == (min(fitting, key=lambda dims: dims.volume) if fitting else None)
 
 
 @given(CHOICES, st.data())
-def test_a_batch_shares_the_smallest_bucket_that_holds_all(choices: dict[str, list[int]], data: st.DataObject) -> None:
+def test_a_batch_shares_the_smallest_bucket_that_holds_all(
+    choices: dict[str, list[int]], data: st.DataObject
+) -> None:
     every = combinations(choices)
     batch = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=4))
-    holding = [dims for dims in every if all(dims[name] >= each[name] for each in batch for name in choices)]
+    holding = [
+        dims
+        for dims in every
+        if all(dims[name] >= each[name] for each in batch for name in choices)
+    ]
     assert joined(batch) == min(holding, key=lambda dims: dims.volume)
 
 

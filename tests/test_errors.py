@@ -8,7 +8,14 @@ import pickle
 import pytest
 
 from preheat import errors
-from preheat.errors import ArchiveError, ConfigError, PipelineError, PreheatError, RequestError, WarmupError
+from preheat.errors import (
+    ArchiveError,
+    ConfigError,
+    PipelineError,
+    PreheatError,
+    RequestError,
+    WarmupError,
+)
 
 TREE = [ConfigError, RequestError, ArchiveError, WarmupError, PipelineError]
 
@@ -21,7 +28,10 @@ def test_every_error_has_the_one_root_and_is_drawn(kind: type[PreheatError]) -> 
 
 
 def test_a_config_error_begins_with_its_path() -> None:
-    assert str(ConfigError("must be a list, got 3", "pt2.targets")) == "pt2.targets: must be a list, got 3"
+    assert (
+        str(ConfigError("must be a list, got 3", "pt2.targets"))
+        == "pt2.targets: must be a list, got 3"
+    )
     assert str(ConfigError("cannot read it")) == "cannot read it"
 
 
@@ -38,7 +48,9 @@ def test_a_request_error_is_its_body() -> None:
     assert RequestError("too large", code=413).body()["code"] == 413
 
 
-@pytest.mark.parametrize("error", [ConfigError("a", "b"), RequestError("a", "b", 413), ArchiveError("a")])
+@pytest.mark.parametrize(
+    "error", [ConfigError("a", "b"), RequestError("a", "b", 413), ArchiveError("a")]
+)
 def test_errors_cross_a_process(error: PreheatError) -> None:
     copied = pickle.loads(pickle.dumps(error))
     assert (type(copied), str(copied), vars(copied)) == (type(error), str(error), vars(error))

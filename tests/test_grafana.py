@@ -1,4 +1,6 @@
-"""The dashboard asks for nothing that the server does not export, and the declaration is what the handler emits."""
+"""The dashboard asks for nothing that the server does not export, and the declaration is what the
+handler emits.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def family(name: str) -> str:
     """The declared metric that a sample belongs to: itself, or the histogram it is a part of."""
     metrics = declared()
     bases = [name.removesuffix(suffix) for suffix in SUFFIXES if name.endswith(suffix)]
-    return next((base for base in bases if base in metrics and metrics[base].kind == "histogram"), name)
+    return next(
+        (base for base in bases if base in metrics and metrics[base].kind == "histogram"), name
+    )
 
 
 def panels() -> list[dict[str, Any]]:
@@ -62,7 +66,9 @@ def expressions() -> tuple[str, ...]:
 
 
 def names(expression: str) -> set[str]:
-    """The metrics that an expression names: what is neither function, operator, label, duration nor string."""
+    """The metrics that an expression names: what is neither function, operator, label, duration nor
+    string.
+    """
     bare = re.sub(r'"[^"]*"', "", expression)
     bare = re.sub(r"\{[^}]*\}|\[[^\]]*\]", "", bare)
     bare = GROUPING.sub("", bare)
@@ -71,7 +77,9 @@ def names(expression: str) -> set[str]:
 
 
 def dashboard_metrics() -> set[str]:
-    """The samples that the dashboard reads, as the metrics port names them: a histogram's end in _bucket, _sum or _count."""
+    """The samples that the dashboard reads, as the metrics port names them: a histogram's end in
+    _bucket, _sum or _count.
+    """
     return set[str]().union(*map(names, expressions()))
 
 
@@ -79,14 +87,20 @@ def selectors() -> Iterator[tuple[str, set[str]]]:
     """Every metric with the labels it is selected by."""
     for expression in expressions():
         for name, labels in SELECTOR.findall(expression):
-            yield name, set(re.findall(rf"({WORD})\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', "", labels)))
+            yield (
+                name,
+                set(re.findall(rf"({WORD})\s*(?:=~|!~|!=|=)", re.sub(r'"[^"]*"', "", labels))),
+            )
 
 
 @pytest.mark.parametrize(
     ("expression", "expected"),
     [
         ('sum by (Bucket, le) (rate(a_total{x=~"b c"}[5m])) / 1e6', {"a_total"}),
-        ("histogram_quantile(0.99, sum(rate(b_bucket[$__rate_interval])) by (le)) or vector(0)", {"b_bucket"}),
+        (
+            "histogram_quantile(0.99, sum(rate(b_bucket[$__rate_interval])) by (le)) or vector(0)",
+            {"b_bucket"},
+        ),
         ("1 - QueueTime / on (Hostname) group_left() c:d unless e", {"QueueTime", "c:d", "e"}),
     ],
 )
@@ -114,7 +128,9 @@ def test_labels_are_those_the_metric_has() -> None:
     for name, labels in chosen:
         assert labels <= metrics[family(name)].labels, name
     for expression in expressions():
-        known = frozenset[str]().union({"le"}, *(metrics[family(name)].labels for name in names(expression)))
+        known = frozenset[str]().union(
+            {"le"}, *(metrics[family(name)].labels for name in names(expression))
+        )
         for grouping in GROUPING.findall(expression):
             assert set(re.findall(WORD, grouping)) <= known, expression
 
@@ -123,7 +139,9 @@ def test_counters_are_read_as_rates_but_for_the_five_that_are_totals() -> None:
     metrics, bare = declared(), set()
     for expression in expressions():
         rated = set(re.findall(rf"\b(?:rate|increase)\(({WORD})", expression))
-        bare |= {name for name in names(expression) if metrics[family(name)].kind != "gauge"} - rated
+        bare |= {
+            name for name in names(expression) if metrics[family(name)].kind != "gauge"
+        } - rated
     assert bare == {
         "preheat_compiles_since_ready_total",
         "preheat_incidents_total",
@@ -134,7 +152,12 @@ def test_counters_are_read_as_rates_but_for_the_five_that_are_totals() -> None:
 
 
 @pytest.mark.parametrize(
-    "metric", ["preheat_compiles_since_ready_total", "preheat_incidents_total", "preheat_eager_fallbacks_total"]
+    "metric",
+    [
+        "preheat_compiles_since_ready_total",
+        "preheat_incidents_total",
+        "preheat_eager_fallbacks_total",
+    ],
 )
 def test_a_broken_promise_is_red(metric: str) -> None:
     (panel,) = [p for p in panels() if p["type"] == "stat" and metric in p["targets"][0]["expr"]]
@@ -146,17 +169,25 @@ def test_a_broken_promise_is_red(metric: str) -> None:
 def test_every_histogram_is_shown_in_quantiles(quantile: str) -> None:
     for name, metric in declared().items():
         if metric.kind == "histogram":
-            wanted = re.compile(rf"histogram_quantile\({re.escape(quantile)}, sum by \(le\) \(rate\({name}_bucket\b")
+            wanted = re.compile(
+                rf"histogram_quantile\({re.escape(quantile)}, sum by \(le\) \(rate\({name}_bucket\b"
+            )
             assert any(wanted.match(expression) for expression in expressions()), name
 
 
 def test_a_user_picks_the_source_and_the_model() -> None:
     variables = {variable["name"]: variable["type"] for variable in DASHBOARD["templating"]["list"]}
     assert variables == {"datasource": "datasource", "model": "query", "host": "query"}
-    sources = [variable["datasource"] for variable in DASHBOARD["templating"]["list"] if variable["type"] == "query"]
+    sources = [
+        variable["datasource"]
+        for variable in DASHBOARD["templating"]["list"]
+        if variable["type"] == "query"
+    ]
     for panel in panels():
         sources += [panel["datasource"], *(target["datasource"] for target in panel["targets"])]
-        assert all("$model" in t["expr"] or "$host" in t["expr"] for t in panel["targets"]), panel["title"]
+        assert all("$model" in t["expr"] or "$host" in t["expr"] for t in panel["targets"]), panel[
+            "title"
+        ]
     assert all(source == {"type": "prometheus", "uid": "${datasource}"} for source in sources)
 
 
@@ -175,7 +206,9 @@ def test_panels_have_their_own_place_and_say_what_they_show() -> None:
 def test_the_declaration_is_what_the_handler_emits() -> None:
     sources = [*(ROOT / "handler").glob("*.py"), *(ROOT / "handler" / "preheat").rglob("*.py")]
     emitted = {
-        name for path in sources for name in re.findall(r'"(preheat_\w+_(?:total|seconds|bytes))"', path.read_text())
+        name
+        for path in sources
+        for name in re.findall(r'"(preheat_\w+_(?:total|seconds|bytes))"', path.read_text())
     }
     assert emitted == {name for name in declared() if name.startswith("preheat_")}
 
@@ -190,4 +223,6 @@ def test_torchserves_own_metrics_are_as_it_ships_them() -> None:
     assert spec is not None and spec.origin is not None
     shipped = yaml.safe_load((Path(spec.origin).parent / "configs" / "metrics.yaml").read_text())
     assert DECLARED["ts_metrics"] == shipped["ts_metrics"]
-    assert all(entry in DECLARED["model_metrics"]["gauge"] for entry in shipped["model_metrics"]["gauge"])
+    assert all(
+        entry in DECLARED["model_metrics"]["gauge"] for entry in shipped["model_metrics"]["gauge"]
+    )

@@ -1,4 +1,6 @@
-"""TorchServe's entry point: what it makes of the YAML, of the device it was given, and of bodies that TorchServe decodes or not."""
+"""TorchServe's entry point: what it makes of the YAML, of the device it was given, and of bodies
+that TorchServe decodes or not.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ def load(folder: Path, text: str, gpu: int | None = None) -> None:
     (folder / "model.yaml").write_text(text)
     manifest = {"model": {"configFile": "model.yaml"}}
     read = yaml.safe_load(text)
-    PreheatHandler().initialize(Context("m", str(folder), manifest, 1, gpu, "0.12.0", model_yaml_config=read))
+    PreheatHandler().initialize(
+        Context("m", str(folder), manifest, 1, gpu, "0.12.0", model_yaml_config=read)
+    )
 
 
 REFUSED = [
     ("pipeline: {}\npt2: {shapes: {}}\npt2: {}", None, "pt2: stands twice, in lines 2 and 3"),
-    ("module: {}\npt2: {compile: {enable: true, backend: openvno}}", None, "did you mean openvino?"),
+    (
+        "module: {}\npt2: {compile: {enable: true, backend: openvno}}",
+        None,
+        "did you mean openvino?",
+    ),
     ("module: {}\ndeviceType: gpu", None, "deviceType: gpu, and TorchServe gave this worker none"),
     ("pt2: {compile: {}}", None, "pt2.compile.enable: is missing"),
     ("3", None, "a model YAML is a mapping of keys to values, got 3"),
@@ -55,7 +63,9 @@ def test_a_load_that_is_refused_says_why_to_whoever_waits(
 
 
 def test_torchserves_own_yaml_keeps_its_last_word(tmp_path: Path) -> None:
-    """Of keys that stand twice the last one counts there; this one is then refused for what it says."""
+    """Of keys that stand twice the last one counts there; this one is then refused for what it
+    says.
+    """
     with pytest.raises(ConfigError, match="batchSize: must be greater than 0, got 0"):
         load(tmp_path, "batchSize: 1\nbatchSize: 0")
 
@@ -89,5 +99,7 @@ def test_a_body_means_the_same_whoever_decodes_it(
         monkeypatch.setenv("TS_DECODE_INPUT_REQUEST", decode)
     row = received(content_type, body)
     assert isinstance(row["body"], bytearray) == (decode == "false" or "json;" in content_type)
-    request = parse_row(row, content_type=content_type, limits=LimitsConfig(), defaults=DefaultsConfig())
+    request = parse_row(
+        row, content_type=content_type, limits=LimitsConfig(), defaults=DefaultsConfig()
+    )
     assert request.prompt == prompt

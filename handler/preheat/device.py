@@ -1,4 +1,6 @@
-"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler, for IPEX and for OpenVINO."""
+"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler,
+for IPEX and for OpenVINO.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ _ATTENTION = {
 CPUS_VARIABLE = "PREHEAT_CPUS"
 
 _OUT_OF_MEMORY = re.compile(
-    # "CUDA error", "CUDA driver error" (the virtual memory API), "Triton Error [CUDA]"; cuBLAS, cuDNN 8 and 9, cuSOLVER.
+    # "CUDA error", "CUDA driver error" (the virtual memory API), "Triton Error [CUDA]"; cuBLAS,
+    # cuDNN 8 and 9, cuSOLVER.
     r"DefaultCPUAllocator|\bout of memory\b|_ALLOC(ATION)?_FAILED|"
     # cuDNN, with "GET was" or "FIND was": no engine whose workspace could be had.
     r"unable to find an engine to execute",
@@ -53,24 +56,30 @@ _KEPT_BYTES = 2**25
 
 @contextmanager
 def attention_backend(name: str) -> Iterator[None]:
-    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the choice to torch.
+    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the
+    choice to torch.
 
-    The choice is compiled in, but torch 2.13 leaves it out of the keys of its compile caches: what was compiled under another one would
-    be found and run. Hence the tag.
+    The choice is compiled in, but torch 2.13 leaves it out of the keys of its compile caches: what
+    was compiled under another one would be found and run. Hence the tag.
     """
     if name == "default":
         yield
         return
     caches: Any = importlib.import_module("torch.compiler.config")
-    with sdpa_kernel(_ATTENTION[name]), caches.patch(cache_key_tag=f"{caches.cache_key_tag}attention-{name}"):
+    with (
+        sdpa_kernel(_ATTENTION[name]),
+        caches.patch(cache_key_tag=f"{caches.cache_key_tag}attention-{name}"),
+    ):
         yield
 
 
 def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
-    """Hide from this process every GPU but the one that TorchServe gave it; returns the number that it has from now on, 0.
+    """Hide from this process every GPU but the one that TorchServe gave it; returns the number that
+    it has from now on, 0.
 
-    Compiled code is for one number: workers of several GPUs would share nothing. CUDA reads CUDA_VISIBLE_DEVICES once, at its first
-    call; where that has been (see `cuda_unasked`), and where there is no such GPU, all stays as it was.
+    Compiled code is for one number: workers of several GPUs would share nothing. CUDA reads
+    CUDA_VISIBLE_DEVICES once, at its first call; where that has been (see `cuda_unasked`), and
+    where there is no such GPU, all stays as it was.
     """
     if gpu_id is None or not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
         return gpu_id
@@ -79,12 +88,16 @@ def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
     every = None if named is None else [name.strip() for name in named.split(",")]
     if every is not None and int(gpu_id) >= len(every):
         return gpu_id
-    os.environ["CUDA_VISIBLE_DEVICES"] = every[int(gpu_id)] if every is not None else str(int(gpu_id))
+    os.environ["CUDA_VISIBLE_DEVICES"] = (
+        every[int(gpu_id)] if every is not None else str(int(gpu_id))
+    )
     num_seen = torch._C._cuda_getDeviceCount()
     if num_seen == 1:
         return 0
     if num_seen:
-        logger.warning("cannot hide other GPUs from this worker: it shares no compiled code with their workers")
+        logger.warning(
+            "cannot hide other GPUs from this worker: it shares no compiled code with their workers"
+        )
     if named is None:
         del os.environ["CUDA_VISIBLE_DEVICES"]
     else:
@@ -94,7 +107,9 @@ def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
 
 @contextmanager
 def cuda_unasked() -> Iterator[None]:
-    """Import in here what asks for GPUs on import, as TorchServe's BaseHandler does: it is told that there are none."""
+    """Import in here what asks for GPUs on import, as TorchServe's BaseHandler does: it is told
+    that there are none.
+    """
     answer = torch.cuda.is_available
     torch.cuda.is_available = lambda: False
     try:
@@ -103,21 +118,25 @@ def cuda_unasked() -> Iterator[None]:
         torch.cuda.is_available = answer
 
 
-def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None = None) -> torch.device:
+def pick_device(
+    gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None = None
+) -> torch.device:
     """The device of this worker, made current.
 
-    `gpu_id` is what TorchServe assigns in `context.system_properties`, `wanted` the YAML's `deviceType`. TorchServe 0.12 does not
-    narrow CUDA_VISIBLE_DEVICES per worker, so without `set_device` every worker would also hold a context on GPU 0.
+    `gpu_id` is what TorchServe assigns in `context.system_properties`, `wanted` the YAML's
+    `deviceType`. TorchServe 0.12 does not narrow CUDA_VISIBLE_DEVICES per worker, so without
+    `set_device` every worker would also hold a context on GPU 0.
 
-    Raises:
-        ConfigError: there is a GPU for this worker that torch cannot use, or none although the YAML insists on one. A model that
-            is sized for a GPU would compile for hours on a CPU, or be served a hundred times slower without a word.
+    Raises: ConfigError: there is a GPU for this worker that torch cannot use, or none although the
+      YAML insists on one. A model that is sized for a GPU would compile for hours on a CPU, or be
+      served a hundred times slower without a word.
     """
     if wanted == "cpu" or (gpu_id is None and wanted is None):
         return torch.device("cpu")
     if gpu_id is None:
         raise ConfigError(
-            "gpu, and TorchServe gave this worker none: it counts those that nvidia-smi shows", "deviceType"
+            "gpu, and TorchServe gave this worker none: it counts those that nvidia-smi shows",
+            "deviceType",
         )
     device = torch.device("cuda", int(gpu_id))
     try:
@@ -126,7 +145,9 @@ def pick_device(gpu_id: int | str | None, wanted: Literal["cpu", "gpu"] | None =
     except (AssertionError, RuntimeError) as error:  # the first: a torch without CUDA
         reason = str(error).strip().partition("\n")[0].rstrip(".")
         text = f"TorchServe gave this worker GPU {gpu_id}, which torch {torch.__version__} cannot use: {reason}"
-        raise ConfigError(f"{text}. To serve on the CPU, say deviceType: cpu", "deviceType") from error
+        raise ConfigError(
+            f"{text}. To serve on the CPU, say deviceType: cpu", "deviceType"
+        ) from error
     return device
 
 
@@ -136,7 +157,9 @@ def any_device() -> torch.device:
 
 
 def use_tensor_cores(device: torch.device) -> None:
-    """Multiply float32 matrices in TF32 where the GPU can, which is what importing BaseHandler does where it sees one."""
+    """Multiply float32 matrices in TF32 where the GPU can, which is what importing BaseHandler does
+    where it sees one.
+    """
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
         torch.set_float32_matmul_precision("high")
 
@@ -144,8 +167,9 @@ def use_tensor_cores(device: torch.device) -> None:
 def share_cpu(num_workers: int | None) -> None:
     """Give this worker its share of the cores, once and before anything is compiled.
 
-    Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores are many times slower than
-    one. Dynamo guards on the number of threads, so it must not change later. OMP_NUM_THREADS has the last word.
+    Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores
+    are many times slower than one. Dynamo guards on the number of threads, so it must not change
+    later. OMP_NUM_THREADS has the last word.
     """
     cores = num_cores()
     if cores < len(os.sched_getaffinity(0)):  # which is what Inductor counts
@@ -157,7 +181,8 @@ def share_cpu(num_workers: int | None) -> None:
 
 
 def num_cores() -> int:
-    """Cores that the workers may use together: those that the process may run on, that its cgroups pay for, and at most PREHEAT_CPUS.
+    """Cores that the workers may use together: those that the process may run on, that its cgroups
+    pay for, and at most PREHEAT_CPUS.
 
     Raises:
         ConfigError: PREHEAT_CPUS is no whole number above 0.
@@ -171,10 +196,12 @@ def num_cores() -> int:
 
 
 def cpu_quota(root: Path = Path("/")) -> int | None:
-    """Cores that the quotas of this process's cgroups amount to, rounded up; None where there is no quota.
+    """Cores that the quotas of this process's cgroups amount to, rounded up; None where there is no
+    quota.
 
-    Whatever is set on a cgroup holds for those inside it, so the least on the way up counts. A container may see its own cgroup as
-    the root, or (version 1) be told a path that exists on the host alone: what is not there is passed over.
+    Whatever is set on a cgroup holds for those inside it, so the least on the way up counts. A
+    container may see its own cgroup as the root, or (version 1) be told a path that exists on the
+    host alone: what is not there is passed over.
     """
     try:
         lines = (root / "proc/self/cgroup").read_text().splitlines()
@@ -191,12 +218,16 @@ def cpu_quota(root: Path = Path("/")) -> int | None:
             continue
         inside = [part for part in path.split("/") if part not in ("", "..")]
         for mount in mounts:
-            quotas += [_quota_of(root.joinpath(mount, *inside[:depth])) for depth in range(len(inside) + 1)]
+            quotas += [
+                _quota_of(root.joinpath(mount, *inside[:depth])) for depth in range(len(inside) + 1)
+            ]
     return min((math.ceil(quota) for quota in quotas if quota is not None), default=None)
 
 
 def _quota_of(cgroup: Path) -> float | None:
-    """cpu.max of version 2, else the two files of version 1 (kernel: admin-guide/cgroup-v2, scheduler/sched-bwc)."""
+    """cpu.max of version 2, else the two files of version 1 (kernel: admin-guide/cgroup-v2,
+    scheduler/sched-bwc).
+    """
     for files in (("cpu.max",), ("cpu.cfs_quota_us", "cpu.cfs_period_us")):
         try:
             quota, period = (word for file in files for word in (cgroup / file).read_text().split())
@@ -207,11 +238,13 @@ def _quota_of(cgroup: Path) -> float | None:
 
 
 def keep_freed_memory() -> None:
-    """Let this process keep what tensors on the CPU give back, and use it again, as CUDA's caching allocator does.
+    """Let this process keep what tensors on the CPU give back, and use it again, as CUDA's caching
+    allocator does.
 
-    glibc returns what lies free at its heap's end to the kernel, which zeroes every page when it is touched next: a tenth of a tiny
-    SDXL's run on two cores. A worker's shapes are its buckets', so the same blocks are wanted again. `release_memory` returns them. A
-    setting of the user's own (mallopt(3), GLIBC_TUNABLES) has the last word; other C libraries are left as they are.
+    glibc returns what lies free at its heap's end to the kernel, which zeroes every page when it is
+    touched next: a tenth of a tiny SDXL's run on two cores. A worker's shapes are its buckets', so
+    the same blocks are wanted again. `release_memory` returns them. A setting of the user's own
+    (mallopt(3), GLIBC_TUNABLES) has the last word; other C libraries are left as they are.
     """
     own = [name for name in os.environ if name.startswith("MALLOC_") or name == "GLIBC_TUNABLES"]
     libc = _glibc()
@@ -226,12 +259,20 @@ def _glibc() -> ctypes.CDLL | None:
 
 
 def computes(dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether the device has instructions for it: a CPU without those for bfloat16 computes it more slowly than float32."""
-    return device.type != "cpu" or dtype is not torch.bfloat16 or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    """Whether the device has instructions for it: a CPU without those for bfloat16 computes it more
+    slowly than float32.
+    """
+    return (
+        device.type != "cpu"
+        or dtype is not torch.bfloat16
+        or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
 
 
 def missing_compiler(device: torch.device, backend: str) -> str | None:
-    """Why Inductor cannot compile here, or None: the CPU road needs a C++ compiler, Triton a C compiler for its launchers."""
+    """Why Inductor cannot compile here, or None: the CPU road needs a C++ compiler, Triton a C
+    compiler for its launchers.
+    """
     if backend != "inductor":
         return None
     variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
@@ -242,7 +283,9 @@ def missing_compiler(device: torch.device, backend: str) -> str | None:
 
 
 def ipex_requested() -> bool:
-    """TorchServe sets TS_IPEX_ENABLE for its workers when config.properties says `ipex_enable=true`."""
+    """TorchServe sets TS_IPEX_ENABLE for its workers when config.properties says
+    `ipex_enable=true`.
+    """
     return os.environ.get("TS_IPEX_ENABLE", "false") == "true"
 
 
@@ -267,7 +310,8 @@ def import_ipex() -> ModuleType:
 
 
 def import_openvino() -> ModuleType:
-    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion would be reported over the network.
+    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion
+    would be reported over the network.
 
     Raises:
         ImportError: it is not installed.
@@ -282,9 +326,10 @@ def import_openvino() -> ModuleType:
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the device or the machine had no memory left.
 
-    torch's allocators have an error of their own, for CUDA, or a plain RuntimeError. CUDA's libraries allocate past them, and their
-    failures are known by their words alone. Code from AOTInductor loses even those: what is left is the name of the call that
-    failed, an allocation (AOTI_TORCH_ERROR_CODE_CHECK in torch/csrc/inductor/aoti_runtime/utils.h).
+    torch's allocators have an error of their own, for CUDA, or a plain RuntimeError. CUDA's
+    libraries allocate past them, and their failures are known by their words alone. Code from
+    AOTInductor loses even those: what is left is the name of the call that failed, an allocation
+    (AOTI_TORCH_ERROR_CODE_CHECK in torch/csrc/inductor/aoti_runtime/utils.h).
     """
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
@@ -292,11 +337,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         return False
     text = str(error)
     by_code = getattr(error, "error_code", None) == _CUDA_OUT_OF_MEMORY
-    return by_code or _OUT_OF_MEMORY.search(text) is not None or _FAILED_ALLOCATION.match(text) is not None
+    return (
+        by_code
+        or _OUT_OF_MEMORY.search(text) is not None
+        or _FAILED_ALLOCATION.match(text) is not None
+    )
 
 
 def is_device_lost(error: BaseException) -> bool:
-    """Whether the device's context is broken (illegal address, device assert): every later call would fail too."""
+    """Whether the device's context is broken (illegal address, device assert): every later call
+    would fail too.
+    """
     return isinstance(error, getattr(torch, "AcceleratorError", ())) and not is_out_of_memory(error)
 
 
@@ -307,7 +358,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def release_memory(device: torch.device) -> None:
-    """Give back what a failed run has left; call it outside the `except` block, whose traceback holds the tensors."""
+    """Give back what a failed run has left; call it outside the `except` block, whose traceback
+    holds the tensors.
+    """
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,7 +1,7 @@
 """Buckets of named dimensions: what a module's inputs are padded to. Integers only.
 
-A dimension has sizes of its own, and a bucket is one size of each: every combination exists, so the smallest one that covers a
-request, or a batch of them, is found dimension by dimension.
+A dimension has sizes of its own, and a bucket is one size of each: every combination exists, so the
+smallest one that covers a request, or a batch of them, is found dimension by dimension.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from math import prod
 
 @dataclass(frozen=True, slots=True)
 class Dims:
-    """One size of each bucketed dimension, by name, in the YAML's order; empty where every shape is fixed."""
+    """One size of each bucketed dimension, by name, in the YAML's order; empty where every shape is
+    fixed.
+    """
 
     sizes: tuple[tuple[str, int], ...] = ()
 
@@ -36,7 +38,9 @@ class Dims:
 
 
 def combinations(choices: Mapping[str, Sequence[int]]) -> tuple[Dims, ...]:
-    """Every bucket, the largest first: one that does not fit into memory shows at once, and memory pools grow once."""
+    """Every bucket, the largest first: one that does not fit into memory shows at once, and memory
+    pools grow once.
+    """
     every = (Dims(tuple(zip(choices, sizes, strict=True))) for sizes in product(*choices.values()))
     return tuple(sorted(every, key=lambda dims: (-dims.volume, dims.sizes)))
 

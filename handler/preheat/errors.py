@@ -26,7 +26,9 @@ class PreheatError(Exception):
     """Root of the tree."""
 
     lasting = False
-    """Whether the next try must fail alike: a wrong YAML, a missing file. `preheat ready` then waits no longer."""
+    """Whether the next try must fail alike: a wrong YAML, a missing file. `preheat ready` then
+    waits no longer.
+    """
 
 
 class ConfigError(PreheatError):
@@ -53,9 +55,11 @@ def in_one_line(error: BaseException) -> str:
 
 
 class RequestError(PreheatError):
-    """A request that is refused; `field` is the request's field at fault, None where no single one is.
+    """A request that is refused; `field` is the request's field at fault, None where no single one
+    is.
 
-    `message` says something of the field, as in "is missing": clients read it after the field's name.
+    `message` says something of the field, as in "is missing": clients read it after the field's
+    name.
     """
 
     def __init__(self, message: str, field: str | None = None, code: int = 400) -> None:
@@ -69,7 +73,12 @@ class RequestError(PreheatError):
 
     def body(self) -> dict[str, int | str | None]:
         """The JSON object the client receives, the same over REST and gRPC."""
-        return {"code": self.code, "type": "InvalidRequest", "message": str(self), "field": self.field}
+        return {
+            "code": self.code,
+            "type": "InvalidRequest",
+            "message": str(self),
+            "field": self.field,
+        }
 
 
 class RunError(PreheatError):
@@ -89,7 +98,9 @@ class DeadlinePassed(RunError):
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after `retry_after` seconds."""
+    """Its batch has no time left for it, so it was not begun; it may be sent again after
+    `retry_after` seconds.
+    """
 
     code = 503
 
@@ -124,27 +135,36 @@ class WarmupError(PreheatError):
 
 
 class PipelineError(PreheatError):
-    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody wrote facts for."""
+    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody
+    wrote facts for.
+    """
 
     lasting = True
 
 
 class ModuleError(PreheatError):
-    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that are more than tensors."""
+    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that
+    are more than tensors.
+    """
 
     lasting = True
 
 
 class HubError(PreheatError):
-    """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer then."""
+    """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer
+    then.
+    """
 
 
 class Untrusted(PreheatError):
-    """A compiled file that must not be run: unsigned, altered, made for something else, or open to others."""
+    """A compiled file that must not be run: unsigned, altered, made for something else, or open to
+    others.
+    """
 
 
 def is_panic(error: BaseException) -> bool:
-    """Whether it is a panic of a library written in Rust (tokenizers, safetensors), which is no `Exception` to Python.
+    """Whether it is a panic of a library written in Rust (tokenizers, safetensors), which is no
+    `Exception` to Python.
 
     pyo3 derives it from BaseException on purpose; its class can be imported from nowhere.
     """

@@ -15,11 +15,19 @@ STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
 
 
 class StatusFile:
-    """A worker's progress as a small JSON file, replaced atomically; nothing is written where no folder is given."""
+    """A worker's progress as a small JSON file, replaced atomically; nothing is written where no
+    folder is given.
+    """
 
     def __init__(self, folder: str | None, model: str) -> None:
         self._path = Path(folder) / f"{model}-{os.getpid()}.json" if folder else None
-        self._document: dict[str, Any] = {"model": model, "pid": os.getpid(), "state": "loading", "total": 0, "done": 0}
+        self._document: dict[str, Any] = {
+            "model": model,
+            "pid": os.getpid(),
+            "state": "loading",
+            "total": 0,
+            "done": 0,
+        }
         self._buckets: dict[str, dict[str, Any]] = {}
 
     @classmethod
@@ -51,11 +59,15 @@ class StatusFile:
         self.write("failed", message)
 
     def finish(self, state: Phase, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The worker serves. Of the state's `rows`, each bucket keeps its engine and why it is eager though it should not be."""
+        """The worker serves. Of the state's `rows`, each bucket keeps its engine and why it is
+        eager though it should not be.
+        """
         for bucket, row in self._buckets.items():
             own = [each for each in rows if bucket_name(each) == bucket]
             row["engine"] = _engine(own)
-            row["reason"] = next((each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), "")
+            row["reason"] = next(
+                (each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), ""
+            )
         self.write(state)
 
     def write(self, state: Phase, message: str = "") -> None:
@@ -80,7 +92,9 @@ Phase = Literal["loading", "warming", "hot", "cold", "failed"]
 
 
 class Status(NamedTuple):
-    """What one worker last wrote about its warm-up; `buckets` are its parts, as (name, done, total, seconds)."""
+    """What one worker last wrote about its warm-up; `buckets` are its parts, as (name, done, total,
+    seconds).
+    """
 
     model: str
     pid: int
@@ -97,15 +111,35 @@ class Status(NamedTuple):
 
 
 def read_statuses(folder: Path) -> list[Status]:
-    """What the workers wrote to `folder` ($PREHEAT_STATUS_DIR), oldest first; unreadable files are left out."""
+    """What the workers wrote to `folder` ($PREHEAT_STATUS_DIR), oldest first; unreadable files are
+    left out.
+    """
     statuses = []
     for path in folder.glob("*.json"):
         try:
             data = json.loads(path.read_bytes())
-            buckets = tuple((b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0) for b in data["buckets"])
-            fields = (str(data["model"]), int(data["pid"]), str(data["state"]), int(data["done"]), int(data["total"]))
-            engines = tuple(Engine(b["bucket"], b["engine"], b["reason"]) for b in data["buckets"] if "engine" in b)
-            rest = (str(data.get("message") or ""), path.stat().st_mtime, bool(data.get("lasting")), engines)
+            buckets = tuple(
+                (b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0)
+                for b in data["buckets"]
+            )
+            fields = (
+                str(data["model"]),
+                int(data["pid"]),
+                str(data["state"]),
+                int(data["done"]),
+                int(data["total"]),
+            )
+            engines = tuple(
+                Engine(b["bucket"], b["engine"], b["reason"])
+                for b in data["buckets"]
+                if "engine" in b
+            )
+            rest = (
+                str(data.get("message") or ""),
+                path.stat().st_mtime,
+                bool(data.get("lasting")),
+                engines,
+            )
             statuses.append(Status(*fields, buckets, *rest))
         except (OSError, ValueError, LookupError, TypeError):
             continue  # gone meanwhile, or not a worker's
@@ -127,9 +161,11 @@ class Engine(NamedTuple):
 
 
 def failed(statuses: Sequence[Status]) -> Status | None:
-    """The worker that failed, if no later one of its model has got further; `statuses` are oldest first.
+    """The worker that failed, if no later one of its model has got further; `statuses` are oldest
+    first.
 
-    TorchServe starts another at once. That it loads says nothing where the fault is lasting, and all else where it is not.
+    TorchServe starts another at once. That it loads says nothing where the fault is lasting, and
+    all else where it is not.
     """
     for model in dict.fromkeys(status.model for status in statuses):
         own = [status for status in statuses if status.model == model]
@@ -140,7 +176,9 @@ def failed(statuses: Sequence[Status]) -> Status | None:
 
 
 def _engine(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The one engine of rows that agree; else each target with its own, such as `unet compiled, vae.decoder eager`."""
+    """The one engine of rows that agree; else each target with its own, such as `unet compiled,
+    vae.decoder eager`.
+    """
     by_target: dict[str, list[str]] = {}
     for row in rows:
         engines = by_target.setdefault(row["target"], [])

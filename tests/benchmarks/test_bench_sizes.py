@@ -49,7 +49,9 @@ def test_the_mix_is_as_documented() -> None:
     assert described["mix"] == {"phone photo": 60, "shop export": 60, "hand crop": 30}
     assert described["num_requests"] == 150 and described["num_distinct_sizes"] == 30
     assert described["beyond_every_bucket"] == 0
-    kinds = {kind: {(s.height, s.width) for s in generated() if s.kind == kind} for kind in sizes.KINDS}
+    kinds = {
+        kind: {(s.height, s.width) for s in generated() if s.kind == kind} for kind in sizes.KINDS
+    }
     assert {kind: len(found) for kind, found in kinds.items()} == {
         "phone photo": 12,
         "shop export": 6,
@@ -59,7 +61,9 @@ def test_the_mix_is_as_documented() -> None:
 
 
 @pytest.mark.parametrize(("num_requests", "num_distinct"), [(1, 1), (6, 6), (12, 6), (7, 50)])
-def test_short_runs_have_every_request_and_no_more_sizes_than_asked(num_requests: int, num_distinct: int) -> None:
+def test_short_runs_have_every_request_and_no_more_sizes_than_asked(
+    num_requests: int, num_distinct: int
+) -> None:
     made = generated(0, num_requests, num_distinct)
     assert len(made) == num_requests
     assert len({(size.height, size.width) for size in made}) <= max(num_distinct, len(sizes.KINDS))
@@ -67,7 +71,9 @@ def test_short_runs_have_every_request_and_no_more_sizes_than_asked(num_requests
 
 def test_sizes_grow_with_the_buckets() -> None:
     large = sizes.generate(PROFILES["sdxl"].buckets, num_requests=50, num_distinct=20, seed=0)
-    assert min(size.height * size.width for size in large) > max(size.height * size.width for size in generated())
+    assert min(size.height * size.width for size in large) > max(
+        size.height * size.width for size in generated()
+    )
 
 
 @pytest.mark.parametrize("numbers", [(0, 1), (1, 0)])
@@ -83,7 +89,11 @@ def test_more_sizes_than_there_are_is_refused() -> None:
 
 def test_a_log_is_replayed_in_its_order(tmp_path: Path) -> None:
     path = log(tmp_path, "\ufeffWidth, Height\n300,200\n100,150\n300,200\n")
-    assert sizes.read_log(path, **LIMITS) == [Size(200, 300, "log"), Size(150, 100, "log"), Size(200, 300, "log")]
+    assert sizes.read_log(path, **LIMITS) == [
+        Size(200, 300, "log"),
+        Size(150, 100, "log"),
+        Size(200, 300, "log"),
+    ]
 
 
 def test_a_histogram_is_shuffled_by_the_seed(tmp_path: Path) -> None:
@@ -98,7 +108,10 @@ def test_a_log_can_be_scaled_and_sampled(tmp_path: Path) -> None:
     read = sizes.read_log(path, **LIMITS, scale=0.25)
     assert read[:2] == [Size(125, 256, "log"), Size(125, 256, "log")] and len(read) == 100
     few = sizes.sample(read, 10, seed=1)
-    assert few == sizes.sample(read, 10, seed=1) == sorted(few, key=lambda size: size.height) and len(few) == 10
+    assert (
+        few == sizes.sample(read, 10, seed=1) == sorted(few, key=lambda size: size.height)
+        and len(few) == 10
+    )
     assert sizes.sample(read, 1000, seed=1) == read
     with pytest.raises(TrafficError, match="at least 1"):
         sizes.sample(read, 0, seed=1)
@@ -119,13 +132,18 @@ def test_what_no_bucket_covers_is_counted(tmp_path: Path) -> None:
         ("height,width\n100,100\n100\n", "line 3: width must be a whole number above 0, got ''"),
         ("height,width\n100,12.5\n", "line 2: width must be a whole number above 0, got '12.5'"),
         ("height,width\n-5,100\n", "line 2: height must be a whole number above 0"),
-        ("height,width\n100,99999\n", "line 2: width 99999 is outside what the model allows, 16 to 2048 pixels"),
+        (
+            "height,width\n100,99999\n",
+            "line 2: width 99999 is outside what the model allows, 16 to 2048 pixels",
+        ),
         ("height,width\n8,100\n", "line 2: height 8 is outside"),
         ("height,width,count\n100,100,0\n", "line 2: count must be a whole number above 0"),
         (b"height,width\n\xff,1\n", "is not UTF-8"),
     ],
 )
-def test_a_log_that_cannot_be_used_says_where_and_why(tmp_path: Path, text: str | bytes, said: str) -> None:
+def test_a_log_that_cannot_be_used_says_where_and_why(
+    tmp_path: Path, text: str | bytes, said: str
+) -> None:
     with pytest.raises(TrafficError, match=said):
         sizes.read_log(log(tmp_path, text), **LIMITS)
 
@@ -145,7 +163,9 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-def test_every_strategy_has_a_model_yaml_that_the_handler_takes(profile: Any, strategy: str) -> None:
+def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
+    profile: Any, strategy: str
+) -> None:
     config = ModelConfig.parse(model_yaml(profile, strategy))
     assert config.pt2.shapes.strategy == ("exact" if strategy == "eager" else strategy)
     assert config.pt2.compile.enable == (strategy != "eager")
@@ -156,23 +176,51 @@ def test_every_strategy_has_a_model_yaml_that_the_handler_takes(profile: Any, st
 
 def test_percentiles_lie_between_the_nearest_ranks() -> None:
     values = [float(value) for value in range(101)]
-    assert [report.percentile(values, percent) for percent in (0, 50, 95, 99, 100)] == [0, 50, 95, 99, 100]
+    assert [report.percentile(values, percent) for percent in (0, 50, 95, 99, 100)] == [
+        0,
+        50,
+        95,
+        99,
+        100,
+    ]
     assert report.percentile([1.0, 2.0], 75) == pytest.approx(1.75)
     assert report.percentile([7.0], 99) == 7.0
 
 
-def measured(milliseconds: list[float], *, num_requests: int | None = None, **state: Any) -> Measured:
+def measured(
+    milliseconds: list[float], *, num_requests: int | None = None, **state: Any
+) -> Measured:
     answers = [Answer(value, 200, 1000, 0.25, "compiled") for value in milliseconds]
-    seen = {"compiles_at_boot": 3, "compiles_since_ready": 0, "peak_memory_bytes": 2**29, "ready_seconds": 5.0}
-    return Measured(9.0, sum(milliseconds) / 1000, answers, seen | state, num_requests or len(answers))
+    seen = {
+        "compiles_at_boot": 3,
+        "compiles_since_ready": 0,
+        "peak_memory_bytes": 2**29,
+        "ready_seconds": 5.0,
+    }
+    return Measured(
+        9.0, sum(milliseconds) / 1000, answers, seen | state, num_requests or len(answers)
+    )
 
 
 def test_a_summary_says_what_was_measured() -> None:
     eager = measured([200.0] * 4)
     row = report.summary(measured([100.0] * 4, compiles_since_ready=2), eager)
-    assert (row["compiles_at_boot"], row["compiles_since_ready"], row["ready_seconds"]) == (3, 2, 9.0)
-    assert (row["p50_ms"], row["p99_ms"], row["p99_over_p50"], row["requests_per_second"]) == (100, 100, 1, 10)
-    assert (row["throughput_over_eager"], row["padded_share"], row["engines"]) == (2.0, 0.25, {"compiled": 4})
+    assert (row["compiles_at_boot"], row["compiles_since_ready"], row["ready_seconds"]) == (
+        3,
+        2,
+        9.0,
+    )
+    assert (row["p50_ms"], row["p99_ms"], row["p99_over_p50"], row["requests_per_second"]) == (
+        100,
+        100,
+        1,
+        10,
+    )
+    assert (row["throughput_over_eager"], row["padded_share"], row["engines"]) == (
+        2.0,
+        0.25,
+        {"compiled": 4},
+    )
     assert report.summary(eager, None)["throughput_over_eager"] is None
 
 
@@ -185,7 +233,12 @@ def test_a_run_that_was_cut_short_is_compared_over_what_it_answered() -> None:
 def test_a_refused_request_is_counted_and_is_no_latency() -> None:
     answers = [Answer(100.0, 200, 1000, 0.5, "eager"), Answer(1.0, 503)]
     row = report.summary(Measured(1.0, 0.1, answers, {}, 2), measured([100.0, 100.0]))
-    assert (row["answered"], row["failed"], row["p50_ms"], row["padded_share"]) == (1, 1, 100.0, 0.5)
+    assert (row["answered"], row["failed"], row["p50_ms"], row["padded_share"]) == (
+        1,
+        1,
+        100.0,
+        0.5,
+    )
     assert row["milliseconds"] == [100.0, None] and row["throughput_over_eager"] == 1.0
     assert "p50_ms" not in report.summary(Measured(1.0, 0.1, answers[1:], {}, 1), None)
 
@@ -196,7 +249,11 @@ def test_padding_is_weighed_by_the_pixels_painted() -> None:
 
 
 def canned() -> dict[str, Any]:
-    runs = {"eager": measured([200.0, 210.0]), "buckets": measured([100.0, 101.0]), "exact": measured([99.0, 40_000.0])}
+    runs = {
+        "eager": measured([200.0, 210.0]),
+        "buckets": measured([100.0, 101.0]),
+        "exact": measured([99.0, 40_000.0]),
+    }
     rows: dict[str, Any] = {name: report.summary(run, runs["eager"]) for name, run in runs.items()}
     return {
         "profile": "tiny",

@@ -31,7 +31,12 @@ DOCUMENT: dict[str, Any] = {
     "on_gpu": False,
     "versions": {"torch": "2.13.0"},
     "buckets": [[256, 256]],
-    "starts": {"eager": row(10), "cold": row(100), "second": row(20), "aot": {"error": "PreheatError: no package"}},
+    "starts": {
+        "eager": row(10),
+        "cold": row(100),
+        "second": row(20),
+        "aot": {"error": "PreheatError: no package"},
+    },
 }
 
 
@@ -43,7 +48,8 @@ def test_every_scenario_is_a_config_that_loads(tmp_path: Path, scenario: str, pr
     assert config.pt2.compile.enable == (scenario != "eager")
     assert config.minWorkers == (4 if scenario == "four" else 1)
     assert (config.pt2.cache.shared is not None) == (scenario in ("four", "second"))
-    assert (config.startupTimeout or 0) / 2 >= start.READY_SECONDS  # nobody stops waiting while there is hope
+    # nobody stops waiting while there is hope
+    assert (config.startupTimeout or 0) / 2 >= start.READY_SECONDS
 
 
 def test_ratios_are_made_of_what_was_measured() -> None:

@@ -1,4 +1,6 @@
-"""One file out of a folder and back: the same bytes for the same contents, and nothing unpacked that should not be."""
+"""One file out of a folder and back: the same bytes for the same contents, and nothing unpacked
+that should not be.
+"""
 
 from __future__ import annotations
 
@@ -50,13 +52,22 @@ def packed(folder: Path, trust: Trust = SIGNED, context: str = "here") -> bytes:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def forged(add: Callable[[tarfile.TarFile], None]) -> bytes:
-    """A bundle with entries of our choice, signed with the right key: what is refused here is refused for itself."""
+    """A bundle with entries of our choice, signed with the right key: what is refused here is
+    refused for itself.
+    """
     payload = io.BytesIO()
-    with gzip.GzipFile("", "wb", fileobj=payload) as zipped, tarfile.open(fileobj=zipped, mode="w") as archive:
+    with (
+        gzip.GzipFile("", "wb", fileobj=payload) as zipped,
+        tarfile.open(fileobj=zipped, mode="w") as archive,
+    ):
         add(archive)
     digest = f"{hashlib.sha256(payload.getvalue()).hexdigest()}:{len(payload.getvalue())}"
     header = {
@@ -68,7 +79,9 @@ def forged(add: Callable[[tarfile.TarFile], None]) -> bytes:
     return json.dumps(header).encode() + b"\n" + payload.getvalue()
 
 
-def entry(name: str, kind: bytes = tarfile.REGTYPE, link: str = "") -> Callable[[tarfile.TarFile], None]:
+def entry(
+    name: str, kind: bytes = tarfile.REGTYPE, link: str = ""
+) -> Callable[[tarfile.TarFile], None]:
     info = tarfile.TarInfo(name)
     info.type, info.linkname, info.size = kind, link, 4 if kind == tarfile.REGTYPE else 0
     return lambda archive: archive.addfile(info, io.BytesIO(b"evil"))
@@ -121,9 +134,21 @@ def test_an_empty_folder_has_no_digest(empty: Path) -> None:
         entry("evil", tarfile.DIRTYPE),
         entry("."),
     ],
-    ids=["parent", "inner-parent", "absolute", "symlink", "hard-link", "fifo", "device", "folder", "itself"],
+    ids=[
+        "parent",
+        "inner-parent",
+        "absolute",
+        "symlink",
+        "hard-link",
+        "fifo",
+        "device",
+        "folder",
+        "itself",
+    ],
 )
-def test_even_a_signed_bundle_stays_in_its_folder(empty: Path, add: Callable[[tarfile.TarFile], None]) -> None:
+def test_even_a_signed_bundle_stays_in_its_folder(
+    empty: Path, add: Callable[[tarfile.TarFile], None]
+) -> None:
     def good_then_evil(archive: tarfile.TarFile) -> None:
         entry("good")(archive)
         add(archive)
@@ -155,7 +180,9 @@ def test_damage_is_seen_before_anything_is_unpacked(
     assert not any(empty.iterdir())
 
 
-def test_signed_with_another_key_for_another_purpose_or_not_at_all(folder: Path, empty: Path) -> None:
+def test_signed_with_another_key_for_another_purpose_or_not_at_all(
+    folder: Path, empty: Path
+) -> None:
     for content in (
         packed(folder, Trust("signed", b"another key of 16")),
         packed(folder, context="there"),
@@ -181,10 +208,16 @@ class Endless(io.BytesIO):
 
 
 @pytest.mark.parametrize(
-    "signature", ["", "0" * 64, "\ud800", Trust("signed", b"another key of 16").sign("0" * 64 + ":9", "here")]
+    "signature",
+    ["", "0" * 64, "\ud800", Trust("signed", b"another key of 16").sign("0" * 64 + ":9", "here")],
 )
 def test_nothing_of_an_unsigned_payload_is_read(empty: Path, signature: str) -> None:
-    header = {"format": bundle.FORMAT, "context": "here", "digest": "0" * 64 + ":9", "signature": signature}
+    header = {
+        "format": bundle.FORMAT,
+        "context": "here",
+        "digest": "0" * 64 + ":9",
+        "signature": signature,
+    }
     source = Endless(json.dumps(header).encode() + b"\n")
     with pytest.raises(Untrusted):
         bundle.unpack(source, empty, SIGNED, "here")
@@ -192,7 +225,9 @@ def test_nothing_of_an_unsigned_payload_is_read(empty: Path, signature: str) -> 
 
 
 @pytest.mark.parametrize("trust", [SIGNED, Trust("owner")], ids=["signed", "owner"])
-def test_of_a_file_that_grows_no_more_is_read_than_was_signed(folder: Path, empty: Path, trust: Trust) -> None:
+def test_of_a_file_that_grows_no_more_is_read_than_was_signed(
+    folder: Path, empty: Path, trust: Trust
+) -> None:
     content = packed(folder, trust)
     source = Endless(content)
     with pytest.raises(Untrusted, match="its contents are not"):
@@ -217,7 +252,8 @@ HEADERS = st.recursive(
         {
             "format": st.just(bundle.FORMAT),
             "context": st.just("here"),
-            "digest": st.from_regex(r"[0-9a-f]{64}:-?[0-9\u0660-\u0669]{0,30}", fullmatch=True) | st.text(),
+            "digest": st.from_regex(r"[0-9a-f]{64}:-?[0-9\u0660-\u0669]{0,30}", fullmatch=True)
+            | st.text(),
             "signature": st.text(st.characters()),
         }
     ).map(lambda header: json.dumps(header).encode() + b"\nnothing")

@@ -1,4 +1,6 @@
-"""The shared compile cache with the real Inductor: who compiles, what a hit is, and what a killed writer leaves."""
+"""The shared compile cache with the real Inductor: who compiles, what a hit is, and what a killed
+writer leaves.
+"""
 
 from __future__ import annotations
 
@@ -61,14 +63,17 @@ def place(tmp_path: Path) -> SharedCache:
 def program(name: str, *arguments: object, **environment: str) -> subprocess.Popen[str]:
     command = [sys.executable, str(TESTS / name), *map(str, arguments)]
     environment = {**os.environ, **ENVIRONMENT, **environment}
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 @pytest.fixture(scope="module")
 def cold(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """Four workers that started cold together: the folder they share and what each says.
 
-    Before, another one was killed in the middle of Inductor's work: nothing that it had started may hold them up.
+    Before, another one was killed in the middle of Inductor's work: nothing that it had started may
+    hold them up.
     """
     folder = tmp_path_factory.mktemp("cold")
     shared = folder / "shared"
@@ -100,11 +105,14 @@ def test_a_bundle_hits_in_another_folder_and_is_not_published_again(
     shared, _ = cold
     (path,) = shared.glob("*.bundle")
     before = path.stat().st_ino
-    output, errors = program("cold_worker.py", shared, TMPDIR=str(tmp_path)).communicate(timeout=300)
+    output, errors = program("cold_worker.py", shared, TMPDIR=str(tmp_path)).communicate(
+        timeout=300
+    )
     assert output, errors
     said = json.loads(output)
     assert (said["cache"], said["outcome"]) == ("hit", "loaded") and path.stat().st_ino == before
-    assert not list(tmp_path.rglob("precompiled_headers"))  # 5 s, for nothing: there was nothing to compile
+    # 5 s, for nothing: there was nothing to compile
+    assert not list(tmp_path.rglob("precompiled_headers"))
 
 
 WITHOUT_OBJECTS = """
@@ -125,9 +133,13 @@ print(cold_worker.compile_and_run(local))
 """
 
 
-def test_records_without_their_shared_objects_are_no_hit(cold: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_records_without_their_shared_objects_are_no_hit(
+    cold: tuple[Path, list[dict[str, Any]]],
+) -> None:
     command = [sys.executable, "-c", WITHOUT_OBJECTS, str(cold[0])]
-    done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True, check=False
+    )
     assert done.stdout.strip() == "partial", done.stderr
 
 
@@ -167,13 +179,16 @@ def test_what_was_put_aside_is_for_who_takes_over_and_goes_once_all_is_published
         assert not share.part.path.exists()  # there was nothing yet
         (use.folder / "a").write_text("compiled")
         use.keep()
-        (use.folder / "b").write_text("packed so soon again, it would take more time than compiling")
+        (use.folder / "b").write_text(
+            "packed so soon again, it would take more time than compiling"
+        )
         use.keep()
         raise ZeroDivisionError
     assert share.part.path.exists() and not share.path.exists()
     with synchronized_inductor_cache("key", place) as use:
         assert sorted(os.listdir(use.folder)) == ["a", "owner.lock"]
-        with synchronized_inductor_cache("key", place, patience=0) as other:  # alone, and begins there too
+        # alone, and begins there too
+        with synchronized_inductor_cache("key", place, patience=0) as other:
             assert (other.folder / "a").exists()
             other.keep()  # which is the writer's business
         (use.folder / "c").write_text("compiled")
@@ -185,7 +200,9 @@ def test_what_was_put_aside_is_for_who_takes_over_and_goes_once_all_is_published
     assert digest and "it was made for another" in caplog.text
 
 
-def test_waiting_is_bounded_and_ends_in_a_compile(place: SharedCache, caplog: pytest.LogCaptureFixture) -> None:
+def test_waiting_is_bounded_and_ends_in_a_compile(
+    place: SharedCache, caplog: pytest.LogCaptureFixture
+) -> None:
     share = place.share("key")
     share.prepare()
     lock, _ = share.lock()
@@ -197,7 +214,9 @@ def test_waiting_is_bounded_and_ends_in_a_compile(place: SharedCache, caplog: py
         (use.folder / "a").write_text("compiled")
     lock.release()
     assert told and use.outcome == "unshared" and "still holds the lock" in use.reason
-    assert [record.levelname for record in caplog.records if record.levelno >= logging.WARNING] == ["WARNING"]
+    assert [record.levelname for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "WARNING"
+    ]
     assert not share.path.exists()
 
 
@@ -206,14 +225,19 @@ def test_who_waited_for_a_writer_that_could_not_publish_goes_on_at_once(place: S
     share.prepare()
     lock, _ = share.lock()
     with (
-        synchronized_inductor_cache("key", place, patience=30, report=lambda _: lock.release()) as use,
-        synchronized_inductor_cache("key", place, patience=0) as other,  # the lock is free for the others
+        synchronized_inductor_cache(
+            "key", place, patience=30, report=lambda _: lock.release()
+        ) as use,
+        # the lock is free for the others
+        synchronized_inductor_cache("key", place, patience=0) as other,
     ):
         assert other.reason == ""
     assert "has ended without a bundle" in use.reason
 
 
-def test_a_waiter_takes_over_from_a_writer_that_is_killed(place: SharedCache, tmp_path: Path) -> None:
+def test_a_waiter_takes_over_from_a_writer_that_is_killed(
+    place: SharedCache, tmp_path: Path
+) -> None:
     share = place.share("key")
     share.prepare()
     code = (
@@ -222,7 +246,9 @@ def test_a_waiter_takes_over_from_a_writer_that_is_killed(place: SharedCache, tm
         "lock, _ = share.lock(); share.mark(); print('compiling', flush=True); time.sleep(600)"
     )
     command = [sys.executable, "-c", code, str(place.folder), share.context]
-    writer = subprocess.Popen(command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True)
+    writer = subprocess.Popen(
+        command, env={**os.environ, **ENVIRONMENT}, stdout=subprocess.PIPE, text=True
+    )
     assert writer.stdout is not None and writer.stdout.readline() == "compiling\n"
     told: list[str] = []
 
@@ -243,7 +269,9 @@ def test_a_share_that_goes_away_costs_a_warning(
         (use.folder / "a").write_text("compiled")
         shutil.rmtree(place.folder)
     assert use.outcome == "unshared" and "cannot publish" in caplog.text
-    with synchronized_inductor_cache("key", SharedCache(tmp_path / "gone" / "shared", Trust("owner"))) as use:
+    with synchronized_inductor_cache(
+        "key", SharedCache(tmp_path / "gone" / "shared", Trust("owner"))
+    ) as use:
         (use.folder / "a").write_text("compiled")
     assert use.outcome == "unshared" and "compiling alone" in caplog.text
 
@@ -253,7 +281,9 @@ def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
 ) -> None:
     living = own_inductor_folder()
     node = living.name.removeprefix("preheat-inductor-").partition("@")[0]
-    dead, longer, elsewhere = (base / f"preheat-inductor-{name}@x" for name in (node, f"{node}-2", "another"))
+    dead, longer, elsewhere = (
+        base / f"preheat-inductor-{name}@x" for name in (node, f"{node}-2", "another")
+    )
     for folder in (
         dead,
         longer,
@@ -266,13 +296,17 @@ def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
     assert dead.is_dir()  # it may be about to be locked
     monkeypatch.setattr(scratch, "_NEWBORN_SECONDS", 0.0)
     own_inductor_folder()
-    assert not dead.exists() and all(folder.is_dir() for folder in (living, longer, elsewhere, base))
+    assert not dead.exists() and all(
+        folder.is_dir() for folder in (living, longer, elsewhere, base)
+    )
     monkeypatch.setattr(scratch, "_SILENT_SECONDS", 0.0)
     own_inductor_folder()
     assert living.is_dir() and not longer.exists() and not elsewhere.exists()
 
 
-def test_without_locks_age_tells_which_folders_are_of_the_dead(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_locks_age_tells_which_folders_are_of_the_dead(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def no_locks(*_: object) -> None:
         raise OSError(errno.ENOLCK, "no locks")
 
@@ -294,7 +328,13 @@ def test_the_folder_of_a_worker_that_was_killed_goes_with_the_next_start(
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(base)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=False,
+    )
     folder = Path(done.stdout.strip())
     assert done.returncode == -signal.SIGKILL and folder.parent == base and folder.is_dir()
     monkeypatch.setattr(scratch, "_NEWBORN_SECONDS", 0.0)
@@ -328,7 +368,10 @@ def a_link(folder: Path) -> None:
 
 @pytest.mark.parametrize("make_first", [open_to_others, a_link])
 def test_inductors_default_folder_is_not_believed_where_others_could_have_made_it(
-    base: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, make_first: Callable[[Path], None]
+    base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    make_first: Callable[[Path], None],
 ) -> None:
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     default = Path(default_cache_dir())
@@ -347,7 +390,9 @@ def test_nor_are_the_headers_in_it_which_go_into_every_build(
 ) -> None:
     open_to_others(base / "default")
     monkeypatch.setattr(codecache, "_HEADER_DIR", str(base / "default" / "precompiled_headers"))
-    monkeypatch.setattr(codecache, "_HEADER_LOCK_DIR", str(base / "default" / "precompiled_headers" / "locks"))
+    monkeypatch.setattr(
+        codecache, "_HEADER_LOCK_DIR", str(base / "default" / "precompiled_headers" / "locks")
+    )
     with without_headers_if_warmed("anything"):
         for folder in (codecache._HEADER_DIR, codecache._HEADER_LOCK_DIR):
             assert Path(folder).relative_to(base).parts[0].startswith("preheat-headers-")
@@ -360,7 +405,12 @@ def sparse(path: Path) -> None:
 
 
 def unsigned(path: Path) -> None:
-    header = {"format": bundle.FORMAT, "context": "", "digest": "0" * 64 + ":9000000000", "signature": ""}
+    header = {
+        "format": bundle.FORMAT,
+        "context": "",
+        "digest": "0" * 64 + ":9000000000",
+        "signature": "",
+    }
     sparse(path)
     with path.open("r+b") as file:
         file.write(json.dumps(header).encode() + b"\n")
@@ -389,7 +439,8 @@ def test_whatever_lies_in_the_share_a_worker_starts(
     share = place.share("key")
     share.prepare()
     make(share._beside(suffix))
-    lock = share.lock()[0] if suffix == ".writer" else None  # the mark is read to say who is waited for
+    # the mark is read to say who is waited for
+    lock = share.lock()[0] if suffix == ".writer" else None
     blocks = []
     monkeypatch.setattr(bundle, "_copy", lambda *_: blocks.append("copied"))
     with synchronized_inductor_cache("key", place, patience=0) as use:
@@ -398,7 +449,11 @@ def test_whatever_lies_in_the_share_a_worker_starts(
         use.keep()
     if lock is not None:
         lock.release()
-    assert not blocks and use.outcome in ("published", "unshared") and bool(use.reason) == (use.outcome == "unshared")
+    assert (
+        not blocks
+        and use.outcome in ("published", "unshared")
+        and bool(use.reason) == (use.outcome == "unshared")
+    )
 
 
 @pytest.mark.parametrize(
@@ -406,9 +461,13 @@ def test_whatever_lies_in_the_share_a_worker_starts(
     [{"fingerprint": "another model"}, {"device": torch.device("cuda:1")}],
     ids=["model", "device"],
 )
-def test_what_code_depends_on_gives_it_a_place_of_its_own(tmp_path: Path, other: dict[str, Any]) -> None:
+def test_what_code_depends_on_gives_it_a_place_of_its_own(
+    tmp_path: Path, other: dict[str, Any]
+) -> None:
     def path(key: str = "key", **kwargs: Any) -> Path:
-        share: Share = SharedCache(tmp_path, Trust("owner"), **({"fingerprint": "a model"} | kwargs)).share(key)
+        share: Share = SharedCache(
+            tmp_path, Trust("owner"), **({"fingerprint": "a model"} | kwargs)
+        ).share(key)
         return share.path
 
     assert len({path(), path("other key"), path(**other)}) == 3

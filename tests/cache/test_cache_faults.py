@@ -1,4 +1,6 @@
-"""Whatever is wrong with the share: the worker gets hot and serves, and nobody loads what was refused. Whole workers, real files."""
+"""Whatever is wrong with the share: the worker gets hot and serves, and nobody loads what was
+refused. Whole workers, real files.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,11 @@ def bundle_in(shared: Path) -> Path:
 
 
 def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
-    ours = (record for record in caplog.records if record.name in ("preheat.cache.shared", "preheat.cache.store"))
+    ours = (
+        record
+        for record in caplog.records
+        if record.name in ("preheat.cache.shared", "preheat.cache.store")
+    )
     return [record.getMessage() for record in ours if record.levelno >= logging.WARNING]
 
 
@@ -130,7 +136,11 @@ def test_a_bundle_signed_with_another_key_is_refused(
 
 
 def test_a_bundle_of_another_torch_is_refused_under_our_name(
-    model: Path, shared: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    model: Path,
+    shared: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = tmp_path / "other"
     with monkeypatch.context() as patch:
@@ -144,9 +154,14 @@ def test_a_bundle_of_another_torch_is_refused_under_our_name(
     assert "another machine, version" in warnings(caplog)[0]
 
 
-@pytest.mark.parametrize("open_to_others", [lambda path: path, lambda path: path.parent], ids=["file", "folder"])
+@pytest.mark.parametrize(
+    "open_to_others", [lambda path: path, lambda path: path.parent], ids=["file", "folder"]
+)
 def test_owner_trust_refuses_what_others_can_write(
-    model: Path, shared: Path, caplog: pytest.LogCaptureFixture, open_to_others: Callable[[Path], Path]
+    model: Path,
+    shared: Path,
+    caplog: pytest.LogCaptureFixture,
+    open_to_others: Callable[[Path], Path],
 ) -> None:
     assert caches(start(model, shared, trust="owner")) == {"hit"}
     open_to_others(bundle_in(shared)).chmod(0o777)
@@ -168,10 +183,14 @@ def test_a_cap_too_small_for_any_bundle_means_no_sharing(
 ) -> None:
     service = start(model, shared, max_bytes=1000)
     assert is_hot_and_serves(service) and caches(service) == {"miss"}
-    assert service.state.shared_cache["outcome"] == "unshared" and "max_bytes" in warnings(caplog)[-1]
+    assert (
+        service.state.shared_cache["outcome"] == "unshared" and "max_bytes" in warnings(caplog)[-1]
+    )
 
 
-def test_a_missing_share_is_a_warning(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_share_is_a_warning(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     service = start(model, tmp_path / "unmounted" / "shared")
     assert is_hot_and_serves(service) and caches(service) == {"miss"}
     assert service.state.shared_cache["outcome"] == "unshared" and len(warnings(caplog)) == 1
@@ -186,7 +205,9 @@ def read_only(shared: Path) -> Iterator[Path]:
         yield shared
         shared.chmod(0o700)
         return
-    told = subprocess.run(["mount", "--bind", "-o", "ro", shared, shared], check=False, capture_output=True, text=True)
+    told = subprocess.run(
+        ["mount", "--bind", "-o", "ro", shared, shared], check=False, capture_output=True, text=True
+    )
     if told.returncode:
         pytest.skip(f"cannot mount here: {told.stderr.strip()}")
     yield shared
@@ -206,7 +227,9 @@ def test_a_refused_bundle_that_cannot_be_replaced_is_refused_every_time(
 
 
 @pytest.mark.parametrize("spare", [0, 16384], ids=["to-the-last-byte", "room-for-a-mark"])
-def test_a_full_share_is_a_warning(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, spare: int) -> None:
+def test_a_full_share_is_a_warning(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture, spare: int
+) -> None:
     folder = tmp_path / "full"
     folder.mkdir()
     size = 256 << 10
@@ -236,7 +259,9 @@ def killed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     folders = {point: tmp_path_factory.mktemp(point) / "shared" for point in POINTS}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREHEAT_CACHE_KEY", KEY)
-        writers = [program("cached_service.py", model, folder, point) for point, folder in folders.items()]
+        writers = [
+            program("cached_service.py", model, folder, point) for point, folder in folders.items()
+        ]
         told = [writer.communicate(timeout=300)[1] for writer in writers]
     assert [writer.returncode for writer in writers] == [-signal.SIGKILL] * len(POINTS), told
     return folders
@@ -259,14 +284,17 @@ def test_a_writer_killed_at_any_point_leaves_nothing_harmful(
             "published": {".bundle"},
         }[point]
     )
-    if point == "published":  # by a process like the writer: in one that has built packages torch 2.8's keys are others
+    # by a process like the writer: in one that has built packages torch 2.8's keys are others
+    if point == "published":
         told = program("cached_service.py", model, folder, "serving").communicate(timeout=300)
         assert told[0].split() == ["hit"], told
         return
     num_buckets = 2 if point == "second" else 1
     service = start(model, folder, num_buckets)
     assert is_hot_and_serves(service) and not warnings(caplog)
-    assert [row["cache"] for row in service.state.buckets] == (["hit", "miss"] if point == "second" else ["miss"])
+    assert [row["cache"] for row in service.state.buckets] == (
+        ["hit", "miss"] if point == "second" else ["miss"]
+    )
     assert service.state.shared_cache["outcome"] == "published"
     assert caches(start(model, folder, num_buckets)) == {"hit"}
     assert not list(folder.glob("*.tmp")) and not list(folder.glob("*.partial.*"))
@@ -276,7 +304,9 @@ def test_a_bucket_that_does_not_compile_costs_the_others_nothing(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "shared"
-    monkeypatch.setattr(counted_compiler, "broken", lambda shapes: any(shape[-2:] == (8, 12) for shape in shapes))
+    monkeypatch.setattr(
+        counted_compiler, "broken", lambda shapes: any(shape[-2:] == (8, 12) for shape in shapes)
+    )
 
     def outcomes() -> tuple[str, dict[int, tuple[str, str]]]:
         service = start(model, folder, num_buckets=2)

@@ -31,7 +31,11 @@ print(fingerprint(cpu, {}, structure))
 def printed(folder: Path, seed: int) -> str:
     done = subprocess.run(
         [sys.executable, "-c", PRINT, str(folder)],
-        env={**os.environ, "PYTHONHASHSEED": str(seed), "PYTHONPATH": str(Path(preheat.__file__).parents[1])},
+        env={
+            **os.environ,
+            "PYTHONHASHSEED": str(seed),
+            "PYTHONPATH": str(Path(preheat.__file__).parents[1]),
+        },
         capture_output=True,
         text=True,
         check=True,
@@ -39,13 +43,19 @@ def printed(folder: Path, seed: int) -> str:
     return done.stdout.split()[-1]
 
 
-def test_an_older_folder_has_one_fingerprint_in_all_processes_wherever_it_lies(tmp_path: Path) -> None:
-    """diffusers lists the keys that such a folder's config.json lack in the order of a set of strings."""
+def test_an_older_folder_has_one_fingerprint_in_all_processes_wherever_it_lies(
+    tmp_path: Path,
+) -> None:
+    """diffusers lists the keys that such a folder's config.json lack in the order of a set of
+    strings.
+    """
     folders = [old_folders.sdxl(tmp_path / name) for name in ("one", "other")]
     assert len({printed(folder, seed) for seed, folder in enumerate(folders, start=1)}) == 1
 
 
-def test_another_version_of_preheat_has_another_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_version_of_preheat_has_another_fingerprint(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     before = fingerprint(CPU, {}, {})
     monkeypatch.setattr(preheat, "__version__", "another")
     assert fingerprint(CPU, {}, {}) != before
@@ -60,11 +70,19 @@ class Activated(nn.Linear):
 
 def test_no_address_no_place_and_no_order_of_a_set_is_in_it() -> None:
     told = settled(
-        {"module": repr(Activated(1, 1)), "names": {"b", "a"}, "_name_or_path": "/here", "text": {"_commit_hash": "1"}}
+        {
+            "module": repr(Activated(1, 1)),
+            "names": {"b", "a"},
+            "_name_or_path": "/here",
+            "text": {"_commit_hash": "1"},
+        }
     )
     assert " at 0x" not in str(told) and "lambda" in str(told)
     assert told["names"] == ["a", "b"] and "/here" not in str(told) and told["text"] == {}
-    assert settled({1: torch.float16, "x": (1, None, 2.5, True)}) == {"1": "torch.float16", "x": [1, None, 2.5, True]}
+    assert settled({1: torch.float16, "x": (1, None, 2.5, True)}) == {
+        "1": "torch.float16",
+        "x": [1, None, 2.5, True],
+    }
 
 
 OLD = "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle rtm pti"
@@ -82,18 +100,40 @@ def test_mitigations_and_tsx_come_and_go(monkeypatch: pytest.MonkeyPatch, tmp_pa
 
 
 @pytest.mark.parametrize(
-    "flag", ["sse4_2", "avx2", "fma", "bmi2", "f16c", "avx512f", "avx512_vnni", "amx_tile", "abm", "pni", "cmov"]
+    "flag",
+    [
+        "sse4_2",
+        "avx2",
+        "fma",
+        "bmi2",
+        "f16c",
+        "avx512f",
+        "avx512_vnni",
+        "amx_tile",
+        "abm",
+        "pni",
+        "cmov",
+    ],
 )
-def test_an_instruction_set_less_is_another_machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str) -> None:
+def test_an_instruction_set_less_is_another_machine(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, flag: str
+) -> None:
     fewer = " ".join(each for each in OLD.split() if each != flag)
     assert machine(monkeypatch, tmp_path, OLD) != machine(monkeypatch, tmp_path, fewer)
 
 
 def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    old, new = "fp asimd evtstrm sve sve2 bf16 i8mm", "fp asimd cpuid sve sve2 bf16 i8mm ssbs bti paca"
-    assert machine(monkeypatch, tmp_path, old, "Features") == machine(monkeypatch, tmp_path, new, "Features")
+    old, new = (
+        "fp asimd evtstrm sve sve2 bf16 i8mm",
+        "fp asimd cpuid sve sve2 bf16 i8mm ssbs bti paca",
+    )
+    assert machine(monkeypatch, tmp_path, old, "Features") == machine(
+        monkeypatch, tmp_path, new, "Features"
+    )
     without = old.replace(" sve2", "")
-    assert machine(monkeypatch, tmp_path, old, "Features") != machine(monkeypatch, tmp_path, without, "Features")
+    assert machine(monkeypatch, tmp_path, old, "Features") != machine(
+        monkeypatch, tmp_path, without, "Features"
+    )
 
 
 PLACE = """
@@ -107,5 +147,8 @@ print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)
 
 def test_every_process_finds_the_same_place_in_the_share() -> None:
     environments = ({**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2"))
-    places = {subprocess.check_output([sys.executable, "-c", PLACE], env=environment) for environment in environments}
+    places = {
+        subprocess.check_output([sys.executable, "-c", PLACE], env=environment)
+        for environment in environments
+    }
     assert len(places) == 1

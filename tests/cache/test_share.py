@@ -1,4 +1,6 @@
-"""The shared folder under real locks, full and read-only file systems, clocks that are off, and folders that go away."""
+"""The shared folder under real locks, full and read-only file systems, clocks that are off, and
+folders that go away.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ OWNER, SIGNED = Trust("owner"), Trust("signed", b"0123456789abcdef")
 NUM_BYTES = 64 << 10
 
 
-def share(folder: Path, context: str = "here", trust: Trust = OWNER, max_bytes: int = 1 << 30) -> Share:
+def share(
+    folder: Path, context: str = "here", trust: Trust = OWNER, max_bytes: int = 1 << 30
+) -> Share:
     made = Share(folder, context, trust, max_bytes)
     made.prepare()
     return made
@@ -48,7 +52,9 @@ def mounted(tmp_path: Path) -> Iterator[Callable[..., Path]]:
     def mount(*arguments: str) -> Path:
         folder = tmp_path / "mounted"
         folder.mkdir(exist_ok=True)
-        told = subprocess.run(["mount", *arguments, str(folder)], check=False, capture_output=True, text=True)
+        told = subprocess.run(
+            ["mount", *arguments, str(folder)], check=False, capture_output=True, text=True
+        )
         if told.returncode:
             pytest.skip(f"cannot mount here: {told.stderr.strip()}")
         done.append(folder)
@@ -69,7 +75,9 @@ def test_what_was_published_is_loaded(tmp_path: Path, local: Path, empty: Path) 
     assert place.path.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_folder_that_others_can_write_to_is_only_for_signed_bundles(tmp_path: Path, local: Path, empty: Path) -> None:
+def test_a_folder_that_others_can_write_to_is_only_for_signed_bundles(
+    tmp_path: Path, local: Path, empty: Path
+) -> None:
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(0o1777)
@@ -114,7 +122,9 @@ def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
     lock.release()
 
 
-def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(tmp_path: Path, local: Path) -> None:
+def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(
+    tmp_path: Path, local: Path
+) -> None:
     mine, dead, living = (share(tmp_path / "shared", name) for name in ("mine", "dead", "living"))
     halves = [place.folder / f"{place._stem}.abc.tmp" for place in (mine, dead, living)]
     for half in halves:
@@ -136,7 +146,9 @@ def test_the_least_recently_used_bundles_go_first(tmp_path: Path, local: Path, e
     assert [place.path.exists() for place in places] == [True, False, True, True]
 
 
-def test_a_clock_that_runs_ahead_makes_no_bundle_immortal(tmp_path: Path, local: Path, empty: Path) -> None:
+def test_a_clock_that_runs_ahead_makes_no_bundle_immortal(
+    tmp_path: Path, local: Path, empty: Path
+) -> None:
     folder, room = tmp_path / "shared", 2 * NUM_BYTES + NUM_BYTES // 2
     ahead, *others = (share(folder, str(number), max_bytes=room) for number in range(4))
     ahead.publish(local)
@@ -149,8 +161,12 @@ def test_a_clock_that_runs_ahead_makes_no_bundle_immortal(tmp_path: Path, local:
     assert not ahead.path.exists() and others[-1].path.exists()
 
 
-def test_a_bundle_over_the_cap_is_neither_published_nor_read(tmp_path: Path, local: Path, empty: Path) -> None:
-    small, large = (share(tmp_path / "shared", max_bytes=size) for size in (NUM_BYTES, 10 * NUM_BYTES))
+def test_a_bundle_over_the_cap_is_neither_published_nor_read(
+    tmp_path: Path, local: Path, empty: Path
+) -> None:
+    small, large = (
+        share(tmp_path / "shared", max_bytes=size) for size in (NUM_BYTES, 10 * NUM_BYTES)
+    )
     with pytest.raises(GaveUp, match="max_bytes"):
         small.publish(local)
     assert not small.path.exists() and not list(small.folder.glob("*.tmp"))
@@ -159,7 +175,9 @@ def test_a_bundle_over_the_cap_is_neither_published_nor_read(tmp_path: Path, loc
         small.load(empty)
 
 
-def test_a_full_share_keeps_the_old_bundle_whole(mounted: Callable[..., Path], local: Path, empty: Path) -> None:
+def test_a_full_share_keeps_the_old_bundle_whole(
+    mounted: Callable[..., Path], local: Path, empty: Path
+) -> None:
     folder = mounted("-t", "tmpfs", "-o", "size=192k,mode=0700", "none")
     place = share(folder)
     place.publish(local)
@@ -171,7 +189,9 @@ def test_a_full_share_keeps_the_old_bundle_whole(mounted: Callable[..., Path], l
     assert place.load(empty)
 
 
-def test_a_read_only_share_is_read(mounted: Callable[..., Path], tmp_path: Path, local: Path, empty: Path) -> None:
+def test_a_read_only_share_is_read(
+    mounted: Callable[..., Path], tmp_path: Path, local: Path, empty: Path
+) -> None:
     writable = share(tmp_path / "shared")
     writable.publish(local)
     folder = mounted("--bind", "-o", "ro", str(writable.folder))
@@ -193,7 +213,13 @@ def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 def test_what_is_not_named_as_ours_is_left_alone(tmp_path: Path, local: Path) -> None:
     place = share(tmp_path / "shared", max_bytes=2 * NUM_BYTES)
     stem = os.fsencode(place.folder)
-    names = [b"\xff\n.bundle", b"x" * 240 + b".tmp", b".tmp", b"0" * 31 + b"g.bundle", b"0" * 32 + b"\n.bundle"]
+    names = [
+        b"\xff\n.bundle",
+        b"x" * 240 + b".tmp",
+        b".tmp",
+        b"0" * 31 + b"g.bundle",
+        b"0" * 32 + b"\n.bundle",
+    ]
     for name in names:
         with open(stem + b"/" + name, "wb") as file:
             file.truncate(10 << 30)

@@ -1,4 +1,6 @@
-"""What the command makes of its arguments before a server starts; nothing is built and nothing is served."""
+"""What the command makes of its arguments before a server starts; nothing is built and nothing is
+served.
+"""
 
 from __future__ import annotations
 
@@ -51,11 +53,15 @@ def config(tmp_path: Path) -> Callable[[str], Path]:
 
 
 @pytest.mark.parametrize("name", ["tiny-sdxl", "bert", "resnet"])
-def test_what_is_shipped_to_try_needs_no_model_under_any_name(name: str, built: list[str], tmp_path: Path) -> None:
+def test_what_is_shipped_to_try_needs_no_model_under_any_name(
+    name: str, built: list[str], tmp_path: Path
+) -> None:
     copy = tmp_path / "lighthouse.yaml"
     copy.write_text((ROOT / "model-config" / f"{name}.yaml").read_text())
     first, again = app._model(copy, None), app._model(copy, None)
-    assert first == again and built == [name.removeprefix("tiny-")], "made once, for the next serve too"
+    assert first == again and built == [name.removeprefix("tiny-")], (
+        "made once, for the next serve too"
+    )
 
 
 def test_a_tiny_model_is_made_anew_where_it_would_be_another(
@@ -74,7 +80,9 @@ def test_a_tiny_model_is_made_anew_where_it_would_be_another(
         ("module: {path: ., inputs: {x: {shape: [batch, 4]}}}", "--model.*module.path.*tiny:bert"),
     ],
 )
-def test_a_yaml_without_a_model_names_both_ways(config: Callable[[str], Path], text: str, words: str) -> None:
+def test_a_yaml_without_a_model_names_both_ways(
+    config: Callable[[str], Path], text: str, words: str
+) -> None:
     with pytest.raises(PreheatError, match=words):
         app._model(config(text), None)
 
@@ -93,7 +101,9 @@ def test_a_folder_that_is_not_there_is_refused_before_a_server_starts(
             app.archive(inside, model=wrong)
 
 
-def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(config: Callable[[str], Path], here: Path) -> None:
+def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(
+    config: Callable[[str], Path], here: Path
+) -> None:
     beside = config("pipeline: {path: ./sdxl}")
     for folder in (beside.parent / "sdxl", here / "mine"):
         folder.mkdir()
@@ -102,7 +112,9 @@ def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(config: Call
     assert app._model(beside, "mine") == app._model(beside, "./mine") == str(here / "mine")
 
 
-def test_a_hub_id_is_passed_on_and_said(config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_id_is_passed_on_and_said(
+    config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert app._model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
     assert "org/sdxl: no folder here, so it is taken for a hub id" in capsys.readouterr().err
 
@@ -132,7 +144,11 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
             app.archive(path)
     assert started == [[mar], [folder]]
     said = capsys.readouterr().out
-    assert f"fox serves {mar}" in said and "/predictions/fox\n" in said and "/predictions/owl\n" in said
+    assert (
+        f"fox serves {mar}" in said
+        and "/predictions/fox\n" in said
+        and "/predictions/owl\n" in said
+    )
 
 
 def test_the_version_is_told() -> None:

@@ -41,7 +41,9 @@ class Block(nn.Linear):
 
 
 class Toy(nn.Module):
-    """Called as a UNet is: positional and keyword tensors, a nested dict, constants, a tuple back; a bias of four numbers."""
+    """Called as a UNet is: positional and keyword tensors, a nested dict, constants, a tuple back;
+    a bias of four numbers.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,13 +75,17 @@ def inputs(rows: int, side: int = 8) -> Inputs:
 def made(watch: CompileWatch | None, *, compile: bool = True, **pt2: Any) -> tuple[Toy, Router]:
     torch.manual_seed(0)
     module = Toy().eval()
-    config = Pt2Config.model_validate({"compile": {"enable": compile, "kwargs": {"backend": "eager"}}} | pt2)
+    config = Pt2Config.model_validate(
+        {"compile": {"enable": compile, "kwargs": {"backend": "eager"}}} | pt2
+    )
     return module, build_router("toy", module, config, torch.float32, CPU)
 
 
 @pytest.fixture(scope="session")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the one package that serves a Toy with any number of rows up to MOST_ROWS, signed with nothing."""
+    """A folder with the one package that serves a Toy with any number of rows up to MOST_ROWS,
+    signed with nothing.
+    """
     module, router = made(None)
     router.phase, router.examples = Phase.OBSERVE, {}
     with torch.inference_mode():
@@ -93,7 +99,9 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder.mkdir()
     aot.build(module, plan, folder / "toy.pt2", {})
     assert module.forward is router, "the router is put back"
-    aot.write_index(folder, FINGERPRINT, [aot.describe(folder / "toy.pt2", "toy", ["64x64"], plan)], OWNER)
+    aot.write_index(
+        folder, FINGERPRINT, [aot.describe(folder / "toy.pt2", "toy", ["64x64"], plan)], OWNER
+    )
     return folder
 
 
@@ -104,7 +112,12 @@ def folder(built: Path, tmp_path: Path) -> Path:
 
 
 def attached(
-    watch: CompileWatch, folder: Path, *, fingerprint: str = FINGERPRINT, trust: Trust = OWNER, **made_with: Any
+    watch: CompileWatch,
+    folder: Path,
+    *,
+    fingerprint: str = FINGERPRINT,
+    trust: Trust = OWNER,
+    **made_with: Any,
 ) -> tuple[Toy, Router]:
     module, router = made(watch, **({"export": {"aot_compile": True}} | made_with))
     aot.attach({"toy": router}, {"toy": module}, folder, fingerprint, trust, CPU)
@@ -138,7 +151,9 @@ def test_packages_are_unpacked_where_a_later_start_sweeps(
     assert os.environ["TMPDIR"] == str(tmp_path)
 
 
-def test_every_batch_size_equals_eager_and_nothing_is_compiled(watch: CompileWatch, folder: Path) -> None:
+def test_every_batch_size_equals_eager_and_nothing_is_compiled(
+    watch: CompileWatch, folder: Path
+) -> None:
     module, router = attached(watch, folder)
     eager, _ = made(watch, compile=False)
     warm(module, MOST_ROWS, 1)
@@ -167,7 +182,8 @@ def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> N
     args, kwargs = inputs(2)
     with torch.inference_mode():
         before = module(*args, **kwargs)[0]
-        for tensor in own.values():  # the bias of four numbers and the buffer too: nothing is written into the code
+        # the bias of four numbers and the buffer too: nothing is written into the code
+        for tensor in own.values():
             tensor.detach().mul_(2)
         after, expected = module(*args, **kwargs)[0], router._forward(*args, **kwargs)[0]
     torch.testing.assert_close(after, expected)
@@ -267,10 +283,14 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
         assert router.run.fallen == 1 and router.run.engines == {"eager"}
 
 
-def test_with_one_package_missing_there_is_something_to_compile_and_to_share(watch: CompileWatch, folder: Path) -> None:
+def test_with_one_package_missing_there_is_something_to_compile_and_to_share(
+    watch: CompileWatch, folder: Path
+) -> None:
     _, router = attached(watch, folder)
     assert router.ahead and not router.compiles
-    edit_index(folder, lambda index: index["packages"].append(index["packages"][0] | {"file": "gone.pt2"}))
+    edit_index(
+        folder, lambda index: index["packages"].append(index["packages"][0] | {"file": "gone.pt2"})
+    )
     _, router = attached(watch, folder)
     assert router.ahead and "gone.pt2" in str(router.ahead_reason) and router.compiles
 
@@ -291,7 +311,9 @@ def test_an_index_counts_under_its_signature_alone(
     assert (router.ahead_reason is None) if words is None else (words in str(router.ahead_reason))
 
 
-def test_a_signed_index_that_is_changed_afterwards_is_refused(watch: CompileWatch, folder: Path) -> None:
+def test_a_signed_index_that_is_changed_afterwards_is_refused(
+    watch: CompileWatch, folder: Path
+) -> None:
     Trust("signed", KEY).sign_file(folder / aot.INDEX, aot.CONTEXT)
     edit_index(folder, lambda index: index["packages"][0].update(sha256="0" * 64))
     _, router = attached(watch, folder, trust=Trust("signed", KEY))
@@ -327,16 +349,22 @@ def test_nan_is_no_small_difference(watch: CompileWatch, folder: Path) -> None:
     package = router.ahead[0]
     assert package.fault((whole,), (whole,)) is None
     assert "differs" in str(package.fault((broken,), (whole,)))
-    assert "returns" in str(package.fault((whole[:2],), (whole,))) and "returns" in str(package.fault((), (whole,)))
+    assert "returns" in str(package.fault((whole[:2],), (whole,))) and "returns" in str(
+        package.fault((), (whole,))
+    )
 
 
 def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
     theirs, name = torch.ones(4, dtype=torch.bfloat16), "unet-0.pt2"
     with caplog.at_level(logging.INFO):
         assert fault((theirs * 1.0625, torch.ones(2)), (theirs, torch.ones(2)), name) is None
-    assert caplog.messages == [f"{name}: differs from eager by 0.062 of the largest magnitude; 0.08 is let through"]
+    assert caplog.messages == [
+        f"{name}: differs from eager by 0.062 of the largest magnitude; 0.08 is let through"
+    ]
     caplog.clear()
-    assert fault((theirs * 1.5,), (theirs,), name) is not None and fault((theirs,), (theirs,)) is None
+    assert (
+        fault((theirs * 1.5,), (theirs,), name) is not None and fault((theirs,), (theirs,)) is None
+    )
     assert not caplog.messages
 
 
@@ -355,11 +383,18 @@ def test_torch_compile_is_called_only_when_something_falls_to_it(
     monkeypatch.setattr(torch, "compile", counted)
     monkeypatch.setattr(Toy, "_repeated_blocks", ["Block"], raising=False)
     monkeypatch.setattr(
-        Toy, "compile_repeated_blocks", lambda toy, **kwargs: toy.embed.compile(**kwargs), raising=False
+        Toy,
+        "compile_repeated_blocks",
+        lambda toy, **kwargs: toy.embed.compile(**kwargs),
+        raising=False,
     )
     module, router = attached(watch, folder, scope=scope, export={"aot_compile": True})
     warm(module, 2, 1)
-    assert not calls and watch.num_events == 0 and {route.engine for route in router.routes.values()} == {"aot"}
+    assert (
+        not calls
+        and watch.num_events == 0
+        and {route.engine for route in router.routes.values()} == {"aot"}
+    )
     with torch.inference_mode():
         args, kwargs = inputs(2, side=16)
         result, expected = module(*args, **kwargs), router._forward(*args, **kwargs)
@@ -380,19 +415,27 @@ def test_a_shape_without_a_package_is_compiled_alone(watch: CompileWatch, folder
 def test_calls_that_differ_in_more_than_the_batch_get_packages_of_their_own() -> None:
     assert len(aot.plan([inputs(2), inputs(4), inputs(2, side=16)])) == 2
     (args, kwargs), (other_args, other_kwargs) = inputs(2), inputs(4)
-    independent = aot.plan([(args, kwargs), (other_args, {**other_kwargs, "text": kwargs["text"]}), inputs(3)])
+    independent = aot.plan(
+        [(args, kwargs), (other_args, {**other_kwargs, "text": kwargs["text"]}), inputs(3)]
+    )
     assert [plan.dims.ranges for plan in independent] == [{}, {}, {}]
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "exact"])
 def test_a_strategy_without_a_list_of_shapes_is_refused(strategy: str) -> None:
     with pytest.raises(ConfigError, match="pt2.export.aot_compile"):
-        ModelConfig.parse({"pt2": {"export": {"aot_compile": True}, "shapes": {"strategy": strategy}}})
+        ModelConfig.parse(
+            {"pt2": {"export": {"aot_compile": True}, "shapes": {"strategy": strategy}}}
+        )
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(dtype: str, tmp_path: Path) -> None:
-    """Its VAE says `force_upcast`: the calls that are kept have the dtype that the module has afterwards too."""
+def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
+    dtype: str, tmp_path: Path
+) -> None:
+    """Its VAE says `force_upcast`: the calls that are kept have the dtype that the module has
+    afterwards too.
+    """
     old_folders.sdxl(tmp_path / "model")
     names = ("unet", "vae.decoder", "vae.encoder")
     config = {
@@ -402,7 +445,11 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(dtype
             "targets": names,
             "shapes": {"buckets": [[64, 64]], "batch_sizes": [1, 2]},
         },
-        "pipeline": {"dtype": dtype, "guidance": "on", "tasks": ["text-to-image", "image-to-image"]},
+        "pipeline": {
+            "dtype": dtype,
+            "guidance": "on",
+            "tasks": ["text-to-image", "image-to-image"],
+        },
     }
     rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
     for wanted in rehearsal._wanted:
@@ -417,15 +464,24 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
 ) -> None:
     old_folders.sdxl(tmp_path / "model")
     shapes = {"buckets": [[64, 64]], "batch_sizes": [1]}
-    config = {"pt2": {"compile": {"enable": True}, "shapes": shapes}, "pipeline": {"tasks": ["text-to-image"]}}
+    config = {
+        "pt2": {"compile": {"enable": True}, "shapes": shapes},
+        "pipeline": {"tasks": ["text-to-image"]},
+    }
     rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
-    monkeypatch.setattr(aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package"))
-    with pytest.raises(AheadError, match="^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"):
+    monkeypatch.setattr(
+        aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
+    )
+    with pytest.raises(
+        AheadError, match="^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"
+    ):
         rehearsal.build(tmp_path / "aot")
     assert not (tmp_path / "aot" / aot.INDEX).exists()
 
 
-def test_what_was_built_is_tried_with_the_modules_own_weights(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_built_is_tried_with_the_modules_own_weights(
+    built: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module, _ = made(None)
     plan = aot.Plan(inputs(MOST_ROWS), aot.Entry.parse(index_of(built)["packages"][0]).dims)
     entry = aot.describe(built / "toy.pt2", "toy", ["64x64"], plan)

@@ -1,4 +1,6 @@
-"""`pt2.attention` decides which kernel runs, in warm-up and serving alike, eager and compiled: read from torch's profiler."""
+"""`pt2.attention` decides which kernel runs, in warm-up and serving alike, eager and compiled: read
+from torch's profiler.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ class Painter:
         cells = batch.bucket.area // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
-        return Painted(np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8))
+        return Painted(
+            np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8)
+        )
 
 
 class Bench:
@@ -60,7 +64,11 @@ class Bench:
         module = Attention().eval()
         self.painter = Painter(module)
         self.router: Router = build_router(
-            "attention", module, Pt2Config.model_validate({"compile": compile}), torch.float32, torch.device("cpu")
+            "attention",
+            module,
+            Pt2Config.model_validate({"compile": compile}),
+            torch.float32,
+            torch.device("cpu"),
         )
         shapes = ShapesConfig(buckets=BUCKETS)
         self.engine = Engine(
@@ -93,7 +101,8 @@ def stance(watch: CompileWatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize(
-    ("attention", "ran", "not_run"), [("default", FLASH, MATH), ("flash", FLASH, MATH), ("math", MATH, FLASH)]
+    ("attention", "ran", "not_run"),
+    [("default", FLASH, MATH), ("flash", FLASH, MATH), ("math", MATH, FLASH)],
 )
 def test_eager_runs_the_chosen_kernel(attention: str, ran: str, not_run: str) -> None:
     operators = Bench(attention, {"enable": False}).ask(BUCKETS[0])
@@ -110,7 +119,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
     attention: str, cache: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under `math` the graph holds the decomposition, of which Inductor makes kernels of its own around the products."""
+    """Under `math` the graph holds the decomposition, of which Inductor makes kernels of its own
+    around the products.
+    """
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", cache)
     bench = Bench(attention, {"enable": True, "kwargs": {"backend": "inductor"}})
     events = watch.num_events
@@ -121,14 +132,18 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
         compiled = bench.painter.result.clone()
         with torch.inference_mode():
             torch.manual_seed(bucket.area // 64)
-            expected = Attention.forward(bench.painter.module, torch.randn(1, bucket.area // 64, 16))  # type: ignore[arg-type]
+            expected = Attention.forward(
+                bench.painter.module, torch.randn(1, bucket.area // 64, 16)
+            )  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
     assert watch.num_events == events and bench.router.run.incidents == 0
     assert {route.engine for route in bench.router.routes.values()} == {"compiled"}
 
 
 def test_a_graph_warmed_under_one_choice_is_not_the_others() -> None:
-    """Why the choice has to wrap warm-up: afterwards it is in the compiled code, and changes nothing."""
+    """Why the choice has to wrap warm-up: afterwards it is in the compiled code, and changes
+    nothing.
+    """
     bench = Bench("math", {"enable": True, "kwargs": {"backend": "aot_eager"}})
     bench.engine._attention = "flash"
     operators = bench.ask(BUCKETS[0])

@@ -31,9 +31,13 @@ class Toy(nn.Module):
         return painted + 1 if flag else painted
 
 
-def compiled(watch: CompileWatch, module: nn.Module | None = None, **pt2: Any) -> tuple[nn.Module, Router]:
+def compiled(
+    watch: CompileWatch, module: nn.Module | None = None, **pt2: Any
+) -> tuple[nn.Module, Router]:
     module = module if module is not None else Toy()
-    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}} | pt2)
+    config = Pt2Config.model_validate(
+        {"compile": {"enable": True, "kwargs": {"backend": "eager"}}} | pt2
+    )
     return module, build_router("toy", module, config, torch.float32, CPU)
 
 
@@ -53,7 +57,9 @@ def test_a_warmed_shape_runs_compiled_and_equals_eager(watch: CompileWatch) -> N
     torch.testing.assert_close(result, module.conv(inputs) * 2.0)  # type: ignore[operator]
 
 
-def test_the_memory_format_that_a_tensor_arrives_in_needs_no_graph_of_its_own(watch: CompileWatch) -> None:
+def test_the_memory_format_that_a_tensor_arrives_in_needs_no_graph_of_its_own(
+    watch: CompileWatch,
+) -> None:
     module, router = compiled(watch)
     inputs = sample(2, 4, 8, 8)
     plain = module(inputs)
@@ -72,7 +78,9 @@ def test_the_memory_format_that_a_tensor_arrives_in_needs_no_graph_of_its_own(wa
     ids=["batch", "width", "flag"],
 )
 def test_an_unwarmed_call_runs_eagerly_at_once_and_is_an_incident(
-    watch: CompileWatch, change: Callable[[torch.Tensor], tuple[Any, ...]], caplog: pytest.LogCaptureFixture
+    watch: CompileWatch,
+    change: Callable[[torch.Tensor], tuple[Any, ...]],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     module, router = compiled(watch)
     inputs = sample(2, 4, 8, 8)
@@ -101,11 +109,15 @@ def test_a_guard_that_no_signature_shows_is_refused_named_and_served_eagerly(
     with caplog.at_level(logging.ERROR):
         result = module(inputs)
     assert router.run.incidents == 1 and watch.num_events == events
-    assert ("scale" if names_guards else "does not name") in caplog.text, "the guard that failed is named"
+    assert ("scale" if names_guards else "does not name") in caplog.text, (
+        "the guard that failed is named"
+    )
     torch.testing.assert_close(result, module.conv(inputs) * 3.0)  # type: ignore[operator]
 
 
-def test_one_graph_serves_every_batch_size_but_one_once_the_dimension_is_learnt(watch: CompileWatch) -> None:
+def test_one_graph_serves_every_batch_size_but_one_once_the_dimension_is_learnt(
+    watch: CompileWatch,
+) -> None:
     module, router = compiled(watch)
     router.phase = Phase.OBSERVE
     for rows in (1, 8):
@@ -146,7 +158,9 @@ def test_a_shape_whose_compile_fails_stays_eager_alone_with_its_reason(watch: Co
     assert router.run.fallen == 1 and router.run.incidents == 0
 
 
-def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(watch: CompileWatch) -> None:
+def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(
+    watch: CompileWatch,
+) -> None:
     module, _ = compiled(watch)
     with pytest.raises(RuntimeError, match="channels"):
         module(sample(1, 3, 8, 8))
@@ -177,9 +191,13 @@ def test_bad_arguments_of_torch_compile_mean_eager_and_a_reason(watch: CompileWa
 
 
 @pytest.mark.parametrize("options", [{"freezing": True}, {"max_autotune": False, "cpp.threads": 1}])
-def test_options_reach_inductor_as_the_yaml_has_them(options: dict[str, Any], watch: CompileWatch) -> None:
+def test_options_reach_inductor_as_the_yaml_has_them(
+    options: dict[str, Any], watch: CompileWatch
+) -> None:
     """torch takes keys out of the dict, which a config's own would not let it."""
-    config = ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": "inductor", "options": options}}}).pt2
+    config = ModelConfig.parse(
+        {"pt2": {"compile": {"enable": True, "backend": "inductor", "options": options}}}
+    ).pt2
     router = build_router("toy", Toy(), config, torch.float32, CPU)
     assert router.reason is None and router.engine == "compiled"
     assert config.compile.kwargs["options"] == options
@@ -189,10 +207,16 @@ def test_without_a_compiler_everything_is_eager_and_says_so(
     watch: CompileWatch, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("CXX", "no-such-compiler")
-    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "inductor"}}})
+    config = Pt2Config.model_validate(
+        {"compile": {"enable": True, "kwargs": {"backend": "inductor"}}}
+    )
     with caplog.at_level(logging.ERROR):
         router = build_router("toy", Toy(), config, torch.float32, CPU)
-    assert router.idle and "no-such-compiler" in str(router.reason) and "no-such-compiler" in caplog.text
+    assert (
+        router.idle
+        and "no-such-compiler" in str(router.reason)
+        and "no-such-compiler" in caplog.text
+    )
 
 
 def test_regional_scope_needs_repeated_blocks(watch: CompileWatch) -> None:
@@ -215,13 +239,17 @@ class FakeIpex:
     def __init__(self) -> None:
         self.dtypes: list[torch.dtype] = []
 
-    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool) -> nn.Module:
+    def optimize(
+        self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool
+    ) -> nn.Module:
         assert not inplace and not weights_prepack
         self.dtypes.append(dtype)
         return copy.deepcopy(module)
 
 
-def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ipex_serves_channels_last_models_and_inputs(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fake = FakeIpex()
     monkeypatch.setenv("TS_IPEX_ENABLE", "true")
     monkeypatch.setitem(__import__("sys").modules, "intel_extension_for_pytorch", fake)
@@ -236,18 +264,23 @@ def test_ipex_serves_channels_last_models_and_inputs(watch: CompileWatch, monkey
     router.start_run()
     module(sample(3, 4, 8, 8))
     assert router.run.engines == {"ipex"} and router.run.incidents == 0
-    assert fake.dtypes == [torch.bfloat16] and seen == [True] * 3  # compared with eager in warm-up, then served
+    # compared with eager in warm-up, then served
+    assert fake.dtypes == [torch.bfloat16] and seen == [True] * 3
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
 @pytest.mark.parametrize(
-    ("device", "ahead", "expected"), [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)]
+    ("device", "ahead", "expected"),
+    [("cuda", False, True), ("cuda", True, False), ("cpu", False, False)],
 )
 def test_on_a_gpu_what_torch_compiles_has_channels_last_weights_and_what_a_package_is_given_has_not(
     watch: CompileWatch, device: str, ahead: bool, expected: bool
 ) -> None:
     module = Toy()
-    own = {"compile": {"enable": True, "kwargs": {"backend": "eager"}}, "export": {"aot_compile": ahead}}
+    own = {
+        "compile": {"enable": True, "kwargs": {"backend": "eager"}},
+        "export": {"aot_compile": ahead},
+    }
     build_router("toy", module, Pt2Config.model_validate(own), torch.float32, torch.device(device))
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last) is expected
 
@@ -294,7 +327,9 @@ def test_ipex_leaves_a_module_without_convolutions_in_its_layout(
 class BrokenIpex(FakeIpex):
     """Refuses float16, gets bfloat16 wrong, and spoils its copy of any other module."""
 
-    def optimize(self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool) -> nn.Module:
+    def optimize(
+        self, module: nn.Module, dtype: torch.dtype, inplace: bool, weights_prepack: bool
+    ) -> nn.Module:
         if dtype == torch.float16:
             raise AssertionError("no float16 here")
         if dtype == torch.bfloat16:
@@ -308,7 +343,11 @@ class BrokenIpex(FakeIpex):
 
 @pytest.mark.parametrize(
     ("dtype", "words"),
-    [(torch.float16, "no float16 here"), (torch.float32, "ipex failed"), (torch.bfloat16, "differs from eager")],
+    [
+        (torch.float16, "no float16 here"),
+        (torch.float32, "ipex failed"),
+        (torch.bfloat16, "differs from eager"),
+    ],
 )
 def test_what_ipex_fails_on_is_served_by_the_module_as_it_was(
     dtype: torch.dtype,
@@ -335,7 +374,9 @@ def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_one
     watch: CompileWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Dynamo alone would go eager without a word, and the answer be called compiled."""
-    module, router = compiled(watch, compile={"enable": True, "kwargs": {"backend": "eager", "dynamic": False}})
+    module, router = compiled(
+        watch, compile={"enable": True, "kwargs": {"backend": "eager", "dynamic": False}}
+    )
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
         raise_recompile_limits(0)
         router.phase = Phase.OPEN
@@ -366,12 +407,16 @@ class Named(collections.OrderedDict[str, Any]):
         (torch.ones(2, 2).max(0), ["0.0", "0.1"]),
     ],
 )
-def test_containers_keep_their_type_and_their_contents_have_paths(value: Any, paths: list[str]) -> None:
+def test_containers_keep_their_type_and_their_contents_have_paths(
+    value: Any, paths: list[str]
+) -> None:
     doubled = map_tensors(value, lambda tensor: tensor * 2)
     assert type(doubled) is type(value) and [path for path, _ in leaves((value,), {})] == paths
     before, after = (dict(leaves((each,), {})) for each in (value, doubled))
     assert all(
-        torch.equal(after[path], leaf * 2) if isinstance(leaf, torch.Tensor) else after[path] == leaf
+        torch.equal(after[path], leaf * 2)
+        if isinstance(leaf, torch.Tensor)
+        else after[path] == leaf
         for path, leaf in before.items()
     )
 
@@ -390,6 +435,10 @@ def test_a_target_may_take_and_give_the_outputs_of_transformers(watch: CompileWa
     for phase in (Phase.OBSERVE, Phase.WARM, Phase.SERVE):
         router.phase = phase
         router.start_run()
-        result = module(BaseModelOutput(last_hidden_state=torch.ones(2, 3)), Pair(torch.ones(3), None))
-        assert type(result) is BaseModelOutput and torch.equal(result.last_hidden_state, torch.full((2, 3), 2.0))
+        result = module(
+            BaseModelOutput(last_hidden_state=torch.ones(2, 3)), Pair(torch.ones(3), None)
+        )
+        assert type(result) is BaseModelOutput and torch.equal(
+            result.last_hidden_state, torch.full((2, 3), 2.0)
+        )
     assert router.run.engines == {"compiled"} and not router.run.incidents

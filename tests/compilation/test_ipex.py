@@ -1,4 +1,6 @@
-"""The real Intel extension on a convolutional network and on an encoder without convolutions; see `make test-ipex`."""
+"""The real Intel extension on a convolutional network and on an encoder without convolutions; see
+`make test-ipex`.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,12 @@ def resnet() -> tuple[nn.Module, torch.Tensor]:
 def bert() -> tuple[nn.Module, torch.Tensor]:
     from transformers import BertConfig, BertModel
 
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "intermediate_size": 128,
+    }
     return BertModel(BertConfig(vocab_size=100, **sizes)), torch.randint(100, (2, 24))
 
 
@@ -41,7 +48,9 @@ def routed(module: nn.Module, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("make", [resnet, bert])
-def test_it_serves_what_eager_float32_gives(make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_serves_what_eager_float32_gives(
+    make: Any, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     torch.manual_seed(0)
     module, inputs = make()
     module.eval()
@@ -61,4 +70,7 @@ def test_it_serves_what_eager_float32_gives(make: Any, dtype: torch.dtype, monke
         module(given[:1])  # any shape: nothing is compiled
     assert router.run.engines == {"ipex"} and router.run.incidents == router.run.fallen == 0
     assert result.dtype == dtype
-    assert difference(result, expected) < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    assert (
+        difference(result, expected)
+        < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
+    )

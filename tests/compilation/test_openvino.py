@@ -1,4 +1,6 @@
-"""OpenVINO models on a tiny module: made in warm-up only, for what varies in the batch alone, and compared with eager."""
+"""OpenVINO models on a tiny module: made in warm-up only, for what varies in the batch alone, and
+compared with eager.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ MOST_ROWS = 6
 
 
 class Toy(nn.Module):
-    """Called as a UNet is: positional and keyword tensors, a nested dict, plain values, a tuple back."""
+    """Called as a UNet is: positional and keyword tensors, a nested dict, plain values, a tuple
+    back.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +62,12 @@ class Toy(nn.Module):
 def inputs(rows: int, side: int = 8, dtype: torch.dtype = torch.float32) -> Inputs:
     sample, text = torch.randn(rows, 4, side, side, dtype=dtype), torch.randn(rows, 8, dtype=dtype)
     size = torch.arange(rows)[:, None]
-    return (sample, torch.tensor(3.0)), {"text": text, "cond": {"size": size}, "mask": None, "return_dict": False}
+    return (sample, torch.tensor(3.0)), {
+        "text": text,
+        "cond": {"size": size},
+        "mask": None,
+        "return_dict": False,
+    }
 
 
 def routed(
@@ -76,7 +85,9 @@ def routed(
     return module, router
 
 
-def call(module: nn.Module, rows: int, side: int = 8, dtype: torch.dtype = torch.float32) -> tuple[Any, Any]:
+def call(
+    module: nn.Module, rows: int, side: int = 8, dtype: torch.dtype = torch.float32
+) -> tuple[Any, Any]:
     """What the module gives and what it would give eagerly, under the mode of serving."""
     args, kwargs = inputs(rows, side, dtype)
     with torch.inference_mode():
@@ -96,7 +107,9 @@ def test_one_model_serves_every_batch_size_as_eager_does(
     module, router = routed(dtype=dtype)
     for rows in (MOST_ROWS, 1):
         call(module, rows, dtype=dtype)
-    assert [route.engine for route in router.routes.values()] == ["openvino", "openvino"] and len(router.ahead) == 1
+    assert [route.engine for route in router.routes.values()] == ["openvino", "openvino"] and len(
+        router.ahead
+    ) == 1
     forbid_compiling()
     router.phase = Phase.SERVE
     router.start_run()
@@ -117,7 +130,9 @@ def test_a_result_is_not_overwritten_by_the_next_call() -> None:
 
 
 def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
-    """A CPU with bfloat16 instructions would compute either in bfloat16: eight bits of mantissa, seen in one product."""
+    """A CPU with bfloat16 instructions would compute either in bfloat16: eight bits of mantissa,
+    seen in one product.
+    """
     module, _ = routed()
     (result, _), (expected, _) = (answer for answer in call(module, 2))
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
@@ -129,7 +144,8 @@ def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
         assert isinstance(model, openvino.Model)
         compiled = model._request.get_compiled_model()
         said.append(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
-    assert said[0] == "f32" and said[1] in ("bf16", "f32")  # which it says where the CPU has no bfloat16
+    # which it says where the CPU has no bfloat16
+    assert said[0] == "f32" and said[1] in ("bf16", "f32")
 
 
 def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
@@ -162,14 +178,18 @@ class Unconvertible(Toy):
         return super().forward(*args, **kwargs)
 
 
-def test_a_module_that_cannot_be_exported_is_served_eagerly_with_the_reason(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_module_that_cannot_be_exported_is_served_eagerly_with_the_reason(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     module, router = routed(Unconvertible())
     with caplog.at_level(logging.ERROR):
         result, expected = call(module, 2)
     torch.testing.assert_close(result, expected)
     (route,) = router.routes.values()
     assert (
-        route.engine == "eager" and str(route.reason).startswith("openvino: ") and "toy: openvino failed" in caplog.text
+        route.engine == "eager"
+        and str(route.reason).startswith("openvino: ")
+        and "toy: openvino failed" in caplog.text
     )
     router.phase = Phase.SERVE
     router.start_run()
@@ -184,7 +204,9 @@ def test_a_fault_of_the_model_itself_is_raised() -> None:
         module(torch.randn(2, 3, 8, 8), timestep, **kwargs)
 
 
-def test_a_model_that_computes_something_else_is_found_out(caplog: pytest.LogCaptureFixture) -> None:
+def test_a_model_that_computes_something_else_is_found_out(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """Eager's weights are changed between the making and the comparing."""
     module, router = routed()
     made = router._make
@@ -200,7 +222,11 @@ def test_a_model_that_computes_something_else_is_found_out(caplog: pytest.LogCap
     with caplog.at_level(logging.ERROR):
         call(module, 2)
     (route,) = router.routes.values()
-    assert route.engine == "eager" and "differs from eager" in str(route.reason) and "is not used" in caplog.text
+    assert (
+        route.engine == "eager"
+        and "differs from eager" in str(route.reason)
+        and "is not used" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(
@@ -219,11 +245,17 @@ def test_what_it_cannot_serve_is_a_loud_eager(
     assert router.idle and words in str(router.reason) and words in caplog.text
 
 
-def test_a_missing_package_is_a_loud_eager(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_missing_package_is_a_loud_eager(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     with caplog.at_level(logging.ERROR):
         module, router = routed()
-    assert router.idle and "openvino is not installed" in str(router.reason) and "not installed" in caplog.text
+    assert (
+        router.idle
+        and "openvino is not installed" in str(router.reason)
+        and "not installed" in caplog.text
+    )
     result, expected = call(module, 2)
     torch.testing.assert_close(result, expected)
 
@@ -237,7 +269,11 @@ def test_nothing_is_reported_over_the_network() -> None:
 
 
 def test_options_go_over_the_properties_and_name_the_cache() -> None:
-    torch_options = {"config": {"INFERENCE_NUM_THREADS": 7}, "model_caching": True, "cache_dir": "/somewhere"}
+    torch_options = {
+        "config": {"INFERENCE_NUM_THREADS": 7},
+        "model_caching": True,
+        "cache_dir": "/somewhere",
+    }
     properties = openvino.cpu_properties(torch_options)
     assert properties["INFERENCE_NUM_THREADS"] == 7 and properties["CACHE_DIR"] == "/somewhere"
     assert openvino.cpu_properties({})["INFERENCE_NUM_THREADS"] == torch.get_num_threads()

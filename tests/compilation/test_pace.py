@@ -29,7 +29,9 @@ FIXED = 0.3
 
 
 class Machine:
-    """A painter whose time passes on a clock of its own: `speed` 1 is the machine that sdxl.yaml is written for."""
+    """A painter whose time passes on a clock of its own: `speed` 1 is the machine that sdxl.yaml is
+    written for.
+    """
 
     multiple, grid = 8, 32
 
@@ -40,7 +42,12 @@ class Machine:
         self.fail = False
         size = self.config.batchSize
         self.engine = Engine(
-            self, {}, self.config.pt2.shapes, max_rows=size, device=torch.device("cpu"), budget=self.budget
+            self,
+            {},
+            self.config.pt2.shapes,
+            max_rows=size,
+            device=torch.device("cpu"),
+            budget=self.budget,
         )
         for bucket in self.config.pt2.shapes.buckets:
             for rows in range(1, size + 1):
@@ -52,7 +59,9 @@ class Machine:
 
     def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
         rows = len(batch.rows)
-        self.now += FIXED * rows / self.speed + batch.num_inference_steps * self._step(batch.bucket, rows)
+        self.now += FIXED * rows / self.speed + batch.num_inference_steps * self._step(
+            batch.bucket, rows
+        )
         self.pictures += rows
         if self.fail:
             raise ArithmeticError("late")
@@ -65,9 +74,17 @@ class Machine:
             RequestError: it costs too much.
         """
         limits = self.config.pipeline.limits
-        request = make_request(**({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes))
+        request = make_request(
+            **({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes)
+        )
         job = self.engine.prepare(request, limits=LimitsConfig(), default=Bucket(1024, 1024))
-        check_cost(request, job.plan.bucket, steps=request.num_run_steps, least_area=1024**2, max_cost=limits.max_cost)
+        check_cost(
+            request,
+            job.plan.bucket,
+            steps=request.num_run_steps,
+            least_area=1024**2,
+            max_cost=limits.max_cost,
+        )
         seconds = self.engine.seconds([Answer(job)], generous=True)
         check_time(request, job.plan.bucket, seconds, self.budget.timeout or 0)
         return job
@@ -99,7 +116,8 @@ def test_no_batch_outlasts_the_response_timeout_and_nobody_is_put_off_twice(
     wishes: list[dict[str, Any]], speed: float
 ) -> None:
     machine = Machine(speed)
-    queue = [(0.0, job) for job in admitted(machine, wishes)]  # when it arrives, in the order of arrival
+    # when it arrives, in the order of arrival
+    queue = [(0.0, job) for job in admitted(machine, wishes)]
     put_off: dict[str, int] = {}
     while queue:
         queue.sort(key=lambda each: each[0])
@@ -116,20 +134,29 @@ def test_no_batch_outlasts_the_response_timeout_and_nobody_is_put_off_twice(
                 assert put_off[name] == 1 and not answer.pictures
                 queue.append((machine.now + answer.error.retry_after, answer.job))
             else:
-                assert answer.error is None and len(answer.pictures) == answer.job.request.num_images
+                assert (
+                    answer.error is None and len(answer.pictures) == answer.job.request.num_images
+                )
     assert speed < 1.0 or not put_off, "the YAML fits the machine it is written for"
 
 
-def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_when_it_comes_again() -> None:
+def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_when_it_comes_again() -> (
+    None
+):
     machine = Machine(0.2)
     # 40 picture-steps are 22 s here, 120 s hold 90 s of what was measured
-    jobs = [machine.job(prompt=name, num_inference_steps=60, guidance_scale=5.0 + n) for n, name in enumerate("abc")]
+    jobs = [
+        machine.job(prompt=name, num_inference_steps=60, guidance_scale=5.0 + n)
+        for n, name in enumerate("abc")
+    ]
     first = machine.engine.run(jobs)
     assert [type(answer.error) for answer in first] == [type(None), type(None), PutOff]
     assert machine.pictures == 2
     response = responses.from_error(first[2].error or PutOff(0))
     assert response.code == 503 and int(response.headers["retry-after"]) >= 1
-    again = machine.engine.run([*jobs[:2], replace(jobs[2], request=replace(jobs[2].request, seed=99))])
+    again = machine.engine.run(
+        [*jobs[:2], replace(jobs[2], request=replace(jobs[2].request, seed=99))]
+    )
     assert [type(answer.error) for answer in again] == [type(None), PutOff, type(None)]
 
 
@@ -154,7 +181,9 @@ def test_a_deadline_is_looked_at_before_each_run(monkeypatch: pytest.MonkeyPatch
 
 def test_a_request_that_cannot_end_in_time_by_itself_is_told_so() -> None:
     machine = Machine(0.05)
-    with pytest.raises(RequestError, match=r"60 steps take 13\d s here, and an answer has 120 \(responseTimeout\)"):
+    with pytest.raises(
+        RequestError, match=r"60 steps take 13\d s here, and an answer has 120 \(responseTimeout\)"
+    ):
         machine.job(num_inference_steps=60)
     machine.job(num_inference_steps=50)
 
@@ -172,7 +201,9 @@ def test_a_slow_spell_neither_refuses_what_fits_nor_lasts() -> None:
 
 
 @given(st.dictionaries(st.integers(1, 100), st.floats(0.1, 10), min_size=1), st.integers(1, 200))
-def test_between_two_measurements_an_estimate_lies_between_them(points: dict[int, float], at: int) -> None:
+def test_between_two_measurements_an_estimate_lies_between_them(
+    points: dict[int, float], at: int
+) -> None:
     value = interpolated(points, at)
     if at in points:
         assert value == points[at]

@@ -37,10 +37,16 @@ class Denoiser(nn.Module):
 class Server:
     """Serves a variant by one call of the denoiser, under the grad mode of real requests."""
 
-    def __init__(self, watch: CompileWatch, backend: Any = "eager", compile: Any = None, **settings: Any) -> None:
+    def __init__(
+        self, watch: CompileWatch, backend: Any = "eager", compile: Any = None, **settings: Any
+    ) -> None:
         self.denoiser, self.watch = Denoiser(), watch
-        config = Pt2Config.model_validate({"compile": compile or {"enable": True, "kwargs": {"backend": backend}}})
-        self.router: Router = build_router("unet", self.denoiser, config, torch.float32, torch.device("cpu"))
+        config = Pt2Config.model_validate(
+            {"compile": compile or {"enable": True, "kwargs": {"backend": backend}}}
+        )
+        self.router: Router = build_router(
+            "unet", self.denoiser, config, torch.float32, torch.device("cpu")
+        )
         self.served: list[Variant] = []
         self.steps: list[Step] = []
         options: dict[str, Any] = {"on_failure": "eager", "progress": self.steps.append} | settings
@@ -63,8 +69,10 @@ def failing(*_: object) -> Any:
 
 # Compiling was asked for, in each of the ways in which there is nothing to show for it.
 IN_VAIN: list[dict[str, Any]] = [
-    {"enable": False, "warning": "pt2.compile.backend: 'nonsense' is not a backend"},  # TorchServe's own YAMLs alone
-    {"enable": True, "kwargs": {"backend": "nvfuser"}},  # a name that TorchServe knows and torch does not
+    # TorchServe's own YAMLs alone
+    {"enable": False, "warning": "pt2.compile.backend: 'nonsense' is not a backend"},
+    # a name that TorchServe knows and torch does not
+    {"enable": True, "kwargs": {"backend": "nvfuser"}},
     {"enable": True, "kwargs": {"backend": "eager", "nonsense": 1}},
     {"enable": True, "kwargs": {"backend": "eager", "disable": True}},
     {"enable": True, "kwargs": {"backend": failing}},
@@ -78,7 +86,9 @@ VARIANTS = plan_variants([SMALL, WIDE], [1, 2], [True, False], ["text-to-image"]
     st.sets(st.builds(Bucket, st.integers(1, 64), st.integers(1, 64)), min_size=1, max_size=4),
     st.sets(st.integers(1, 8), min_size=1, max_size=3),
 )
-def test_the_plan_holds_every_variant_once_and_the_largest_first(buckets: set[Bucket], sizes: set[int]) -> None:
+def test_the_plan_holds_every_variant_once_and_the_largest_first(
+    buckets: set[Bucket], sizes: set[int]
+) -> None:
     plan = plan_variants(buckets, sizes, [True, False], ["text-to-image", "inpainting"])
     assert len(plan) == len(set(plan)) == len(buckets) * len(sizes) * 4
     areas = [variant.bucket.area for variant in plan]
@@ -101,7 +111,9 @@ def test_a_few_variants_meet_every_shape_that_a_target_can_be_given(
     def shapes(variants: tuple[Variant, ...]) -> set[tuple[object, ...]]:
         denoiser = {(v.bucket, "denoiser", v.batch_size * (1 + v.guidance)) for v in variants}
         decoder = {(v.bucket, "decoder", v.batch_size) for v in variants}
-        encoder = {(v.bucket, "encoder", v.batch_size) for v in variants if v.task != "text-to-image"}
+        encoder = {
+            (v.bucket, "encoder", v.batch_size) for v in variants if v.task != "text-to-image"
+        }
         return denoiser | decoder | encoder | {(v.bucket, v.task) for v in variants}
 
     assert shapes(few) == shapes(plan)
@@ -167,12 +179,19 @@ def test_a_bucket_whose_compile_fails_becomes_eager_alone(watch: CompileWatch) -
     server = Server(watch, fails_on_wide)
     server.warmup.warm(VARIANTS)
     assert server.warmup.prove(VARIANTS) == 0, "a bucket given up in warm-up is no new fault"
-    assert server.engines() == {(SMALL, 1): "compiled", (SMALL, 2): "compiled", (WIDE, 1): "eager", (WIDE, 2): "eager"}
+    assert server.engines() == {
+        (SMALL, 1): "compiled",
+        (SMALL, 2): "compiled",
+        (WIDE, 1): "eager",
+        (WIDE, 2): "eager",
+    }
     reasons = {record.bucket: record.reason for record in server.warmup.records}
     assert reasons[SMALL] is None and "no lowering" in str(reasons[WIDE])
 
 
-def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(watch: CompileWatch) -> None:
+def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(
+    watch: CompileWatch,
+) -> None:
     server = Server(watch, fails_on_wide, on_failure="fail")
     with pytest.raises(WarmupError, match="(?s)8x16.*no lowering"):
         server.warmup.warm(VARIANTS)
@@ -180,15 +199,24 @@ def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(wat
 
 def test_two_observed_batch_sizes_make_one_graph_a_bucket(watch: CompileWatch) -> None:
     server = Server(watch)
-    server.warmup.observe([Variant(SMALL, 4, True, "text-to-image"), Variant(SMALL, 1, False, "text-to-image")])
+    server.warmup.observe(
+        [Variant(SMALL, 4, True, "text-to-image"), Variant(SMALL, 1, False, "text-to-image")]
+    )
     variants = plan_variants([SMALL, WIDE], [1, 2, 4], [True, False], ["text-to-image"])
     server.warmup.warm(variants)
     assert watch.num_events == 4, "rows 1 and rows 2-8, in two buckets"
-    assert server.warmup.prove(plan_variants([SMALL, WIDE], [1, 2, 3, 4], [True, False], ["text-to-image"])) == 0
+    assert (
+        server.warmup.prove(
+            plan_variants([SMALL, WIDE], [1, 2, 3, 4], [True, False], ["text-to-image"])
+        )
+        == 0
+    )
 
 
 def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> None:
-    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks like."""
+    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks
+    like.
+    """
     server = Server(watch)
     server.warmup.warm(VARIANTS)
     plain = server.router._fast
@@ -205,7 +233,9 @@ def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> No
 
 
 @pytest.mark.parametrize("compile", IN_VAIN)
-def test_eager_though_compiling_was_asked_for_always_has_a_reason(watch: CompileWatch, compile: dict[str, Any]) -> None:
+def test_eager_though_compiling_was_asked_for_always_has_a_reason(
+    watch: CompileWatch, compile: dict[str, Any]
+) -> None:
     server = Server(watch, compile=compile)
     server.warmup.warm(VARIANTS)
     assert {record.engine for record in server.warmup.records} == {"eager"}
@@ -229,7 +259,9 @@ def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
 
 
 def test_only_the_target_that_compiled_again_is_given_up(watch: CompileWatch) -> None:
-    """The decoder's graph is recorded once more in the replay; the denoiser, which ran in the same variant, stays compiled."""
+    """The decoder's graph is recorded once more in the replay; the denoiser, which ran in the same
+    variant, stays compiled.
+    """
     server, decoder = Server(watch), Denoiser()
     config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}})
     other = build_router("vae.decoder", decoder, config, torch.float32, torch.device("cpu"))

@@ -67,9 +67,22 @@ def parse(text: str) -> ModelConfig:
 
 def test_every_key_arrives() -> None:
     config = parse(EVERYTHING)
-    assert (config.minWorkers, config.maxWorkers, config.batchSize, config.maxBatchDelay) == (1, 2, 4, 20)
-    assert (config.startupTimeout, config.responseTimeout, config.maxRetryTimeoutInSec) == (1800, 120, 7200)
-    assert (config.deviceType, config.deviceIds, config.handler) == ("gpu", (0, 1), {"profile": True, "notes": ["a"]})
+    assert (config.minWorkers, config.maxWorkers, config.batchSize, config.maxBatchDelay) == (
+        1,
+        2,
+        4,
+        20,
+    )
+    assert (config.startupTimeout, config.responseTimeout, config.maxRetryTimeoutInSec) == (
+        1800,
+        120,
+        7200,
+    )
+    assert (config.deviceType, config.deviceIds, config.handler) == (
+        "gpu",
+        (0, 1),
+        {"profile": True, "notes": ["a"]},
+    )
     pt2, pipeline = config.pt2, config.pipeline
     assert pt2.compile.enable
     assert pt2.compile.kwargs == {
@@ -84,10 +97,18 @@ def test_every_key_arrives() -> None:
     assert (pt2.attention, pt2.export.aot_compile) == ("math", True)
     assert pt2.shapes.buckets == (Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152))
     assert pt2.shapes.batch_sizes == (1, 2, 4)
-    assert (pt2.shapes.strategy, pt2.shapes.fit, pt2.shapes.oversize) == ("buckets", "resize", "eager")
+    assert (pt2.shapes.strategy, pt2.shapes.fit, pt2.shapes.oversize) == (
+        "buckets",
+        "resize",
+        "eager",
+    )
     assert (pt2.cache.key, pt2.cache.shared) == ("sdxl/v1", "/mnt/cache")
     assert (pt2.debug.recompiles, pt2.debug.guards, pt2.debug.graph_breaks) == (True, False, True)
-    assert (pipeline.path, pipeline.dtype, pipeline.scheduler) == ("/models/sdxl", "bfloat16", "EulerDiscreteScheduler")
+    assert (pipeline.path, pipeline.dtype, pipeline.scheduler) == (
+        "/models/sdxl",
+        "bfloat16",
+        "EulerDiscreteScheduler",
+    )
     assert (pipeline.guidance, pipeline.tasks) == ("on", ("text-to-image", "inpainting"))
     assert pipeline.fused_lora == "/models/lora"
     assert pipeline.limits.max_guidance_scale == 20.0
@@ -99,13 +120,21 @@ def test_an_empty_mapping_is_all_defaults() -> None:
     config = ModelConfig.parse({})
     assert not config.pt2.compile.enable
     assert config.pt2.targets == ()
-    assert (config.pt2.shapes.strategy, config.pt2.shapes.buckets, config.pt2.shapes.batch_sizes) == (
+    assert (
+        config.pt2.shapes.strategy,
+        config.pt2.shapes.buckets,
+        config.pt2.shapes.batch_sizes,
+    ) == (
         "buckets",
         (),
         (1,),
     )
     assert (config.pt2.shapes.fit, config.pt2.shapes.oversize) == ("pad", "reject")
-    assert (config.pipeline.path, config.pipeline.dtype, config.pipeline.guidance) == (".", "float32", "both")
+    assert (config.pipeline.path, config.pipeline.dtype, config.pipeline.guidance) == (
+        ".",
+        "float32",
+        "both",
+    )
     assert config.pipeline.tasks == ("text-to-image", "image-to-image", "inpainting")
     assert config.pipeline.limits.max_image_bytes == 10_000_000
     assert config.pipeline.defaults.num_inference_steps == 30
@@ -117,12 +146,16 @@ def test_the_shipped_configs_load_and_compile(path: Path) -> None:
     config = ModelConfig.load(path)
     assert config.pt2.compile.enable
     assert config.pt2.compile.warning is None
-    assert config.pt2.compile.kwargs["dynamic"] is False  # one static graph per bucket, not one that adapts
+    # one static graph per bucket, not one that adapts
+    assert config.pt2.compile.kwargs["dynamic"] is False
     assert set(config.pt2.compile.kwargs) <= set(inspect.signature(torch.compile).parameters)
-    assert len(config.pt2.shapes.buckets) >= 3 or (config.module is not None and config.module.choices)
+    assert len(config.pt2.shapes.buckets) >= 3 or (
+        config.module is not None and config.module.choices
+    )
     assert config.startupTimeout is not None
     assert config.startupTimeout >= 1800
-    assert config.maxRetryTimeoutInSec is not None  # TorchServe's own 300 would end the retries of a slow start
+    # TorchServe's own 300 would end the retries of a slow start
+    assert config.maxRetryTimeoutInSec is not None
     if config.module is not None:
         return
     largest = max(max(bucket.height, bucket.width) for bucket in config.pt2.shapes.buckets)
@@ -132,7 +165,13 @@ def test_the_shipped_configs_load_and_compile(path: Path) -> None:
 
 
 def test_the_five_configs_are_there() -> None:
-    assert {path.stem for path in MODEL_CONFIGS} >= {"sdxl", "sdxl-turbo", "sd15", "flux", "tiny-sdxl"}
+    assert {path.stem for path in MODEL_CONFIGS} >= {
+        "sdxl",
+        "sdxl-turbo",
+        "sd15",
+        "flux",
+        "tiny-sdxl",
+    }
 
 
 def test_flux_buckets_suit_its_patches() -> None:
@@ -141,7 +180,9 @@ def test_flux_buckets_suit_its_patches() -> None:
         assert bucket.height % 16 == bucket.width % 16 == 0
 
 
-@pytest.mark.parametrize("text", [EVERYTHING, "pt2: {backend: inductor}", "pipeline: {guidance: off}"])
+@pytest.mark.parametrize(
+    "text", [EVERYTHING, "pt2: {backend: inductor}", "pipeline: {guidance: off}"]
+)
 def test_parsing_leaves_its_input_alone(text: str) -> None:
     data = yaml.safe_load(text)
     before = copy.deepcopy(data)
@@ -203,9 +244,17 @@ def test_a_bare_on_or_off_is_what_it_looks_like() -> None:
 def test_without_guidance_the_default_scale_is_none() -> None:
     assert parse("pipeline: {guidance: off}").pipeline.defaults.guidance_scale == 0.0
     assert (
-        parse("pipeline: {guidance: off, defaults: {num_inference_steps: 4}}").pipeline.defaults.guidance_scale == 0.0
+        parse(
+            "pipeline: {guidance: off, defaults: {num_inference_steps: 4}}"
+        ).pipeline.defaults.guidance_scale
+        == 0.0
     )
-    assert parse("pipeline: {guidance: off, defaults: {guidance_scale: 1}}").pipeline.defaults.guidance_scale == 1.0
+    assert (
+        parse(
+            "pipeline: {guidance: off, defaults: {guidance_scale: 1}}"
+        ).pipeline.defaults.guidance_scale
+        == 1.0
+    )
 
 
 def test_fixed_resizes() -> None:
@@ -222,11 +271,14 @@ def test_sections_take_our_own_objects() -> None:
     shapes = ShapesConfig(buckets=(Bucket(64, 32),), batch_sizes=(2, 1))
     assert Pt2Config(shapes=shapes).shapes.buckets == (Bucket(64, 32),)
     assert shapes.batch_sizes == (1, 2)
-    assert not Pt2Config().compile.enable  # unlike an empty `pt2: {}` in a YAML, which TorchServe compiles
+    # unlike an empty `pt2: {}` in a YAML, which TorchServe compiles
+    assert not Pt2Config().compile.enable
 
 
 def test_torch_knows_no_argument_that_the_legacy_form_does_not() -> None:
-    assert set(inspect.signature(torch.compile).parameters) - {"model"} <= set(TORCH_COMPILE_ARGUMENTS)
+    assert set(inspect.signature(torch.compile).parameters) - {"model"} <= set(
+        TORCH_COMPILE_ARGUMENTS
+    )
 
 
 MODES = [
@@ -241,7 +293,9 @@ MODES = [
 
 @pytest.mark.parametrize("family", ["pipeline", "module"])
 @pytest.mark.parametrize(("text", "path", "instead"), MODES, ids=[text for text, _, _ in MODES])
-def test_a_contract_that_no_family_keeps_is_refused(text: str, path: str, instead: str, family: str) -> None:
+def test_a_contract_that_no_family_keeps_is_refused(
+    text: str, path: str, instead: str, family: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(f"{text}\n{family}: {{}}")
     assert caught.value.path == path
@@ -256,7 +310,10 @@ def test_a_family_that_keeps_a_contract_may_ask_for_it(monkeypatch: pytest.Monke
 
 
 def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
-    assert parse("continuousBatching: false\nsequenceBatching: false\npipeline: {}").continuousBatching is False
+    assert (
+        parse("continuousBatching: false\nsequenceBatching: false\npipeline: {}").continuousBatching
+        is False
+    )
 
 
 @pytest.mark.parametrize(
@@ -266,16 +323,28 @@ def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
             "batchSize: 4\npt2: {shapes: {batch_sizes: [1, 2]}}",
             "a batch of 4 requests (batchSize) is split into runs of 2",
         ),
-        ("batchSize: 1\npt2: {shapes: {batch_sizes: [8]}}", "filled up to 8 rows, and a batch has 1 requests at most"),
+        (
+            "batchSize: 1\npt2: {shapes: {batch_sizes: [8]}}",
+            "filled up to 8 rows, and a batch has 1 requests at most",
+        ),
         ("batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}", "only num_images fills runs of 4"),
-        ("batchSize: 2\nmodule: {}\npt2: {shapes: {batch_sizes: [1, 4]}}", "nothing fills runs of 4"),
-        ("batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4], invariant: true}}", "filled up to 4 rows"),
+        (
+            "batchSize: 2\nmodule: {}\npt2: {shapes: {batch_sizes: [1, 4]}}",
+            "nothing fills runs of 4",
+        ),
+        (
+            "batchSize: 2\npt2: {shapes: {batch_sizes: [1, 4], invariant: true}}",
+            "filled up to 4 rows",
+        ),
         ("batchSize: 4\npt2: {shapes: {batch_sizes: [1, 4]}}", None),
         ("batchSize: 4\npt2: {shapes: {batch_sizes: [4], invariant: true}}", None),
         ("batchSize: 4\npt2: {shapes: {batch_sizes: dynamic}}", None),
         ("{}", None),
         ("pt2: inductor", "pt2: this form is deprecated"),
-        ("pt2: {compile: {enable: true, backend: nonsense}}", "pt2.compile.backend: 'nonsense' is not a backend"),
+        (
+            "pt2: {compile: {enable: true, backend: nonsense}}",
+            "pt2.compile.backend: 'nonsense' is not a backend",
+        ),
     ],
 )
 def test_what_loads_and_is_hardly_meant_is_said(text: str, warned: str | None) -> None:
@@ -291,14 +360,22 @@ def test_the_shipped_configs_leave_nothing_to_warn_of(path: Path) -> None:
 TWICE = [
     ("batchSize: 1\nminWorkers: 1\nbatchSize: 2", "batchSize", "stands twice, in lines 1 and 3"),
     ("pt2:\n  shapes: {}\n  shapes: {fit: pad}", "pt2.shapes", "stands twice, in lines 2 and 3"),
-    ("pipeline: {dtype: float32, dtype: float16}", "pipeline.dtype", "stands twice, in lines 1 and 1"),
+    (
+        "pipeline: {dtype: float32, dtype: float16}",
+        "pipeline.dtype",
+        "stands twice, in lines 1 and 1",
+    ),
     ("handler: {a: [{b: 1}, {c: 1, c: 1}]}", "handler.a[1].c", "stands twice"),
     ("handler: {on: 1, true: 2}", "handler.true", "stands twice"),  # one key to YAML 1.1
 ]
 
 
-@pytest.mark.parametrize(("text", "path", "message"), TWICE, ids=[text.replace("\n", ", ") for text, _, _ in TWICE])
-def test_a_key_that_stands_twice_is_refused(text: str, path: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("text", "path", "message"), TWICE, ids=[text.replace("\n", ", ") for text, _, _ in TWICE]
+)
+def test_a_key_that_stands_twice_is_refused(
+    text: str, path: str, message: str, tmp_path: Path
+) -> None:
     file = tmp_path / "model.yaml"
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -334,42 +411,98 @@ BAD = [
     ("zzz: 4", "zzz", "unknown key; known here: minWorkers, maxWorkers,"),
     ("true: 4", "1", "every key must be text, got true"),
     ("pt2: {shape: {fit: pad}}", "pt2.shape", "unknown key; did you mean shapes?"),
-    ("pt2: {compile: {enable: true}, target: [unet]}", "pt2.target", "unknown key; did you mean targets?"),
+    (
+        "pt2: {compile: {enable: true}, target: [unet]}",
+        "pt2.target",
+        "unknown key; did you mean targets?",
+    ),
     ("pt2: {shapes: {bucket: []}}", "pt2.shapes.bucket", "unknown key; did you mean buckets?"),
     ("pt2: {cache: {keys: a}}", "pt2.cache.keys", "unknown key; did you mean key?"),
     ("pt2: {export: {aot: true}}", "pt2.export.aot", "unknown key; known here: aot_compile"),
-    ("pipeline: {limits: {max_step: 3}}", "pipeline.limits.max_step", "unknown key; did you mean max_steps?"),
+    (
+        "pipeline: {limits: {max_step: 3}}",
+        "pipeline.limits.max_step",
+        "unknown key; did you mean max_steps?",
+    ),
     # Buckets.
     (
         "pt2: {shapes: {buckets: [[1024, 1024], [1001, 896]]}}",
         "pt2.shapes.buckets[1][0]",
         "1001 is not a multiple of 8; use 1000 or 1008",
     ),
-    ("pt2: {shapes: {buckets: [[512, 4]]}}", "pt2.shapes.buckets[0][1]", "4 is not a multiple of 8; use 8"),
-    ("pt2: {shapes: {buckets: [[512, -8]]}}", "pt2.shapes.buckets[0][1]", "must be greater than 0, got -8"),
-    ("pt2: {shapes: {buckets: [[512, 0]]}}", "pt2.shapes.buckets[0][1]", "must be greater than 0, got 0"),
-    ("pt2: {shapes: {buckets: [[512, '512']]}}", "pt2.shapes.buckets[0][1]", "must be a whole number, got '512'"),
-    ("pt2: {shapes: {buckets: [[512, 512.0]]}}", "pt2.shapes.buckets[0][1]", "must be a whole number, got 512.0"),
+    (
+        "pt2: {shapes: {buckets: [[512, 4]]}}",
+        "pt2.shapes.buckets[0][1]",
+        "4 is not a multiple of 8; use 8",
+    ),
+    (
+        "pt2: {shapes: {buckets: [[512, -8]]}}",
+        "pt2.shapes.buckets[0][1]",
+        "must be greater than 0, got -8",
+    ),
+    (
+        "pt2: {shapes: {buckets: [[512, 0]]}}",
+        "pt2.shapes.buckets[0][1]",
+        "must be greater than 0, got 0",
+    ),
+    (
+        "pt2: {shapes: {buckets: [[512, '512']]}}",
+        "pt2.shapes.buckets[0][1]",
+        "must be a whole number, got '512'",
+    ),
+    (
+        "pt2: {shapes: {buckets: [[512, 512.0]]}}",
+        "pt2.shapes.buckets[0][1]",
+        "must be a whole number, got 512.0",
+    ),
     (
         "pt2: {shapes: {buckets: [1024, 1024]}}",
         "pt2.shapes.buckets[0]",
         "a bucket, [height, width] in pixels, got 1024",
     ),
-    ("pt2: {shapes: {buckets: [[8, 8, 8]]}}", "pt2.shapes.buckets[0]", "a bucket, [height, width] in pixels"),
-    ("pt2: {shapes: {buckets: [64x64]}}", "pt2.shapes.buckets[0]", "a bucket, [height, width] in pixels, got '64x64'"),
+    (
+        "pt2: {shapes: {buckets: [[8, 8, 8]]}}",
+        "pt2.shapes.buckets[0]",
+        "a bucket, [height, width] in pixels",
+    ),
+    (
+        "pt2: {shapes: {buckets: [64x64]}}",
+        "pt2.shapes.buckets[0]",
+        "a bucket, [height, width] in pixels, got '64x64'",
+    ),
     ("pt2: {shapes: {buckets: 1024}}", "pt2.shapes.buckets", "must be a list, got 1024"),
-    ("pt2: {shapes: {buckets: [[8, 8], [16, 8], [8, 8]]}}", "pt2.shapes.buckets[2]", "8x8 is listed twice"),
+    (
+        "pt2: {shapes: {buckets: [[8, 8], [16, 8], [8, 8]]}}",
+        "pt2.shapes.buckets[2]",
+        "8x8 is listed twice",
+    ),
     # Batch sizes.
-    ("pt2: {shapes: {batch_sizes: [1, 0]}}", "pt2.shapes.batch_sizes[1]", "must be greater than 0, got 0"),
-    ("pt2: {shapes: {batch_sizes: [1, true]}}", "pt2.shapes.batch_sizes[1]", "must be a whole number, got true"),
-    ("pt2: {shapes: {batch_sizes: []}}", "pt2.shapes.batch_sizes", "must have at least one entry, got []"),
+    (
+        "pt2: {shapes: {batch_sizes: [1, 0]}}",
+        "pt2.shapes.batch_sizes[1]",
+        "must be greater than 0, got 0",
+    ),
+    (
+        "pt2: {shapes: {batch_sizes: [1, true]}}",
+        "pt2.shapes.batch_sizes[1]",
+        "must be a whole number, got true",
+    ),
+    (
+        "pt2: {shapes: {batch_sizes: []}}",
+        "pt2.shapes.batch_sizes",
+        "must have at least one entry, got []",
+    ),
     ("pt2: {shapes: {batch_sizes: [2, 2]}}", "pt2.shapes.batch_sizes[1]", "2 is listed twice"),
     (
         "pt2: {shapes: {batch_sizes: dinamic}}",
         "pt2.shapes.batch_sizes",
         "a list of batch sizes or dynamic, got 'dinamic'",
     ),
-    ("pt2: {shapes: {batch_sizes: 4}}", "pt2.shapes.batch_sizes", "a list of batch sizes or dynamic, got 4"),
+    (
+        "pt2: {shapes: {batch_sizes: 4}}",
+        "pt2.shapes.batch_sizes",
+        "a list of batch sizes or dynamic, got 4",
+    ),
     # Words and forms.
     ("pt2: {shapes: {fit: crop}}", "pt2.shapes.fit", "must be 'pad' or 'resize', got 'crop'"),
     ("pt2: {shapes: {strategy: any}}", "pt2.shapes.strategy", "got 'any'"),
@@ -398,13 +531,29 @@ BAD = [
     ("pt2: {debug: {guards: 'yes'}}", "pt2.debug.guards", "must be true or false, got 'yes'"),
     ("pt2: {cache: {key: ''}}", "pt2.cache.key", "must not be empty, got ''"),
     ("pt2: {compile: {enabled: true}}", "pt2.compile.enable", "is missing; use true or false"),
-    ("pt2: {compile: true}", "pt2.compile", "must be a mapping such as {enable: true, backend: inductor}, got true"),
-    ("pt2: {compile: {enable: true, 3: 4}}", "pt2.compile.3", "must be the name of an argument of torch.compile"),
-    ("pt2: {compile: {enable: true}, backend: eager}", "pt2.backend", "it belongs under pt2.compile"),
+    (
+        "pt2: {compile: true}",
+        "pt2.compile",
+        "must be a mapping such as {enable: true, backend: inductor}, got true",
+    ),
+    (
+        "pt2: {compile: {enable: true, 3: 4}}",
+        "pt2.compile.3",
+        "must be the name of an argument of torch.compile",
+    ),
+    (
+        "pt2: {compile: {enable: true}, backend: eager}",
+        "pt2.backend",
+        "it belongs under pt2.compile",
+    ),
     ("pt2: {shapes: {}, mode: default}", "pt2.mode", "it belongs under pt2.compile"),
     ("pt2: compile", "pt2", "to compile, use pt2: {compile: {enable: true}}"),
     ("pt2:", "pt2", "must be a mapping or the name of a torch.compile backend, got nothing"),
-    ("pt2: [compile]", "pt2", "must be a mapping or the name of a torch.compile backend, got ['compile']"),
+    (
+        "pt2: [compile]",
+        "pt2",
+        "must be a mapping or the name of a torch.compile backend, got ['compile']",
+    ),
     # TorchServe's keys: what it would ignore with a log line.
     ("batchSize: 0", "batchSize", "must be greater than 0, got 0"),
     ("batchSize: '4'", "batchSize", "must be a whole number, got '4'"),
@@ -413,18 +562,38 @@ BAD = [
     ("deviceIds: [0, x]", "deviceIds[1]", "must be a whole number, got 'x'"),
     ("torchrun: 2", "torchrun", "must be a mapping (key: value), got 2"),
     ("minWorkers: 2\nmaxWorkers: 1", "minWorkers", "2 is over maxWorkers (1)"),
-    ("startupTimeout: 600\nmaxRetryTimeoutInSec: 600", "maxRetryTimeoutInSec", "600 must exceed startupTimeout (600)"),
+    (
+        "startupTimeout: 600\nmaxRetryTimeoutInSec: 600",
+        "maxRetryTimeoutInSec",
+        "600 must exceed startupTimeout (600)",
+    ),
     # The cache.
     ("pt2: {cache: {shared: cache}}", "pt2.cache.shared", "'cache' is relative"),
-    ("pt2: {cache: {trust: everybody}}", "pt2.cache.trust", "must be 'signed' or 'owner', got 'everybody'"),
+    (
+        "pt2: {cache: {trust: everybody}}",
+        "pt2.cache.trust",
+        "must be 'signed' or 'owner', got 'everybody'",
+    ),
     ("pt2: {cache: {max_bytes: 0}}", "pt2.cache.max_bytes", "must be greater than 0, got 0"),
     # The pipeline.
-    ("pipeline: {dtype: fp16}", "pipeline.dtype", "must be 'float32', 'float16' or 'bfloat16', got 'fp16'"),
+    (
+        "pipeline: {dtype: fp16}",
+        "pipeline.dtype",
+        "must be 'float32', 'float16' or 'bfloat16', got 'fp16'",
+    ),
     ("pipeline: {path: ''}", "pipeline.path", "must not be empty"),
     ("pipeline: {tasks: []}", "pipeline.tasks", "must have at least one entry"),
     ("pipeline: {tasks: [inpainting, inpaint]}", "pipeline.tasks[1]", "got 'inpaint'"),
-    ("pipeline: {tasks: [inpainting, inpainting]}", "pipeline.tasks[1]", "inpainting is listed twice"),
-    ("pipeline: {guidance: maybe}", "pipeline.guidance", "must be 'both', 'on' or 'off', got 'maybe'"),
+    (
+        "pipeline: {tasks: [inpainting, inpainting]}",
+        "pipeline.tasks[1]",
+        "inpainting is listed twice",
+    ),
+    (
+        "pipeline: {guidance: maybe}",
+        "pipeline.guidance",
+        "must be 'both', 'on' or 'off', got 'maybe'",
+    ),
     (
         "pipeline: {guidance: off, defaults: {guidance_scale: 3}}",
         "pipeline.defaults.guidance_scale",
@@ -452,23 +621,45 @@ BAD = [
         "pipeline.defaults.num_inference_steps",
         "30 is over pipeline.limits.max_steps",
     ),
-    ("pipeline: {limits: {max_cost: 0}}", "pipeline.limits.max_cost", "must be greater than 0, got 0"),
-    ("pipeline: {grpc_streaming: maybe}", "pipeline.grpc_streaming", "must be true or false, got 'maybe'"),
-    ("pipeline: {limits: {max_images: 0}}", "pipeline.limits.max_images", "must be greater than 0, got 0"),
-    ("pipeline: {limits: {min_side: 64, max_side: 32}}", "pipeline.limits.min_side", "64 is over max_side (32)"),
+    (
+        "pipeline: {limits: {max_cost: 0}}",
+        "pipeline.limits.max_cost",
+        "must be greater than 0, got 0",
+    ),
+    (
+        "pipeline: {grpc_streaming: maybe}",
+        "pipeline.grpc_streaming",
+        "must be true or false, got 'maybe'",
+    ),
+    (
+        "pipeline: {limits: {max_images: 0}}",
+        "pipeline.limits.max_images",
+        "must be greater than 0, got 0",
+    ),
+    (
+        "pipeline: {limits: {min_side: 64, max_side: 32}}",
+        "pipeline.limits.min_side",
+        "64 is over max_side (32)",
+    ),
     # The document.
     ("", "", "a model YAML is a mapping of keys to values, got nothing"),
     ("[1, 2]", "", "a model YAML is a mapping of keys to values, got [1, 2]"),
 ]
 
 
-@pytest.mark.parametrize(("text", "path", "message"), BAD, ids=[text.replace("\n", ", ") for text, _, _ in BAD])
-def test_an_error_names_the_path_the_value_and_what_would_be_right(text: str, path: str, message: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "path", "message"), BAD, ids=[text.replace("\n", ", ") for text, _, _ in BAD]
+)
+def test_an_error_names_the_path_the_value_and_what_would_be_right(
+    text: str, path: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text)
     assert caught.value.path == path
     assert message in caught.value.message
-    assert str(caught.value) == (f"{path}: {caught.value.message}" if path else caught.value.message)
+    assert str(caught.value) == (
+        f"{path}: {caught.value.message}" if path else caught.value.message
+    )
 
 
 def test_a_long_value_is_cut_short() -> None:

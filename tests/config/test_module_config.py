@@ -30,7 +30,11 @@ def parse(text: str) -> ModelConfig:
 def test_the_issues_example_is_read_as_it_stands() -> None:
     module = parse(ISSUE).module
     assert module is not None and module.auto_class == "AutoModel"
-    assert module.choices == {"height": (224, 384), "width": (224, 384), "sequence": (32, 64, 128, 256, 512)}
+    assert module.choices == {
+        "height": (224, 384),
+        "width": (224, 384),
+        "sequence": (32, 64, 128, 256, 512),
+    }
     assert [spec.takes_images for spec in module.inputs.values()] == [True, False, False]
     assert module.outputs["last_hidden_state"].cuts == {1: Cut("sequence")}
 
@@ -103,11 +107,15 @@ BAD = [
 
 
 @pytest.mark.parametrize(("text", "path", "message"), BAD, ids=[path for _, path, _ in BAD])
-def test_an_error_names_the_path_and_what_would_be_right(text: str, path: str, message: str) -> None:
+def test_an_error_names_the_path_and_what_would_be_right(
+    text: str, path: str, message: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(text)
     assert (caught.value.path, message in caught.value.message) == (path, True), str(caught.value)
 
 
 def test_a_modules_targets_are_its_own_names() -> None:
-    assert parse("{module: {path: .}, pt2: {targets: [encoder.layer.0]}}").pt2.targets == ("encoder.layer.0",)
+    assert parse("{module: {path: .}, pt2: {targets: [encoder.layer.0]}}").pt2.targets == (
+        "encoder.layer.0",
+    )

@@ -12,7 +12,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preheat.config.places import INDEX, TINY, Family, folder_or_hub_id, is_hub_id, model_place, tiny_name
+from preheat.config.places import (
+    INDEX,
+    TINY,
+    Family,
+    folder_or_hub_id,
+    is_hub_id,
+    model_place,
+    tiny_name,
+)
 from preheat.errors import ConfigError
 from preheat.models import tiny
 
@@ -29,7 +37,9 @@ def put(folder: Path, *files: str) -> Path:
 
 @given(
     at_root=st.sets(st.sampled_from(sorted(INDEX.values()))),
-    inside=st.dictionaries(st.sampled_from(NAMES), st.sets(st.sampled_from(sorted(INDEX.values())))),
+    inside=st.dictionaries(
+        st.sampled_from(NAMES), st.sets(st.sampled_from(sorted(INDEX.values())))
+    ),
     family=st.sampled_from(FAMILIES),
 )
 def test_the_archives_model_is_its_root_else_model_else_the_only_one(
@@ -38,7 +48,11 @@ def test_the_archives_model_is_its_root_else_model_else_the_only_one(
     index = INDEX[family]
     candidates = sorted(name for name, files in inside.items() if index in files)
     with tempfile.TemporaryDirectory() as name:
-        archive = put(Path(name), *at_root, *(f"{folder}/{file}" for folder in inside for file in inside[folder]))
+        archive = put(
+            Path(name),
+            *at_root,
+            *(f"{folder}/{file}" for folder in inside for file in inside[folder]),
+        )
         if index in at_root:
             assert model_place(".", archive, family) == archive
         elif "model" in candidates:
@@ -59,7 +73,9 @@ def test_a_flattened_pipeline_is_not_mistaken_for_its_parts(tmp_path: Path) -> N
         model_place(".", tmp_path, "module")
 
 
-@pytest.mark.parametrize("path", ["/nowhere/sdxl", "./sdxl", "../sdxl", "~/no such folder", "a/b/c", "two words"])
+@pytest.mark.parametrize(
+    "path", ["/nowhere/sdxl", "./sdxl", "../sdxl", "~/no such folder", "a/b/c", "two words"]
+)
 def test_what_is_written_as_a_folder_is_never_a_hub_id(path: str, tmp_path: Path) -> None:
     assert not is_hub_id(path)
     with pytest.raises(ConfigError, match="no such folder"):
@@ -73,7 +89,9 @@ def test_a_name_is_a_folder_where_there_is_one_and_else_a_hub_id(path: str, tmp_
     assert model_place(path, tmp_path, "module") == tmp_path / path
 
 
-def test_home_and_relative_folders_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_home_and_relative_folders_are_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = put(tmp_path / "sdxl", "model_index.json")
     assert folder_or_hub_id("~/sdxl", Path("/"), "pipeline") == folder
@@ -82,7 +100,9 @@ def test_home_and_relative_folders_are_found(tmp_path: Path, monkeypatch: pytest
 
 def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path: Path) -> None:
     (tmp_path / "sdxl").mkdir()
-    with pytest.raises(ConfigError, match=r"^pipeline.path: .*sdxl is not a diffusers pipeline: .*model_index.json"):
+    with pytest.raises(
+        ConfigError, match=r"^pipeline.path: .*sdxl is not a diffusers pipeline: .*model_index.json"
+    ):
         folder_or_hub_id("sdxl", tmp_path, "pipeline")
 
 
@@ -117,7 +137,10 @@ for data in json.loads(sys.argv[1]):
 
 
 def test_a_folder_that_cannot_be_loaded_says_so_in_one_line_and_asks_no_hub(tmp_path: Path) -> None:
-    index = {"_class_name": "StableDiffusionXLPipeline", "unet": ["diffusers", "UNet2DConditionModel"]}
+    index = {
+        "_class_name": "StableDiffusionXLPipeline",
+        "unet": ["diffusers", "UNet2DConditionModel"],
+    }
     put(tmp_path, "broken/unet/config.json", "broken/config.json")
     (tmp_path / "broken" / "model_index.json").write_text(json.dumps(index))
     module = {"inputs": {"x": {"shape": ["batch", 4]}}}

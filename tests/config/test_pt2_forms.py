@@ -97,7 +97,8 @@ DEADLY = [
     "pt2: {compile: [enable]}",
 ]
 
-# Here we are stricter on purpose: TorchServe serves eagerly, or ignores the key, and leaves a line in the log at most.
+# Here we are stricter on purpose: TorchServe serves eagerly, or ignores the key, and leaves a line
+# in the log at most.
 REFUSED_BY_US = [
     ("pt2: {bakend: inductor}", "pt2.bakend"),
     ("pt2: {shape: {buckets: [[64, 64]]}}", "pt2.shape"),
@@ -168,7 +169,9 @@ def test_the_same_decision_and_arguments(yaml_file: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("yaml_file", DEADLY, indirect=True, ids=str)
-def test_what_kills_its_load_is_an_error_here(yaml_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_kills_its_load_is_an_error_here(
+    yaml_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises((KeyError, TypeError, ValueError)):
         decided_by_torchserve(yaml_file, monkeypatch)
     with pytest.raises(ConfigError, match=r"^pt2"):
@@ -176,7 +179,9 @@ def test_what_kills_its_load_is_an_error_here(yaml_file: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("yaml_file", "path"), REFUSED_BY_US, indirect=["yaml_file"], ids=str)
-def test_what_it_overlooks_is_an_error_here(yaml_file: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_it_overlooks_is_an_error_here(
+    yaml_file: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decided_by_torchserve(yaml_file, monkeypatch)  # it loads
     with pytest.raises(ConfigError) as caught:
         ModelConfig.load(yaml_file)
@@ -199,10 +204,16 @@ def test_our_backends_are_torchserves() -> None:
 @pytest.mark.parametrize(
     ("data", "warned"),
     [
-        ({"compile": {"enable": True, "backend": "nonsense"}}, "pt2.compile.backend: 'nonsense' is not a backend"),
+        (
+            {"compile": {"enable": True, "backend": "nonsense"}},
+            "pt2.compile.backend: 'nonsense' is not a backend",
+        ),
         ({"backend": "nonsense"}, "pt2.backend: 'nonsense' is not a backend"),
         ("nonsense", "pt2: 'nonsense' is not a backend"),
-        ({"compile": {"enable": "true"}}, "pt2.compile.enable: 'true' is not true, so nothing is compiled"),
+        (
+            {"compile": {"enable": "true"}},
+            "pt2.compile.enable: 'true' is not true, so nothing is compiled",
+        ),
         ({"compile": {"enable": False, "backend": "nonsense"}}, None),
         ({"compile": {"enable": True, "backend": "inductor"}}, None),
         ({"shapes": {}}, None),
@@ -215,15 +226,47 @@ def test_eager_against_the_looks_of_it_is_said(data: object, warned: str | None)
 
 # In a YAML of ours, beside `pipeline: {}`: what is wrong, where, and what would be right.
 REFUSED_IN_OURS = [
-    ({"compile": {"enable": True, "backend": "openvno"}}, "pt2.compile.backend", "did you mean openvino?"),
-    ({"compile": {"enable": True, "backend": "inductorr"}}, "pt2.compile.backend", "did you mean inductor?"),
-    ({"compile": {"enable": True, "backend": "Inductor"}}, "pt2.compile.backend", "did you mean inductor?"),
-    ({"compile": {"enable": True, "backend": "zzz"}}, "pt2.compile.backend", "known here: aot_cudagraphs, aot_eager,"),
-    ({"compile": {"enable": True, "backend": None}}, "pt2.compile.backend", "nothing is no backend"),
+    (
+        {"compile": {"enable": True, "backend": "openvno"}},
+        "pt2.compile.backend",
+        "did you mean openvino?",
+    ),
+    (
+        {"compile": {"enable": True, "backend": "inductorr"}},
+        "pt2.compile.backend",
+        "did you mean inductor?",
+    ),
+    (
+        {"compile": {"enable": True, "backend": "Inductor"}},
+        "pt2.compile.backend",
+        "did you mean inductor?",
+    ),
+    (
+        {"compile": {"enable": True, "backend": "zzz"}},
+        "pt2.compile.backend",
+        "known here: aot_cudagraphs, aot_eager,",
+    ),
+    (
+        {"compile": {"enable": True, "backend": None}},
+        "pt2.compile.backend",
+        "nothing is no backend",
+    ),
     ({"compile": {"enable": True, "backend": 3}}, "pt2.compile.backend", "3 is no backend"),
-    ({"compile": {"enable": True, "backend": ["inductor"]}}, "pt2.compile.backend", "['inductor'] is no backend"),
-    ({"compile": {"enable": True, "backend": 3}, "import": ["a.py"]}, "pt2.compile.backend", "3 is no backend"),
-    ({"compile": {"enable": True, "backend": "relu_accuracy_error_TESTING_ONLY"}}, "pt2.compile.backend", "no backend"),
+    (
+        {"compile": {"enable": True, "backend": ["inductor"]}},
+        "pt2.compile.backend",
+        "['inductor'] is no backend",
+    ),
+    (
+        {"compile": {"enable": True, "backend": 3}, "import": ["a.py"]},
+        "pt2.compile.backend",
+        "3 is no backend",
+    ),
+    (
+        {"compile": {"enable": True, "backend": "relu_accuracy_error_TESTING_ONLY"}},
+        "pt2.compile.backend",
+        "no backend",
+    ),
     ({"backend": "cudagraph"}, "pt2.backend", "did you mean cudagraphs?"),
     ("onnxrtt", "pt2", "did you mean onnxrt?"),
     ({"compile": {"enable": "true"}}, "pt2.compile.enable", "must be true or false, got 'true'"),
@@ -234,7 +277,9 @@ REFUSED_IN_OURS = [
 
 @pytest.mark.parametrize("family", ["pipeline", "module"])
 @pytest.mark.parametrize(("data", "path", "message"), REFUSED_IN_OURS, ids=str)
-def test_a_yaml_of_ours_never_means_eager_by_mistake(data: object, path: str, message: str, family: str) -> None:
+def test_a_yaml_of_ours_never_means_eager_by_mistake(
+    data: object, path: str, message: str, family: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         ModelConfig.parse({"pt2": data, family: {}})
     assert caught.value.path == path and message in caught.value.message
@@ -250,19 +295,27 @@ class PlugIn:
 
 
 @pytest.mark.parametrize("backend", ["cudagraphs", "tvm", "eager_noexcept", "a_plug_in"])
-def test_a_yaml_of_ours_may_name_whatever_torch_compile_knows(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_yaml_of_ours_may_name_whatever_torch_compile_knows(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     list_backends(())  # discovers the real plug-ins, once
     monkeypatch.setitem(registry._BACKENDS, "a_plug_in", PlugIn())
-    config = ModelConfig.parse({"pt2": {"compile": {"enable": True, "backend": backend}}, "pipeline": {}})
+    config = ModelConfig.parse(
+        {"pt2": {"compile": {"enable": True, "backend": backend}}, "pipeline": {}}
+    )
     assert config.pt2.compile.enable and config.pt2.compile.warning is None
 
 
 def test_files_that_are_imported_may_bring_a_backend_of_their_own() -> None:
     compiled = {"enable": True, "backend": "my_backend"}
-    assert ModelConfig.parse({"pt2": {"compile": compiled, "import": ["mine.py"]}, "module": {}}).pt2.compile.enable
+    assert ModelConfig.parse(
+        {"pt2": {"compile": compiled, "import": ["mine.py"]}, "module": {}}
+    ).pt2.compile.enable
 
 
-@pytest.mark.parametrize(("data", "legacy"), [("inductor", True), ({}, True), ({"compile": {"enable": True}}, False)])
+@pytest.mark.parametrize(
+    ("data", "legacy"), [("inductor", True), ({}, True), ({"compile": {"enable": True}}, False)]
+)
 def test_legacy_forms_are_marked(data: object, legacy: bool) -> None:
     assert ModelConfig.parse({"pt2": data}).pt2.compile.legacy is legacy
 

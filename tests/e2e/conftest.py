@@ -1,4 +1,6 @@
-"""Real TorchServe, real pipeline, real Inductor. One server for all tests that only ask; the compile cache outlives the run."""
+"""Real TorchServe, real pipeline, real Inductor. One server for all tests that only ask; the
+compile cache outlives the run.
+"""
 
 from __future__ import annotations
 

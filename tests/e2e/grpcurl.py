@@ -1,4 +1,6 @@
-"""What docs/requests.md needs of grpcurl, for machines that have none: the same flags, the same JSON in and out."""
+"""What docs/requests.md needs of grpcurl, for machines that have none: the same flags, the same
+JSON in and out.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,18 @@ def main() -> None:
     proto = (options.import_path / options.proto).read_text()
     service, _, method = options.method.rpartition("/")
     package, _, name = service.rpartition(".")
-    assert f"package {package};" in proto and f"service {name} " in proto and f"rpc {method}(" in proto
+    assert (
+        f"package {package};" in proto and f"service {name} " in proto and f"rpc {method}(" in proto
+    )
     request = json_format.Parse(options.d, messages()[0]())
     with Client(request.model_name, grpc_target=options.target) as client:
         reply = client.call_grpc(dict(request.input))
     assert reply.status == 0, reply.body
-    print(json.dumps(json.loads(json_format.MessageToJson(messages()[1](prediction=reply.body))), indent=2))
+    print(
+        json.dumps(
+            json.loads(json_format.MessageToJson(messages()[1](prediction=reply.body))), indent=2
+        )
+    )
 
 
 main()

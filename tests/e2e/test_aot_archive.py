@@ -1,4 +1,5 @@
-"""A real TorchServe on an archive that was compiled when it was built: no compiler runs, and the pictures are eager's.
+"""A real TorchServe on an archive that was compiled when it was built: no compiler runs, and the
+pictures are eager's.
 
 The pipeline is one that an older diffusers wrote, in bfloat16 on two threads.
 """
@@ -46,24 +47,34 @@ def archive(old_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("aot")
     config = folder / "ahead.yaml"
     config.write_text(yaml.safe_dump(CONFIG))
-    return build_archive(config, old_sdxl, output=folder / "archives", archive_format="no-archive", aot=True)
+    return build_archive(
+        config, old_sdxl, output=folder / "archives", archive_format="no-archive", aot=True
+    )
 
 
 @pytest.fixture(scope="module")
 def ahead(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """Served where no C++ compiler is to be found, from a compile cache that nobody has filled."""
     work = tmp_path_factory.mktemp("ahead")
-    with serving(archive, work, cache=work / "cache", env={"CXX": "no-such-compiler", "OMP_NUM_THREADS": "2"}) as warm:
+    with serving(
+        archive, work, cache=work / "cache", env={"CXX": "no-such-compiler", "OMP_NUM_THREADS": "2"}
+    ) as warm:
         yield warm
 
 
 def test_one_package_a_bucket_and_none_with_weights(archive: Path) -> None:
     index = json.loads((archive / "aot" / "index.json").read_text())
     packages = [(entry["buckets"], entry["target"]) for entry in index["packages"]]
-    assert packages == [([bucket], target) for bucket in ("64x128", "96x64") for target in ("unet", "vae.decoder")]
+    assert packages == [
+        ([bucket], target) for bucket in ("64x128", "96x64") for target in ("unet", "vae.decoder")
+    ]
     ranges = {entry["target"]: entry["ranges"].get("0", {}) for entry in index["packages"]}
-    assert ranges == {"unet": {"0": [1, 8]}, "vae.decoder": {}}, "the decoder is given one picture at a time"
-    assert yaml.safe_load((archive / "ahead.yaml").read_text())["pt2"]["export"] == {"aot_compile": True}
+    assert ranges == {"unet": {"0": [1, 8]}, "vae.decoder": {}}, (
+        "the decoder is given one picture at a time"
+    )
+    assert yaml.safe_load((archive / "ahead.yaml").read_text())["pt2"]["export"] == {
+        "aot_compile": True
+    }
 
 
 def test_every_row_is_ahead_of_time_and_nothing_was_compiled(ahead: Served) -> None:
@@ -75,7 +86,9 @@ def test_every_row_is_ahead_of_time_and_nothing_was_compiled(ahead: Served) -> N
     assert state["state"] == "hot" and state["compiles_at_boot"] == 0
 
 
-def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served, old_sdxl: Path) -> None:
+def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(
+    ahead: Served, old_sdxl: Path
+) -> None:
     data = {**CONFIG, "pt2": {**CONFIG["pt2"], "compile": {"enable": False}}}
     config = ModelConfig.parse(data)
     eager = Service(config, old_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
@@ -96,7 +109,9 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served,
                 (answer,) = eager.run([eager.parse({"body": request})])
                 answer.raise_if_failed()
                 for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                    painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))).astype(int)
+                    painted = np.asarray(
+                        Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+                    ).astype(int)
                     difference = np.abs(painted - np.asarray(picture).astype(int))
                     assert difference.mean() < 4  # roundings of bfloat16
     state = ahead.state()
@@ -104,11 +119,18 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(ahead: Served,
 
 
 def test_headers_name_the_engine(ahead: Served) -> None:
-    assert ahead.client.predict({"prompt": "a", "height": 64, "width": 64}).headers["x-preheat-engine"] == "aot"
+    assert (
+        ahead.client.predict({"prompt": "a", "height": 64, "width": 64}).headers["x-preheat-engine"]
+        == "aot"
+    )
 
 
-def test_an_archive_from_another_machine_is_compiled_and_says_why(archive: Path, old_sdxl: Path) -> None:
-    """The archive's own YAML and folder with one fact of the fingerprint changed; compiled by Dynamo's `eager` backend."""
+def test_an_archive_from_another_machine_is_compiled_and_says_why(
+    archive: Path, old_sdxl: Path
+) -> None:
+    """The archive's own YAML and folder with one fact of the fingerprint changed; compiled by
+    Dynamo's `eager` backend.
+    """
     data = yaml.safe_load((archive / "ahead.yaml").read_text())
     data["pt2"]["compile"]["backend"] = "eager"
     data["pt2"]["shapes"]["buckets"] = BUCKETS[:1]

@@ -1,4 +1,6 @@
-"""Bad input over real REST and gRPC: a clear 400 that names the field, and the same worker afterwards."""
+"""Bad input over real REST and gRPC: a clear 400 that names the field, and the same worker
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -19,10 +21,14 @@ GOOD = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1}
 
 
 def png_header(width: int, height: int) -> bytes:
-    """A PNG whose header promises this size and which holds next to nothing: a decompression bomb's face."""
+    """A PNG whose header promises this size and which holds next to nothing: a decompression bomb's
+    face.
+    """
 
     def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        return (
+            struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
@@ -80,9 +86,12 @@ def identify(case: tuple[str, dict[str, Any]]) -> str:
 
 @pytest.mark.parametrize("case", BAD_FIELDS, ids=identify)
 @pytest.mark.parametrize("protocol", ["rest", "grpc"])
-def test_a_bad_field_is_a_400_that_names_it(served: Served, case: tuple[str, dict[str, Any]], protocol: str) -> None:
+def test_a_bad_field_is_a_400_that_names_it(
+    served: Served, case: tuple[str, dict[str, Any]], protocol: str
+) -> None:
     field, change = case
-    body = json.dumps(GOOD | change).encode()  # writes NaN and Infinity, which json.loads takes and JSON does not know
+    # writes NaN and Infinity, which json.loads takes and JSON does not know
+    body = json.dumps(GOOD | change).encode()
     if protocol == "rest":
         reply = served.client.post(content=body, headers={"content-type": "application/json"})
         assert reply.status == 400
@@ -93,7 +102,11 @@ def test_a_bad_field_is_a_400_that_names_it(served: Served, case: tuple[str, dic
     error = reply.error
     assert error is not None and set(error) == {"code", "type", "message", "field"}
     # TorchServe's own JSON parser refuses NaN before we see a field; then the body is at fault.
-    assert error["field"] in (field, "body") and error["code"] == 400 and error["type"] == "InvalidRequest"
+    assert (
+        error["field"] in (field, "body")
+        and error["code"] == 400
+        and error["type"] == "InvalidRequest"
+    )
     assert error["field"] == field or "NaN" in body.decode() or "Infinity" in body.decode()
     assert error["message"] and len(error["message"]) < 500
 
@@ -104,22 +117,41 @@ BAD_BODIES: list[tuple[str, dict[str, Any]]] = [
     ("nothing", {}),
     ("empty JSON", {"content": b"{}", "headers": {"content-type": "application/json"}}),
     ("curl -d without a content type", {"data": {"prompt": "a cat"}}),
-    ("random bytes", {"content": bytes(range(256)), "headers": {"content-type": "application/octet-stream"}}),
+    (
+        "random bytes",
+        {"content": bytes(range(256)), "headers": {"content-type": "application/octet-stream"}},
+    ),
     ("deep nesting", {"content": b"[" * 100_000, "headers": {"content-type": "application/json"}}),
 ]
 
 
-@pytest.mark.parametrize("request_", [body for _, body in BAD_BODIES], ids=[name for name, _ in BAD_BODIES])
+@pytest.mark.parametrize(
+    "request_", [body for _, body in BAD_BODIES], ids=[name for name, _ in BAD_BODIES]
+)
 def test_a_body_that_is_no_request_is_a_400(served: Served, request_: dict[str, Any]) -> None:
     reply = served.client.post(**request_)
     assert reply.status == 400, reply.body
-    assert reply.error is not None and reply.error["message"] and reply.error["field"] in ("body", "prompt")
+    assert (
+        reply.error is not None
+        and reply.error["message"]
+        and reply.error["field"] in ("body", "prompt")
+    )
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"data": b""}, {"data": b"\xff\xfe"}, {"data": b'{"prompt"'}, {"other": b"x"}, {"url_path": b"x"}]
+    "fields",
+    [
+        {},
+        {"data": b""},
+        {"data": b"\xff\xfe"},
+        {"data": b'{"prompt"'},
+        {"other": b"x"},
+        {"url_path": b"x"},
+    ],
 )
-def test_an_input_map_that_is_no_request_is_an_error_body(served: Served, fields: dict[str, bytes]) -> None:
+def test_an_input_map_that_is_no_request_is_an_error_body(
+    served: Served, fields: dict[str, bytes]
+) -> None:
     reply = served.client.call_grpc(fields)
     assert reply.error is not None and reply.error["code"] == 400
 
@@ -129,7 +161,9 @@ def test_the_worker_is_the_same_afterwards_and_still_right(served: Served) -> No
     before = served.client.predict(GOOD)
     for _, change in BAD_FIELDS:
         served.client.call_grpc({"data": json.dumps(GOOD | change).encode()})
-        served.client.post(content=json.dumps(GOOD | change), headers={"content-type": "application/json"})
+        served.client.post(
+            content=json.dumps(GOOD | change), headers={"content-type": "application/json"}
+        )
     for _, body in BAD_BODIES:
         served.client.post(**body)
     assert served.client.predict(GOOD).body == before.body
@@ -143,7 +177,9 @@ def test_a_size_that_no_bucket_covers_names_the_largest_ones(served: Served) -> 
     assert reply.error["field"] == "height" and "256x256" in reply.error["message"]
 
 
-@pytest.mark.parametrize("content_type", ["", "application/x-www-form-urlencoded", "application/json"])
+@pytest.mark.parametrize(
+    "content_type", ["", "application/x-www-form-urlencoded", "application/json"]
+)
 @pytest.mark.parametrize("path", ["/predictions/{}", "/models/{}/invoke"])
 def test_the_state_is_for_the_management_port(served: Served, path: str, content_type: str) -> None:
     url = served.running.inference + path.format(served.client.model)
@@ -166,4 +202,6 @@ def test_a_bad_request_costs_its_neighbours_nothing(served: Served) -> None:
     wishes = [GOOD | ({"width": -1} if index % 3 == 0 else {"seed": index}) for index in range(12)]
     with ThreadPoolExecutor(12) as pool:
         replies = list(pool.map(served.client.predict, wishes))
-    assert [reply.status for reply in replies] == [400 if index % 3 == 0 else 200 for index in range(12)]
+    assert [reply.status for reply in replies] == [
+        400 if index % 3 == 0 else 200 for index in range(12)
+    ]

@@ -1,7 +1,9 @@
-"""The engines `openvino` and `ipex` in a real TorchServe: named in state and headers, silent after READY, and eager's pictures.
+"""The engines `openvino` and `ipex` in a real TorchServe: named in state and headers, silent after
+READY, and eager's pictures.
 
-One server with `ipex_enable=true`, and one engine in it: IPEX needs torch 2.8 and so an environment of its own, and from that torch's
-exports of a UNet OpenVINO 2026.4 converts nothing (`aten.slice.Tensor`), so there it is left out.
+One server with `ipex_enable=true`, and one engine in it: IPEX needs torch 2.8 and so an environment
+of its own, and from that torch's exports of a UNet OpenVINO 2026.4 converts nothing
+(`aten.slice.Tensor`), so there it is left out.
 """
 
 from __future__ import annotations
@@ -59,17 +61,27 @@ def config(engine: str, dtype: str = "float32") -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.TorchServe]:
+def running(
+    tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[server.TorchServe]:
     work, archives = tmp_path_factory.mktemp("roads"), []
     for engine in (name for name, package in NEEDED.items() if name == HERE and find_spec(package)):
         for dtype in ("float32", "bfloat16"):
             path = work / f"{engine}-{dtype}.yaml"
             path.write_text(yaml.safe_dump(config(engine, dtype)))
-            archives.append(build_archive(path, tiny_sdxl, output=work, archive_format="no-archive", external=True))
+            archives.append(
+                build_archive(
+                    path, tiny_sdxl, output=work, archive_format="no-archive", external=True
+                )
+            )
         tiny.build("resnet", work / "resnet")
         path = work / f"{engine}-resnet.yaml"
         path.write_text(yaml.safe_dump(CNN | {"pt2": {**CNN["pt2"], "compile": COMPILE[engine]}}))
-        archives.append(build_archive(path, work / "resnet", output=work, archive_format="no-archive", external=True))
+        archives.append(
+            build_archive(
+                path, work / "resnet", output=work, archive_format="no-archive", external=True
+            )
+        )
     if not archives:
         pytest.skip("needs the extra openvino, or IPEX in its own environment: make test-ipex")
     with started(archives, work, cache=work / "cache", properties={"ipex_enable": "true"}) as warm:
@@ -80,7 +92,11 @@ def running(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
 def engine(request: pytest.FixtureRequest) -> str:
     engine = str(request.param)
     if engine != HERE:
-        pytest.skip("runs in make test-ipex" if engine == "ipex" else "OpenVINO cannot convert what torch 2.8 exports")
+        pytest.skip(
+            "runs in make test-ipex"
+            if engine == "ipex"
+            else "OpenVINO cannot convert what torch 2.8 exports"
+        )
     if find_spec(NEEDED[engine]) is None:
         pytest.skip(f"needs {NEEDED[engine]}")
     return engine
@@ -99,7 +115,9 @@ def road(running: server.TorchServe, engine: str, dtype: str) -> Iterator[Served
 
 @pytest.fixture(scope="module")
 def eager(tiny_sdxl: Path) -> Mapping[str, Service]:
-    """The same pipeline in each dtype, eager, in this process: torch 2.8 draws other noise in bfloat16 than in float32."""
+    """The same pipeline in each dtype, eager, in this process: torch 2.8 draws other noise in
+    bfloat16 than in float32.
+    """
     return {
         dtype: Service(
             ModelConfig.parse(config("eager", dtype)),
@@ -113,9 +131,14 @@ def eager(tiny_sdxl: Path) -> Mapping[str, Service]:
 
 def test_every_row_names_the_engine_and_nothing_was_compiled(road: Served, engine: str) -> None:
     state = road.state()
-    rows = {(row["height"], row["width"], row["batch_size"], row["target"]) for row in state["buckets"]}
+    rows = {
+        (row["height"], row["width"], row["batch_size"], row["target"]) for row in state["buckets"]
+    }
     assert rows == {
-        (*bucket, size, target) for bucket in BUCKETS for size in (1, 2, 4) for target in ("unet", "vae.decoder")
+        (*bucket, size, target)
+        for bucket in BUCKETS
+        for size in (1, 2, 4)
+        for target in ("unet", "vae.decoder")
     } | (
         {(*bucket, 3, target) for bucket in BUCKETS for target in ("unet", "vae.decoder")}
         if engine == "openvino"
@@ -125,7 +148,9 @@ def test_every_row_names_the_engine_and_nothing_was_compiled(road: Served, engin
     assert state["state"] == "hot" and state["compiles_at_boot"] == 0
 
 
-def test_pictures_equal_eager_ones(road: Served, engine: str, dtype: str, eager: Mapping[str, Service]) -> None:
+def test_pictures_equal_eager_ones(
+    road: Served, engine: str, dtype: str, eager: Mapping[str, Service]
+) -> None:
     for height, width in BUCKETS:
         for num_images, scale in ((1, 0.0), (1, 5.0), (3, 0.0), (4, 5.0)):
             request = {
@@ -143,7 +168,9 @@ def test_pictures_equal_eager_ones(road: Served, engine: str, dtype: str, eager:
             (answer,) = eager[dtype].run([eager[dtype].parse({"body": request})])
             answer.raise_if_failed()
             for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                painted = np.asarray(Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))).astype(int)
+                painted = np.asarray(
+                    Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
+                ).astype(int)
                 error = np.abs(painted - np.asarray(picture).astype(int))
                 assert error.max() <= 1 if dtype == "float32" else error.mean() < 4
     state = road.state()
@@ -156,7 +183,9 @@ def test_headers_and_metrics_name_the_engine(road: Served, engine: str) -> None:
     assert road.metric("preheat_requests_total", Engine=engine) >= 1
 
 
-def test_a_convolutional_network_is_served_by_it(running: server.TorchServe, engine: str, tmp_path: Path) -> None:
+def test_a_convolutional_network_is_served_by_it(
+    running: server.TorchServe, engine: str, tmp_path: Path
+) -> None:
     """Of a bucket's own sizes, since a network without a mask sees its padding."""
     model = transformers.AutoModelForImageClassification.from_pretrained(
         tiny.build("resnet", tmp_path / "resnet")

@@ -1,4 +1,6 @@
-"""No compiler on the machine: everything is served eagerly, and the log, the state and the metrics say so."""
+"""No compiler on the machine: everything is served eagerly, and the log, the state and the metrics
+say so.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +20,15 @@ pipeline: {guidance: "off", tasks: [text-to-image], defaults: {num_inference_ste
 """
 
 
-def test_without_a_compiler_the_server_becomes_ready_eagerly_and_loudly(tiny_sdxl: Path, tmp_path: Path) -> None:
+def test_without_a_compiler_the_server_becomes_ready_eagerly_and_loudly(
+    tiny_sdxl: Path, tmp_path: Path
+) -> None:
     config = tmp_path / "lone.yaml"
     config.write_text(LONE)
     archive = build_archive(config, tiny_sdxl, output=tmp_path / "archives")
-    with serving(archive, tmp_path, cache=tmp_path / "cache", env={"CXX": "no-such-compiler"}) as served:
+    with serving(
+        archive, tmp_path, cache=tmp_path / "cache", env={"CXX": "no-such-compiler"}
+    ) as served:
         reply = served.client.predict({"prompt": "a", "height": 60, "width": 50})
         state, fallbacks = served.state(), served.metric("preheat_eager_fallbacks_total")
     assert reply.headers["x-preheat-engine"] == "eager" and opened(reply.body).size == (50, 60)

@@ -1,4 +1,6 @@
-"""A short `make fuzz` against the server that the other tests ask; the long one finds what is rare."""
+"""A short `make fuzz` against the server that the other tests ask; the long one finds what is
+rare.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ def test_no_body_harms_the_worker_or_its_neighbours(served: Served) -> None:
     finally:
         target.close()
     assert not tally.findings, "\n".join(str(finding) for finding in smallest(tally.findings))
-    assert tally.num_sent == COUNT and tally.num_probes == COUNT // 10 and tally.num_wrong_probes == 0
+    assert (
+        tally.num_sent == COUNT and tally.num_probes == COUNT // 10 and tally.num_wrong_probes == 0
+    )
     assert tally.outcomes["picture"] > 100 and tally.outcomes["refused"] > 200
     assert served.worker_pids() == pids
     state = served.state()
@@ -26,7 +30,9 @@ def test_no_body_harms_the_worker_or_its_neighbours(served: Served) -> None:
 
 
 def test_an_input_map_that_names_a_rest_header_does_not_end_the_worker(served: Served) -> None:
-    """Found by fuzzing: the handler tells gRPC from REST by `url_path`, and parts of a request stand among its headers."""
+    """Found by fuzzing: the handler tells gRPC from REST by `url_path`, and parts of a request
+    stand among its headers.
+    """
     pids = served.worker_pids()
     target = Target(served.running, max_request_bytes=MAX_REQUEST_BYTES)
     try:

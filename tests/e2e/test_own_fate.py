@@ -1,4 +1,6 @@
-"""Everybody's own fate on a real TorchServe: two workers whose painter runs out of memory, or dies, when a prompt says so."""
+"""Everybody's own fate on a real TorchServe: two workers whose painter runs out of memory, or dies,
+when a prompt says so.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ from preheat.torchserve import archive as archiving
 from preheat.torchserve.client import Client, Reply
 from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, serving, streamed
 
-# Appended to the archive's entry file. `large` does not fit beside others, and says so when all steps are done; `huge` never fits.
+# Appended to the archive's entry file. `large` does not fit beside others, and says so when all
+# steps are done; `huge` never fits.
 FAULTS = """
 
 import os as _os
@@ -44,11 +47,18 @@ def _faulty(self, batch, *arguments):
 _pipelines.DiffusionPipeline.paint = _faulty
 """
 # Of sizes that only the first bucket covers: the other server has them all.
-LARGE: dict[str, Any] = {"prompt": "a large cat", "height": 250, "width": 210, "num_inference_steps": 3}
+LARGE: dict[str, Any] = {
+    "prompt": "a large cat",
+    "height": 250,
+    "width": 210,
+    "num_inference_steps": 3,
+}
 
 
 @pytest.fixture(scope="module")
-def faulty(served: Served, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+def faulty(
+    served: Served, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Served]:
     """Two workers that share the compile cache with `served`, whose graphs they find there."""
     work = tmp_path_factory.mktemp("faulty")
     data = yaml.safe_load(CONFIG.read_text())
@@ -61,7 +71,8 @@ def faulty(served: Served, tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archiving, "ENTRY", entry)
         archive = archiving.build_archive(work / "faulty.yaml", tiny_sdxl, output=work / "archives")
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}  # as many as `served` has: other code otherwise
+    # as many as `served` has: other code otherwise
+    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
     env = threads | {"PYTHONPATH": ""}  # what stands there would go before the archive's own entry
     with serving(archive, work, cache=CACHE, env=env) as warm:
         yield warm
@@ -77,7 +88,9 @@ def assert_same(body: bytes, expected: Reply) -> None:
     assert np.abs(mine - its).max() <= 1
 
 
-def test_a_batch_that_does_not_fit_is_split_and_its_streams_go_on(served: Served, faulty: Served) -> None:
+def test_a_batch_that_does_not_fit_is_split_and_its_streams_go_on(
+    served: Served, faulty: Served
+) -> None:
     requests = [LARGE | {"seed": seed} for seed in range(4)]
     runs = faulty.metric("preheat_inference_seconds_count")
     with ThreadPoolExecutor(4) as clients:
@@ -89,12 +102,16 @@ def test_a_batch_that_does_not_fit_is_split_and_its_streams_go_on(served: Served
     expected = [served.client.predict(one) for one in requests]
     for own, its in zip(told, expected[:2], strict=True):
         assert kinds(own) == ["queued", "step", "step", "step", "image", "done"]
-        assert [event["step"] for event in own[1:4]] == [1, 2, 3] and all("preview" in event for event in own[1:4])
+        assert [event["step"] for event in own[1:4]] == [1, 2, 3] and all(
+            "preview" in event for event in own[1:4]
+        )
         assert_same(picture(own[4]), its)
     for reply, its in zip(replies, expected[2:], strict=True):
         assert reply.status == 200
         assert_same(reply.body, its)
-    assert faulty.metric("preheat_inference_seconds_count") == runs + 4, "runs that failed are not counted"
+    assert faulty.metric("preheat_inference_seconds_count") == runs + 4, (
+        "runs that failed are not counted"
+    )
 
 
 def test_what_fits_nowhere_is_a_507_of_its_own(served: Served, faulty: Served) -> None:
@@ -117,29 +134,53 @@ def test_a_deadline_that_has_passed_is_a_504(faulty: Served) -> None:
     request = {"prompt": "a cat", "num_inference_steps": 1, "seed": 1}
 
     def due(milliseconds: str, more: Mapping[str, Any]) -> Reply:
-        return faulty.client.post(json={**request, **more}, headers={"x-preheat-deadline": milliseconds})
+        return faulty.client.post(
+            json={**request, **more}, headers={"x-preheat-deadline": milliseconds}
+        )
 
-    late, punctual, streamed = due("1000", {}), due("99999999999999", {}), due("1000", {"stream": True})
+    late, punctual, streamed = (
+        due("1000", {}),
+        due("99999999999999", {}),
+        due("1000", {"stream": True}),
+    )
     assert late.status == 504 and late.error is not None and late.error["type"] == "DeadlinePassed"
     assert punctual.status == 200
-    assert kinds(events(streamed.body)) == ["queued", "error"] and events(streamed.body)[-1]["code"] == 504
+    assert (
+        kinds(events(streamed.body)) == ["queued", "error"]
+        and events(streamed.body)[-1]["code"] == 504
+    )
 
 
-def test_streams_over_grpc_come_in_parts_where_the_yaml_allows(served: Served, faulty: Served) -> None:
+def test_streams_over_grpc_come_in_parts_where_the_yaml_allows(
+    served: Served, faulty: Served
+) -> None:
     pids, request = faulty.worker_pids(), LARGE | {"seed": 9}
     parts = list(faulty.client.stream_grpc(request | {"stream": True, "preview_every": 3}))
-    assert len(parts) == 6 and kinds(events(b"".join(parts))) == ["queued", "step", "step", "step", "image", "done"]
+    assert len(parts) == 6 and kinds(events(b"".join(parts))) == [
+        "queued",
+        "step",
+        "step",
+        "step",
+        "image",
+        "done",
+    ]
     assert_same(picture(json.loads(parts[4])), served.client.predict(request))
     (refusal,) = faulty.client.stream_grpc(request | {"stream": True, "width": 0})
     assert json.loads(refusal)["field"] == "width"
-    assert faulty.client.predict_grpc(request).body[:4] == b"\x89PNG", "who does not stream is answered as ever"
+    assert faulty.client.predict_grpc(request).body[:4] == b"\x89PNG", (
+        "who does not stream is answered as ever"
+    )
     for _ in range(3):
-        with closing(faulty.client.stream_grpc(request | {"stream": True, "num_inference_steps": 40})) as leaving:
+        with closing(
+            faulty.client.stream_grpc(request | {"stream": True, "num_inference_steps": 40})
+        ) as leaving:
             assert next(leaving) == b'{"event": "queued"}\n'
     assert faulty.client.predict(request).status == 200 and faulty.worker_pids() == pids
 
 
-def test_a_worker_that_dies_takes_only_its_own_batch_and_comes_back_hot(served: Served, faulty: Served) -> None:
+def test_a_worker_that_dies_takes_only_its_own_batch_and_comes_back_hot(
+    served: Served, faulty: Served
+) -> None:
     calm = {"prompt": "a cat", "height": 230, "width": 200, "seed": 1, "num_inference_steps": 2}
     expected, before = served.client.predict(calm), set(faulty.worker_pids())
     log = faulty.running.logs / "model_log.log"
@@ -155,7 +196,11 @@ def test_a_worker_that_dies_takes_only_its_own_batch_and_comes_back_hot(served: 
     assert b"cache hit" in said and b"cache miss" not in said and b"cache partial" not in said
     state = faulty.state()
     assert {row["engine"] for row in state["buckets"]} == {"compiled"} and state["state"] == "hot"
-    assert (state["compiles_since_ready"], state["incidents"], state["eager_fallbacks"]) == (0, 0, 0)
+    assert (state["compiles_since_ready"], state["incidents"], state["eager_fallbacks"]) == (
+        0,
+        0,
+        0,
+    )
     for reply in together(faulty.client, [calm] * 4):
         assert_same(reply.body, expected)
 
@@ -163,5 +208,7 @@ def test_a_worker_that_dies_takes_only_its_own_batch_and_comes_back_hot(served: 
 def test_a_stream_that_loses_its_worker_is_not_done(faulty: Served) -> None:
     told: list[str] = []
     with suppress(httpx.HTTPError):  # how it ends is TorchServe's business
-        told.extend(faulty.client.stream({"prompt": "die", "stream": True, "num_inference_steps": 1}))
+        told.extend(
+            faulty.client.stream({"prompt": "die", "stream": True, "num_inference_steps": 1})
+        )
     assert told[0] == '{"event": "queued"}' and '{"event": "done"}' not in told

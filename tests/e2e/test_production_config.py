@@ -1,5 +1,5 @@
-"""The two configurations that face others, each on a real server: archive/config.properties with its tokens, and a pod's
-without. Nothing is compiled: what is asked here is who may ask.
+"""The two configurations that face others, each on a real server: archive/config.properties with
+its tokens, and a pod's without. Nothing is compiled: what is asked here is who may ask.
 """
 
 from __future__ import annotations
@@ -43,11 +43,15 @@ def archive(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model under the name that the manifests serve."""
     work = tmp_path_factory.mktemp("archive")
     (work / "sdxl.yaml").write_text(MODEL)
-    return build_archive(work / "sdxl.yaml", tiny_sdxl, output=work / "archives", archive_format="no-archive")
+    return build_archive(
+        work / "sdxl.yaml", tiny_sdxl, output=work / "archives", archive_format="no-archive"
+    )
 
 
 @pytest.fixture(scope="module")
-def production(archive: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[server.TorchServe]:
+def production(
+    archive: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[server.TorchServe]:
     """A server with every setting of production but its addresses and places."""
     with started([archive], tmp_path_factory.mktemp("production"), base=PRODUCTION) as warm:
         yield warm
@@ -61,7 +65,9 @@ def keys(production: server.TorchServe) -> dict[str, str]:
 
 
 def probe(command: list[str], running: server.TorchServe, *arguments: str) -> tuple[int, str]:
-    """Exit status and output of a probe such as ["preheat", "ready", ...], as a kubelet would run it in the pod."""
+    """Exit status and output of a probe such as ["preheat", "ready", ...], as a kubelet would run
+    it in the pod.
+    """
     code = "from preheat.cli.app import main; main()"
     done = subprocess.run(
         [sys.executable, "-c", code, *command[1:], "--management", running.management, *arguments],
@@ -79,7 +85,9 @@ def ask(method: str, url: str, token: str | None = None) -> httpx.Response:
     return httpx.request(method, url, headers=headers, timeout=60, trust_env=False)
 
 
-def test_the_keys_lie_in_the_working_folder_for_the_servers_user_alone(production: server.TorchServe) -> None:
+def test_the_keys_lie_in_the_working_folder_for_the_servers_user_alone(
+    production: server.TorchServe,
+) -> None:
     key_file = production.run_dir / "key_file.json"
     assert stat.S_IMODE(key_file.stat().st_mode) == 0o600
     ends = json.loads(key_file.read_bytes())["management"]["expiration time"][:19]
@@ -87,8 +95,13 @@ def test_the_keys_lie_in_the_working_folder_for_the_servers_user_alone(productio
     assert left > timedelta(days=300), "a probe's token would end, and with it the pod's readiness"
 
 
-def test_ready_is_said_to_the_management_token_alone(production: server.TorchServe, tmp_path: Path) -> None:
-    command, key_file = ["preheat", "ready", "--model", "sdxl"], production.run_dir / "key_file.json"
+def test_ready_is_said_to_the_management_token_alone(
+    production: server.TorchServe, tmp_path: Path
+) -> None:
+    command, key_file = (
+        ["preheat", "ready", "--model", "sdxl"],
+        production.run_dir / "key_file.json",
+    )
     assert probe(command, production, "--token-file", str(key_file)) == (0, "ready")
     status, said = probe(command, production)
     assert status == 1 and "token" in said
@@ -99,11 +112,17 @@ def test_ready_is_said_to_the_management_token_alone(production: server.TorchSer
     assert status == 1 and "missing.json" in said
 
 
-def test_a_prediction_needs_the_inference_token(production: server.TorchServe, keys: dict[str, str]) -> None:
+def test_a_prediction_needs_the_inference_token(
+    production: server.TorchServe, keys: dict[str, str]
+) -> None:
     for token in (None, "AAAAAAAA", keys["management"], keys["API"]):
         with Client.to(production, token=token) as client:
             rest, grpc = client.predict(REQUEST), client.predict_grpc(REQUEST)
-        assert rest.status == 400 and rest.error is not None and rest.error["type"] == "InvalidKeyException"
+        assert (
+            rest.status == 400
+            and rest.error is not None
+            and rest.error["type"] == "InvalidKeyException"
+        )
         assert grpc.status != 0
     with Client.to(production, token=keys["inference"]) as client:
         rest, grpc = client.predict(REQUEST), client.predict_grpc(REQUEST)
@@ -111,7 +130,9 @@ def test_a_prediction_needs_the_inference_token(production: server.TorchServe, k
     assert Image.open(io.BytesIO(rest.body)).size == (40, 50)
 
 
-def test_models_come_and_go_with_the_server_alone(production: server.TorchServe, keys: dict[str, str]) -> None:
+def test_models_come_and_go_with_the_server_alone(
+    production: server.TorchServe, keys: dict[str, str]
+) -> None:
     token, models = keys["management"], f"{production.management}/models"
     assert ask("POST", f"{models}?url=sdxl&model_name=another", token).status_code == 405
     assert ask("DELETE", f"{models}/sdxl", token).status_code == 405
@@ -121,7 +142,9 @@ def test_models_come_and_go_with_the_server_alone(production: server.TorchServe,
         assert ask("PUT", f"{models}/sdxl?min_worker=0", wrong).status_code == 400
 
 
-def test_ping_wants_a_token_too_which_no_kubelet_has(production: server.TorchServe, keys: dict[str, str]) -> None:
+def test_ping_wants_a_token_too_which_no_kubelet_has(
+    production: server.TorchServe, keys: dict[str, str]
+) -> None:
     assert ask("GET", f"{production.inference}/ping").status_code == 400
     assert ask("GET", f"{production.inference}/ping", keys["inference"]).status_code == 200
 
@@ -132,7 +155,9 @@ def test_metrics_are_served_without_one(production: server.TorchServe) -> None:
     assert 'preheat_ready_seconds{ModelName="sdxl"' in answer.text
 
 
-def test_a_pod_lives_before_it_is_ready_and_serves_without_tokens(archive: Path, tmp_path: Path) -> None:
+def test_a_pod_lives_before_it_is_ready_and_serves_without_tokens(
+    archive: Path, tmp_path: Path
+) -> None:
     """The Deployment's own probes against its own properties."""
     deployment = yaml.safe_load((KUBERNETES / "deployment.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]

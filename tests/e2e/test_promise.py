@@ -1,4 +1,6 @@
-"""READY means hot, and nothing compiles after it: read from the state and from Prometheus, under traffic of every kind."""
+"""READY means hot, and nothing compiles after it: read from the state and from Prometheus, under
+traffic of every kind.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,15 @@ def test_a_thousand_requests_of_every_kind_compile_nothing(served: Served) -> No
     after = served.state()
     assert after["requests"] == before["requests"] + NUM_REQUESTS
     assert served.metric("preheat_requests_total") == answered_before + NUM_REQUESTS
-    assert served.metric("preheat_requests_total", Engine="compiled") == served.metric("preheat_requests_total")
+    assert served.metric("preheat_requests_total", Engine="compiled") == served.metric(
+        "preheat_requests_total"
+    )
     assert served.metric("preheat_rows_painted_total") >= batches_before + NUM_REQUESTS
     for key, counter in COUNTERS.items():
         assert after[key] == 0, key
-        assert any(line.startswith(counter) for line in served.exported()), f"{counter} is exported even when it is 0"
+        assert any(line.startswith(counter) for line in served.exported()), (
+            f"{counter} is exported even when it is 0"
+        )
         assert served.metric(counter) == after[key], counter
 
 
@@ -49,7 +55,11 @@ def test_padding_and_time_are_counted(served: Served) -> None:
     before = [served.metric(name) for name in (painted, cropped, "preheat_inference_seconds_count")]
     served.client.predict({"prompt": "a", "height": 128, "width": 256})
     after = [served.metric(name) for name in (painted, cropped, "preheat_inference_seconds_count")]
-    assert [now - then for now, then in zip(after, before, strict=True)] == [320 * 192, 320 * 192 - 128 * 256, 1]
+    assert [now - then for now, then in zip(after, before, strict=True)] == [
+        320 * 192,
+        320 * 192 - 128 * 256,
+        1,
+    ]
 
 
 def test_a_refusal_is_counted_by_field_and_never_by_a_clients_text(served: Served) -> None:
@@ -63,7 +73,9 @@ def test_a_refusal_is_counted_by_field_and_never_by_a_clients_text(served: Serve
 
 def test_a_request_that_came_too_late_is_counted_as_failed(served: Served) -> None:
     before = served.metric("preheat_failed_total", Code="504")
-    assert served.client.post(json={"prompt": "a"}, headers={"x-preheat-deadline": "1"}).status == 504
+    assert (
+        served.client.post(json={"prompt": "a"}, headers={"x-preheat-deadline": "1"}).status == 504
+    )
     assert served.metric("preheat_failed_total", Code="504") == before + 1
 
 
@@ -78,7 +90,8 @@ def test_every_metric_that_the_dashboard_names_is_exported(served: Served) -> No
 
 def test_no_prompt_is_logged(served: Served) -> None:
     secret = "xylophone-7319"
-    served.client.predict({"prompt": f"{secret} " * 100, "height": 64, "width": 64})  # longer than CLIP takes
+    # longer than CLIP takes
+    served.client.predict({"prompt": f"{secret} " * 100, "height": 64, "width": 64})
     served.client.predict({"prompt": secret, "width": -1})
     served.client.predict({"prompt": secret, secret: 1})
     logs = [path for path in served.running.run_dir.rglob("*.log") if path.is_file()]

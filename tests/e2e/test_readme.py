@@ -24,7 +24,9 @@ PORTS = {
     "GRPC_MANAGEMENT_PORT": 7071,
 }
 DOCUMENTS = ("README.md", "docs/requests.md", "docs/operations.md")
-"""Those with blocks of `sh`, in this order: the first starts the server that the second asks and stops."""
+"""Those with blocks of `sh`, in this order: the first starts the server that the second asks and
+stops.
+"""
 LINKED = (
     *(".venv", "Makefile", "archive", "constraints.txt", "examples", "handler", "model-config"),
     "pyproject.toml",
@@ -32,7 +34,9 @@ LINKED = (
 
 
 class Shell:
-    """A checkout of links with a state folder of its own, and the documents' ports moved to free ones."""
+    """A checkout of links with a state folder of its own, and the documents' ports moved to free
+    ones.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -43,14 +47,31 @@ class Shell:
         (folder / ".preheat" / "cache").symlink_to(server.ROOT / ".preheat" / "cache")
         stand_in = folder / "bin" / "grpcurl"
         stand_in.parent.mkdir()
-        stand_in.write_text(f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "grpcurl.py"} "$@"\n')
+        stand_in.write_text(
+            f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "grpcurl.py"} "$@"\n'
+        )
         stand_in.chmod(0o755)
         free = server.Ports.free()
-        numbers = [free.inference, free.management, free.metrics, free.grpc_inference, free.grpc_management]
+        numbers = [
+            free.inference,
+            free.management,
+            free.metrics,
+            free.grpc_inference,
+            free.grpc_management,
+        ]
         self.ports = {str(old): str(new) for old, new in zip(PORTS.values(), numbers, strict=True)}
         variables = " ".join(f"{name}={self.ports[str(port)]}" for name, port in PORTS.items())
-        path = os.environ["PATH"] if shutil.which("grpcurl") else f"{stand_in.parent}:{os.environ['PATH']}"
-        self.env = {**os.environ, "MAKEFLAGS": variables, "PATH": path, "PYTHONPATH": str(server.ROOT / "handler")}
+        path = (
+            os.environ["PATH"]
+            if shutil.which("grpcurl")
+            else f"{stand_in.parent}:{os.environ['PATH']}"
+        )
+        self.env = {
+            **os.environ,
+            "MAKEFLAGS": variables,
+            "PATH": path,
+            "PYTHONPATH": str(server.ROOT / "handler"),
+        }
 
     def run(self, block: str) -> str:
         for old, new in self.ports.items():
@@ -98,7 +119,9 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
     assert "x-preheat-bucket: 256x256" in (shell.folder / "headers.txt").read_text()
     lines = (shell.folder / "events.ndjson").read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
-    assert events[0] == "queued" and events[-2:] == ["image", "done"] and set(events[1:-2]) == {"step"}
+    assert (
+        events[0] == "queued" and events[-2:] == ["image", "done"] and set(events[1:-2]) == {"step"}
+    )
     (state,) = [output for block, output in outputs.items() if "customized=true" in block]
     assert '"state": "hot"' in state
     assert (shell.folder / ".preheat" / "archives" / "tiny-sdxl.mar").is_file()

@@ -1,4 +1,6 @@
-"""The main job: pictures of the size that was asked for, over REST and gRPC, from modules that were hot before."""
+"""The main job: pictures of the size that was asked for, over REST and gRPC, from modules that were
+hot before.
+"""
 
 from __future__ import annotations
 
@@ -20,11 +22,17 @@ from served import BUCKETS, CONFIG, Served, noise, opened, random_request
 
 def test_the_server_is_hot_and_says_so(served: Served) -> None:
     state = served.state()
-    assert state["state"] == "hot" and state["strategy"] == "buckets" and len(state["fingerprint"]) == 64
+    assert (
+        state["state"] == "hot"
+        and state["strategy"] == "buckets"
+        and len(state["fingerprint"]) == 64
+    )
     assert {(row["height"], row["width"]) for row in state["buckets"]} == set(BUCKETS)
     assert {row["engine"] for row in state["buckets"]} == {"compiled"}
     assert {row["target"] for row in state["buckets"]} == {"unet"}
-    looked_up = {row["batch_size"]: row["cache"] in ("hit", "miss", "partial") for row in state["buckets"]}
+    looked_up = {
+        row["batch_size"]: row["cache"] in ("hit", "miss", "partial") for row in state["buckets"]
+    }
     assert looked_up == {4: True, 2: False, 1: True}, "one graph serves batches of 2 to 4"
 
 
@@ -38,12 +46,16 @@ def test_rest_and_grpc_give_the_same_bytes_for_the_same_seed(served: Served) -> 
 
 
 def test_headers_say_what_was_done(served: Served) -> None:
-    reply = served.client.predict({"prompt": "a cat", "height": 128, "width": 256, "seed": 2**63 - 1})
+    reply = served.client.predict(
+        {"prompt": "a cat", "height": 128, "width": 256, "seed": 2**63 - 1}
+    )
     assert reply.headers["content-type"] == "image/png"
     assert reply.headers["x-preheat-bucket"] == "192x320"
     assert reply.headers["x-preheat-engine"] == "compiled"
     assert reply.headers["x-preheat-seed"] == str(2**63 - 1)
-    assert float(reply.headers["x-preheat-padding"]) == pytest.approx(1 - 128 * 256 / (192 * 320), abs=1e-4)
+    assert float(reply.headers["x-preheat-padding"]) == pytest.approx(
+        1 - 128 * 256 / (192 * 320), abs=1e-4
+    )
 
 
 def test_what_is_cut_off_a_prompt_is_said(served: Served) -> None:
@@ -67,26 +79,39 @@ def test_plain_text_is_a_prompt(served: Served) -> None:
 
 def test_multipart_fields_and_files_are_a_request(served: Served) -> None:
     png = base64.b64decode(noise(90, 120))
-    reply = served.client.post(data={"prompt": "a cat", "strength": "0.5"}, files={"image": ("a.png", png)})
+    reply = served.client.post(
+        data={"prompt": "a cat", "strength": "0.5"}, files={"image": ("a.png", png)}
+    )
     assert reply.status == 200 and opened(reply.body).size == (120, 90)
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_every_output_format(served: Served, output_format: str) -> None:
-    reply = served.client.predict({"prompt": "a", "height": 50, "width": 70, "output_format": output_format})
+    reply = served.client.predict(
+        {"prompt": "a", "height": 50, "width": 70, "output_format": output_format}
+    )
     assert reply.headers["content-type"] == f"image/{output_format}"
     image = opened(reply.body)
     assert image.format == output_format.upper() and image.size == (70, 50)
 
 
 def test_many_images_come_as_json(served: Served) -> None:
-    request = {"prompt": "a", "height": 50, "width": 70, "seed": 5, "num_images": 3, "response_format": "b64_json"}
+    request = {
+        "prompt": "a",
+        "height": 50,
+        "width": 70,
+        "seed": 5,
+        "num_images": 3,
+        "response_format": "b64_json",
+    }
     document = served.client.predict_grpc(request).json()
     pictures = [base64.b64decode(entry["b64_json"]) for entry in document["data"]]
     assert [entry["seed"] for entry in document["data"]] == [5, 6, 7] and len(set(pictures)) == 3
     assert document["bucket"] == [192, 320] and document["engine"] == "compiled"
     alone = served.client.predict({"prompt": "a", "height": 50, "width": 70, "seed": 6})
-    difference = np.asarray(opened(pictures[1])).astype(int) - np.asarray(opened(alone.body)).astype(int)
+    difference = np.asarray(opened(pictures[1])).astype(int) - np.asarray(
+        opened(alone.body)
+    ).astype(int)
     assert np.abs(difference).max() <= 1
 
 
@@ -107,7 +132,12 @@ def test_after_ready_no_size_compiles_anything(served: Served) -> None:
 def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> None:
     data = yaml.safe_load(CONFIG.read_text())
     data["pt2"]["compile"]["enable"] = False
-    eager = Service(ModelConfig.parse(data), tiny_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
+    eager = Service(
+        ModelConfig.parse(data),
+        tiny_sdxl.parent,
+        torch.device("cpu"),
+        status=StatusFile(None, "eager"),
+    )
     rng = random.Random(3)
     for _ in range(12):
         request = random_request(rng)
@@ -127,5 +157,7 @@ def test_a_stream_call_gets_its_one_answer_and_the_worker_lives(served: Served) 
 
 @pytest.mark.parametrize("header", ["describe", "explain"])
 def test_a_client_cannot_turn_a_prediction_into_something_else(served: Served, header: str) -> None:
-    reply: Reply = served.client.post(json={"prompt": "a", "height": 64, "width": 64}, headers={header: "True"})
+    reply: Reply = served.client.post(
+        json={"prompt": "a", "height": 64, "width": 64}, headers={header: "True"}
+    )
     assert reply.status == 200 and opened(reply.body).size == (64, 64)

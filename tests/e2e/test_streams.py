@@ -1,4 +1,6 @@
-"""Streams on a real TorchServe: events over REST while neighbours in the same batch hear nothing, and whatever gRPC can have."""
+"""Streams on a real TorchServe: events over REST while neighbours in the same batch hear nothing,
+and whatever gRPC can have.
+"""
 
 from __future__ import annotations
 
@@ -15,25 +17,42 @@ from PIL import Image
 from preheat.torchserve.client import Reply
 from served import Served, events, kinds, opened, picture, streamed
 
-ASKED: dict[str, Any] = {"prompt": "a cat", "height": 200, "width": 120, "seed": 4, "num_inference_steps": 5}
+ASKED: dict[str, Any] = {
+    "prompt": "a cat",
+    "height": 200,
+    "width": 120,
+    "seed": 4,
+    "num_inference_steps": 5,
+}
 STREAMED = ASKED | {"stream": True}
 
 
 def test_a_stream_ends_with_the_picture_that_everybody_gets(served: Served) -> None:
     plain = served.client.predict(ASKED)
     url = f"{served.running.inference}/predictions/{served.client.model}"
-    with httpx.Client(trust_env=False, timeout=60) as http, http.stream("POST", url, json=STREAMED) as response:
+    with (
+        httpx.Client(trust_env=False, timeout=60) as http,
+        http.stream("POST", url, json=STREAMED) as response,
+    ):
         assert response.status_code == 200
         assert response.headers["content-type"] == "application/x-ndjson"
         assert response.headers["transfer-encoding"] == "chunked"
-        assert response.headers["x-preheat-seed"] == "4" and response.headers["x-preheat-bucket"] == "320x192"
+        assert (
+            response.headers["x-preheat-seed"] == "4"
+            and response.headers["x-preheat-bucket"] == "320x192"
+        )
         chunks = list(response.iter_raw())
     assert len(chunks) > 2, "nothing came before the end"
     told = events(b"".join(chunks))
     assert kinds(told) == ["queued", *["step"] * 5, "image", "done"]
-    assert [(event["step"], event["of"]) for event in told[1:6]] == [(step, 5) for step in range(1, 6)]
+    assert [(event["step"], event["of"]) for event in told[1:6]] == [
+        (step, 5) for step in range(1, 6)
+    ]
     assert picture(told[-2]) == plain.body
-    facts = {name: told[-2][name] for name in ("index", "seed", "width", "height", "bucket", "engine", "output_format")}
+    facts = {
+        name: told[-2][name]
+        for name in ("index", "seed", "width", "height", "bucket", "engine", "output_format")
+    }
     assert facts == {
         "index": 0,
         "seed": 4,
@@ -56,7 +75,9 @@ def test_neighbours_in_the_same_batch_are_answered_as_ever(served: Served) -> No
         replies = [clients.submit(served.client.predict, request) for request in calm]
         told = [stream.result() for stream in streams]
         answers = [reply.result() for reply in replies]
-    assert served.metric("preheat_inference_seconds_count") < runs + 4, "nobody shared a run: nothing was tried"
+    assert served.metric("preheat_inference_seconds_count") < runs + 4, (
+        "nobody shared a run: nothing was tried"
+    )
     for answer, before in zip(answers, alone, strict=True):
         _assert_same(answer, before)
     assert kinds(told[0]) == ["queued", *["step"] * 5, "image", "done"]
@@ -71,29 +92,43 @@ def test_neighbours_in_the_same_batch_are_answered_as_ever(served: Served) -> No
 
 def _assert_same(answer: Reply, before: Reply) -> None:
     volatile = {"x-request-id"}
-    assert {name: value for name, value in answer.headers.items() if name not in volatile | {"content-length"}} == {
-        name: value for name, value in before.headers.items() if name not in volatile | {"content-length"}
+    assert {
+        name: value
+        for name, value in answer.headers.items()
+        if name not in volatile | {"content-length"}
+    } == {
+        name: value
+        for name, value in before.headers.items()
+        if name not in volatile | {"content-length"}
     }
     mine, its = (np.asarray(opened(reply.body)).astype(int) for reply in (answer, before))
     assert np.abs(mine - its).max() <= 1
 
 
 def test_over_grpc_the_events_are_one_message_whichever_call_it_is(served: Served) -> None:
-    """TorchServe does not say whether it was Predictions, which a second message would kill the worker of."""
+    """TorchServe does not say whether it was Predictions, which a second message would kill the
+    worker of.
+    """
     pids, plain = served.worker_pids(), served.client.predict(ASKED)
     unary = served.client.predict_grpc(STREAMED | {"preview_every": 5})
     (part,) = served.client.stream_grpc(STREAMED)
     assert unary.status == 0
     for text in (unary.body, part):
         told = events(text)
-        assert kinds(told) == ["queued", *["step"] * 5, "image", "done"] and picture(told[-2]) == plain.body
+        assert (
+            kinds(told) == ["queued", *["step"] * 5, "image", "done"]
+            and picture(told[-2]) == plain.body
+        )
     assert "preview" in events(unary.body)[5]
     assert served.worker_pids() == pids
 
 
 def test_what_is_refused_is_refused_as_ever(served: Served) -> None:
     for bad in ({"width": 0}, {"preview_every": -1}, {"stream": "yes"}):
-        rest, grpc = served.client.predict(STREAMED | bad), served.client.predict_grpc(STREAMED | bad)
+        rest, grpc = (
+            served.client.predict(STREAMED | bad),
+            served.client.predict_grpc(STREAMED | bad),
+        )
         (parted,) = served.client.stream_grpc(STREAMED | bad)
         assert rest.status == 400 and rest.headers["content-type"] == "application/json"
         for document in (rest.json(), grpc.json(), json.loads(parted)):
@@ -105,7 +140,10 @@ def test_a_client_that_leaves_harms_nobody(served: Served) -> None:
     long = STREAMED | {"num_inference_steps": 40, "preview_every": 1}
     url = f"{served.running.inference}/predictions/{served.client.model}"
     for _ in range(3):
-        with httpx.Client(trust_env=False, timeout=60) as http, http.stream("POST", url, json=long) as response:
+        with (
+            httpx.Client(trust_env=False, timeout=60) as http,
+            http.stream("POST", url, json=long) as response,
+        ):
             assert next(response.iter_lines()) == '{"event": "queued"}'
         assert served.client.predict(ASKED).body == plain.body
     assert served.worker_pids() == pids
@@ -113,4 +151,8 @@ def test_a_client_that_leaves_harms_nobody(served: Served) -> None:
 
 def test_streaming_has_compiled_nothing(served: Served) -> None:
     state = served.state()
-    assert (state["compiles_since_ready"], state["incidents"], state["eager_fallbacks"]) == (0, 0, 0)
+    assert (state["compiles_since_ready"], state["incidents"], state["eager_fallbacks"]) == (
+        0,
+        0,
+        0,
+    )

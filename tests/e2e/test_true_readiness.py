@@ -44,8 +44,16 @@ def await_true(condition: Callable[[], bool], what: str, seconds: float = 600) -
 
 def ready(pair: Served) -> tuple[int, str]:
     """The exit code of the command as a probe runs it, and what it says is missing."""
-    command = [sys.executable, "-c", "from preheat.cli.app import main; main()", "ready", "--management"]
-    done = subprocess.run([*command, pair.running.management], capture_output=True, text=True, check=False, timeout=60)
+    command = [
+        sys.executable,
+        "-c",
+        "from preheat.cli.app import main; main()",
+        "ready",
+        "--management",
+    ]
+    done = subprocess.run(
+        [*command, pair.running.management], capture_output=True, text=True, check=False, timeout=60
+    )
     return done.returncode, done.stdout
 
 
@@ -68,7 +76,9 @@ def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         yield cold
 
 
-def test_ready_says_no_while_ping_says_healthy_and_yes_once_both_workers_are_warm(pair: Served) -> None:
+def test_ready_says_no_while_ping_says_healthy_and_yes_once_both_workers_are_warm(
+    pair: Served,
+) -> None:
     await_true(lambda: "Healthy" in ping(pair), "/ping is Healthy", 60)
     code, missing = ready(pair)
     assert code == 1 and "pair" in missing
@@ -78,7 +88,9 @@ def test_ready_says_no_while_ping_says_healthy_and_yes_once_both_workers_are_war
     assert len(states) == 2 and all('"state": "hot"' in state for state in states)
 
 
-def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers_meanwhile(pair: Served) -> None:
+def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers_meanwhile(
+    pair: Served,
+) -> None:
     await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes")
     expected = pair.client.predict(REQUEST).body
     victim, survivor = pair.worker_pids()
@@ -115,6 +127,8 @@ def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers
     status = (pair.running.status_dir / f"pair-{new[0]}.json").read_text()
     assert '"state": "hot"' in status
     since = log.read_text()[len(before) :]
-    assert "cache hit" in since and "cache miss" not in since and "cache partial" not in since, "compiled from scratch"
+    assert "cache hit" in since and "cache miss" not in since and "cache partial" not in since, (
+        "compiled from scratch"
+    )
     state = pair.state()
     assert state["compiles_since_ready"] == state["incidents"] == 0

@@ -1,4 +1,6 @@
-"""What only a CUDA device can show: CUDA graphs, bfloat16 kernels, and batches on a GPU. In this process, without TorchServe."""
+"""What only a CUDA device can show: CUDA graphs, bfloat16 kernels, and batches on a GPU. In this
+process, without TorchServe.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from preheat.models.diffusion.runner import Answer
 from preheat.status import StatusFile
 from preheat.worker.worker import Service
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device here")
+pytestmark = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="torch sees no CUDA device here"
+)
 
 BUCKETS = [[128, 128], [192, 64]]
 # Sizes, guidance and steps that no warm-up names, in both buckets.
@@ -86,15 +90,23 @@ def assert_hot(service: Service) -> None:
 
 
 def counted() -> str:
-    """What Dynamo and Inductor counted, for whoever reads a failure on a machine that is gone by then."""
-    return "\n".join(f"{name}: {dict(counters[name])}" for name in ("stats", "graph_break", "inductor", "cudagraphs"))
+    """What Dynamo and Inductor counted, for whoever reads a failure on a machine that is gone by
+    then.
+    """
+    return "\n".join(
+        f"{name}: {dict(counters[name])}"
+        for name in ("stats", "graph_break", "inductor", "cudagraphs")
+    )
 
 
-def test_cuda_graphs_are_recorded_in_warm_up_and_only_replayed_afterwards(watch: CompileWatch, model: Path) -> None:
+def test_cuda_graphs_are_recorded_in_warm_up_and_only_replayed_afterwards(
+    watch: CompileWatch, model: Path
+) -> None:
     counters.clear()
     service = start(model, compile={"mode": "reduce-overhead"})
     recorded = watch.events["cudagraph_recording"]
-    assert recorded >= len(BUCKETS), counted()  # else Inductor skipped the graphs, and nothing is shown here
+    # else Inductor skipped the graphs, and nothing is shown here
+    assert recorded >= len(BUCKETS), counted()
     assert counters["inductor"]["cudagraph_skips"] == 0, counted()
     for body in ASKED * 3:
         (answer,) = ask(service, body)
@@ -108,7 +120,9 @@ def test_cuda_graphs_are_recorded_in_warm_up_and_only_replayed_afterwards(watch:
 def test_image_tasks_and_a_compiled_decoder_replay_their_graphs_too(
     watch: CompileWatch, tmp_path: Path, dtype: str
 ) -> None:
-    """A VAE whose weights moved between two requests, as diffusers' upcasts move them, would be recorded in requests."""
+    """A VAE whose weights moved between two requests, as diffusers' upcasts move them, would be
+    recorded in requests.
+    """
     old_folders.sdxl(tmp_path / "model")
     service = start(
         tmp_path,
@@ -131,17 +145,26 @@ def test_image_tasks_and_a_compiled_decoder_replay_their_graphs_too(
 def test_a_replayed_graph_paints_what_eager_paints(
     watch: CompileWatch, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Replays write into the same memory: an output that is not copied in time would show the next step's."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # its roundings are not what is compared here
-    compiled = [pixels(answer) for answer in ask(start(model, compile={"mode": "reduce-overhead"}), *ASKED)]
+    """Replays write into the same memory: an output that is not copied in time would show the next
+    step's.
+    """
+    # its roundings are not what is compared here
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    compiled = [
+        pixels(answer) for answer in ask(start(model, compile={"mode": "reduce-overhead"}), *ASKED)
+    ]
     torch.compiler.set_stance("default")
     eager = [pixels(answer) for answer in ask(start(model, compile={"backend": "eager"}), *ASKED)]
     for mine, theirs in zip(compiled, eager, strict=True):
         difference = np.abs(mine - theirs)
-        assert difference.max() <= 2, f"{difference.max()} of 255, in {(difference > 2).mean():.1%} of the pixels"
+        assert difference.max() <= 2, (
+            f"{difference.max()} of 255, in {(difference > 2).mean():.1%} of the pixels"
+        )
 
 
-def test_the_same_seed_is_the_same_picture_whoever_shares_the_batch(watch: CompileWatch, model: Path) -> None:
+def test_the_same_seed_is_the_same_picture_whoever_shares_the_batch(
+    watch: CompileWatch, model: Path
+) -> None:
     service = start(model, batch_sizes=[4])
     mine: dict[str, Any] = {"height": 100, "width": 90, "seed": 5}
     others: list[dict[str, Any]] = [

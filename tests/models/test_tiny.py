@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from PIL import Image
 
 from preheat.models import tiny
@@ -27,12 +31,15 @@ def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
     asked = {"prompt": "a fox", "num_inference_steps": 2, "height": 64, "width": 96}
     painted = pipeline(**asked, generator=torch.Generator().manual_seed(1)).images[0]
     assert painted.size == (96, 64)
-    assert len(painted.getcolors(64 * 96)) > 500  # pictures, not a grey plane: comparisons by pixel mean something
+    # pictures, not a grey plane: comparisons by pixel mean something
+    assert len(painted.getcolors(64 * 96)) > 500
 
     sources = {"image": painted, "strength": 0.9}
     again = AutoPipelineForImage2Image.from_pipe(pipeline)(**asked, **sources).images[0]
     mask = Image.new("L", painted.size, 255)
-    inpainted = AutoPipelineForInpainting.from_pipe(pipeline)(**asked, **sources, mask_image=mask).images[0]
+    inpainted = AutoPipelineForInpainting.from_pipe(pipeline)(
+        **asked, **sources, mask_image=mask
+    ).images[0]
     assert again.size == inpainted.size == (96, 64)
 
 
@@ -40,7 +47,13 @@ def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
 def test_prompts_matter(family: str, tmp_path: Path) -> None:
     pipeline = AutoPipelineForText2Image.from_pretrained(tiny.build(family, tmp_path / family))
     painted = [
-        pipeline(prompt, num_inference_steps=2, height=64, width=64, generator=torch.Generator().manual_seed(1))
+        pipeline(
+            prompt,
+            num_inference_steps=2,
+            height=64,
+            width=64,
+            generator=torch.Generator().manual_seed(1),
+        )
         for prompt in ("a red fox", "the sea at night")
     ]
     assert painted[0].images[0].tobytes() != painted[1].images[0].tobytes()

@@ -39,12 +39,15 @@ def names(mar: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("archive_format", "method"), [("zip-store", zipfile.ZIP_STORED), ("default", zipfile.ZIP_DEFLATED)]
+    ("archive_format", "method"),
+    [("zip-store", zipfile.ZIP_STORED), ("default", zipfile.ZIP_DEFLATED)],
 )
 def test_a_mar_holds_the_entry_the_package_the_yaml_and_the_weights(
     config: Path, model: Path, tmp_path: Path, archive_format: str, method: int
 ) -> None:
-    mar = build_archive(config, model, output=tmp_path / "out", archive_format=cast(ArchiveFormat, archive_format))
+    mar = build_archive(
+        config, model, output=tmp_path / "out", archive_format=cast(ArchiveFormat, archive_format)
+    )
     assert mar == tmp_path / "out" / "fox.mar"
     with zipfile.ZipFile(mar) as archive:
         manifest = json.loads(archive.read("MAR-INF/MANIFEST.json"))["model"]
@@ -55,12 +58,21 @@ def test_a_mar_holds_the_entry_the_package_the_yaml_and_the_weights(
         )
         assert archive.read("fox.yaml").decode() == YAML
         assert archive.read("model/unet/diffusion_pytorch_model.fp16.safetensors") == b"weights"
-        assert {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED} <= {method}
-    assert {"preheat_handler.py", "preheat/__init__.py", "preheat/errors.py", "model/model_index.json"} <= names(mar)
+        assert {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED} <= {
+            method
+        }
+    assert {
+        "preheat_handler.py",
+        "preheat/__init__.py",
+        "preheat/errors.py",
+        "model/model_index.json",
+    } <= names(mar)
     assert not any("__pycache__" in name for name in names(mar))
 
 
-def test_no_archive_is_a_folder_that_replaces_an_older_one(config: Path, model: Path, tmp_path: Path) -> None:
+def test_no_archive_is_a_folder_that_replaces_an_older_one(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
     for _ in range(2):
         folder = build_archive(config, model, output=tmp_path / "out", archive_format="no-archive")
         assert (folder / "model" / "model_index.json").is_file()
@@ -77,25 +89,37 @@ def test_a_folder_in_the_way_is_not_removed(config: Path, model: Path, tmp_path:
     assert (tmp_path / "out" / "fox" / "thesis.txt").exists()
 
 
-def test_external_weights_stay_outside_and_the_yaml_names_them(config: Path, model: Path, tmp_path: Path) -> None:
+def test_external_weights_stay_outside_and_the_yaml_names_them(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
     mar = build_archive(config, model, output=tmp_path, external=True)
     assert not any(name.startswith("model/") for name in names(mar))
-    assert read_yaml(mar) == {"minWorkers": 1, "pipeline": {"dtype": "float32", "path": str(model.resolve())}}
+    assert read_yaml(mar) == {
+        "minWorkers": 1,
+        "pipeline": {"dtype": "float32", "path": str(model.resolve())},
+    }
 
 
 def test_a_hub_id_is_external_only(config: Path, tmp_path: Path) -> None:
     hub_id = "stabilityai/stable-diffusion-xl-base-1.0"
-    assert read_yaml(build_archive(config, hub_id, output=tmp_path, external=True))["pipeline"]["path"] == hub_id
+    assert (
+        read_yaml(build_archive(config, hub_id, output=tmp_path, external=True))["pipeline"]["path"]
+        == hub_id
+    )
     with pytest.raises(ArchiveError, match="hub id"):
         build_archive(config, hub_id, output=tmp_path)
 
 
-def test_weights_inside_override_a_path_in_the_yaml(config: Path, model: Path, tmp_path: Path) -> None:
+def test_weights_inside_override_a_path_in_the_yaml(
+    config: Path, model: Path, tmp_path: Path
+) -> None:
     config.write_text("pipeline: {path: /mnt/elsewhere}\n")
     assert read_yaml(build_archive(config, model, output=tmp_path))["pipeline"]["path"] == "."
 
 
-@pytest.mark.parametrize("name", ["model.bin", "model.CKPT", "model.pt", "model.pth", "model.pkl", "model.pickle"])
+@pytest.mark.parametrize(
+    "name", ["model.bin", "model.CKPT", "model.pt", "model.pth", "model.pkl", "model.pickle"]
+)
 @pytest.mark.parametrize("external", [False, True])
 def test_pickled_weights_are_refused_by_name(
     config: Path, model: Path, tmp_path: Path, name: str, external: bool
@@ -105,7 +129,9 @@ def test_pickled_weights_are_refused_by_name(
         build_archive(config, model, output=tmp_path, external=external)
 
 
-@pytest.mark.parametrize(("missing", "words"), [("model_index.json", "model_index.json"), ("unet", "no safetensors")])
+@pytest.mark.parametrize(
+    ("missing", "words"), [("model_index.json", "model_index.json"), ("unet", "no safetensors")]
+)
 def test_a_folder_that_is_no_pipeline_is_refused(
     config: Path, model: Path, tmp_path: Path, missing: str, words: str
 ) -> None:
@@ -160,7 +186,9 @@ def test_a_modules_folder_and_imported_files_are_packed(config: Path, tmp_path: 
         build_archive(config, tmp_path / "bert", output=tmp_path / "out")
 
 
-def test_external_weights_of_a_module_are_named_in_its_section(config: Path, tmp_path: Path) -> None:
+def test_external_weights_of_a_module_are_named_in_its_section(
+    config: Path, tmp_path: Path
+) -> None:
     config.write_text(MODULE)
     folder = transformers_folder(tmp_path / "bert")
     archived = read_yaml(build_archive(config, folder, output=tmp_path / "out", external=True))
@@ -168,7 +196,9 @@ def test_external_weights_of_a_module_are_named_in_its_section(config: Path, tmp
 
 
 @pytest.mark.parametrize("package", ["made.py", "made/__init__.py"])
-def test_a_factory_is_packed_without_a_model_folder(config: Path, tmp_path: Path, package: str) -> None:
+def test_a_factory_is_packed_without_a_model_folder(
+    config: Path, tmp_path: Path, package: str
+) -> None:
     (tmp_path / package).parent.mkdir(exist_ok=True)
     (tmp_path / package).write_text("def make(): ...\n")
     config.write_text("module: {factory: 'made:make', inputs: {x: {shape: [batch, 4]}}}\n")

@@ -26,7 +26,9 @@ HANDLER = Path(__file__).parents[2] / "handler"
 
 
 class Management(ThreadingHTTPServer):
-    """TorchServe's management API as far as it is asked: `models` maps names to (minWorkers, worker states)."""
+    """TorchServe's management API as far as it is asked: `models` maps names to (minWorkers, worker
+    states).
+    """
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Answer)
@@ -49,16 +51,29 @@ class Answer(BaseHTTPRequestHandler):
         if self.server.nonsense is not None:
             self.reply(200, self.server.nonsense)
         elif self.server.token and self.headers["Authorization"] != f"Bearer {self.server.token}":
-            self.reply(400, {"code": 400, "type": "InvalidKeyException", "message": "Token Authorization failed."})
+            self.reply(
+                400,
+                {
+                    "code": 400,
+                    "type": "InvalidKeyException",
+                    "message": "Token Authorization failed.",
+                },
+            )
         elif path == "/models":
-            self.reply(200, {"models": [{"modelName": name, "modelUrl": f"{name}.mar"} for name in models]})
+            self.reply(
+                200, {"models": [{"modelName": name, "modelUrl": f"{name}.mar"} for name in models]}
+            )
         elif path.removeprefix("/models/") in models:
             name = path.removeprefix("/models/")
             wanted, states = models[name]
-            workers = [{"status": state, "pid": self.server.pid + i} for i, state in enumerate(states)]
+            workers = [
+                {"status": state, "pid": self.server.pid + i} for i, state in enumerate(states)
+            ]
             self.reply(200, [{"modelName": name, "minWorkers": wanted, "workers": workers}])
         else:
-            self.reply(404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found"})
+            self.reply(
+                404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found"}
+            )
 
     def reply(self, code: int, document: Any) -> None:
         body = document if isinstance(document, bytes) else json.dumps(document).encode()
@@ -113,16 +128,27 @@ def test_what_is_missing_is_said(management: Management) -> None:
 
 
 def status(
-    pid: int, state: str, done: int = 0, message: str = "", lasting: bool = False, engines: Sequence[Engine] = ()
+    pid: int,
+    state: str,
+    done: int = 0,
+    message: str = "",
+    lasting: bool = False,
+    engines: Sequence[Engine] = (),
 ) -> worker_status.Status:
-    return worker_status.Status("fox", pid, state, done, 6, (), message, 0.0, lasting, tuple(engines))
+    return worker_status.Status(
+        "fox", pid, state, done, 6, (), message, 0.0, lasting, tuple(engines)
+    )
 
 
 def test_what_a_worker_wrote_says_how_far_it_is(management: Management) -> None:
     management.models["fox"] = (2, ["UNLOADING", "READY"])
-    verdict = readiness.check(management.url, statuses=[status(100, "warming", 3), status(101, "hot", 6)])
+    verdict = readiness.check(
+        management.url, statuses=[status(100, "warming", 3), status(101, "hot", 6)]
+    )
     assert verdict.missing == ["fox: 1 of 2 workers READY (warming 3/6)"]
-    killed = readiness.check(management.url, statuses=[status(100, "hot", 6), status(101, "hot", 6)])
+    killed = readiness.check(
+        management.url, statuses=[status(100, "hot", 6), status(101, "hot", 6)]
+    )
     assert killed.missing == ["fox: 1 of 2 workers READY (loading)"]
 
 
@@ -135,21 +161,31 @@ def test_workers_that_die_while_one_waits_are_counted(management: Management) ->
         management.pid += 1
         return management.pid < 104
 
-    verdict = readiness.wait(management.url, seconds=60, interval=0, hopeful=dies_three_times, report=told.append)
-    assert verdict.missing == ["fox: 0 of 1 workers READY (loading, restarted 3 times; see its log)"]
+    verdict = readiness.wait(
+        management.url, seconds=60, interval=0, hopeful=dies_three_times, report=told.append
+    )
+    assert verdict.missing == [
+        "fox: 0 of 1 workers READY (loading, restarted 3 times; see its log)"
+    ]
     assert told[0] == ["fox: 0 of 1 workers READY (loading)"]
 
 
-def test_a_lasting_failure_ends_the_wait_though_torchserve_tries_again(management: Management) -> None:
+def test_a_lasting_failure_ends_the_wait_though_torchserve_tries_again(
+    management: Management,
+) -> None:
     management.models["fox"] = (1, ["UNLOADING"])
     failed = status(99, "failed", message="pipeline.path: no such folder: /x", lasting=True)
-    verdict = readiness.wait(management.url, seconds=600, statuses=lambda: [failed, status(100, "loading")])
+    verdict = readiness.wait(
+        management.url, seconds=600, statuses=lambda: [failed, status(100, "loading")]
+    )
     assert verdict.missing[-1] == "fox: worker 99 failed: pipeline.path: no such folder: /x"
     assert not readiness.wait(management.url, "owl", seconds=0, statuses=lambda: [failed]).ready
     passing = status(99, "failed", message="the hub does not answer")
     assert worker_status.failed([passing]) == passing
     assert worker_status.failed([passing, status(100, "loading")]) is None
-    assert worker_status.failed([failed, status(100, "warming")]) is None, "it got further: the fault is mended"
+    assert worker_status.failed([failed, status(100, "warming")]) is None, (
+        "it got further: the fault is mended"
+    )
 
 
 def test_an_address_without_a_scheme_is_http(management: Management) -> None:
@@ -157,18 +193,28 @@ def test_an_address_without_a_scheme_is_http(management: Management) -> None:
     assert readiness.check(management.url.removeprefix("http://")).ready
 
 
-def test_engines_are_told_once_for_workers_that_agree_with_a_warning_where_one_fell_to_eager() -> None:
+def test_engines_are_told_once_for_workers_that_agree_with_a_warning_where_one_fell_to_eager() -> (
+    None
+):
     fast = [Engine("256x256", "compiled", ""), Engine("64x64", "compiled", "")]
     assert readiness.describe_engines([status(i, "hot", engines=fast) for i in (1, 2)]) == (
         ["fox: compiled 256x256, 64x64"],
         [],
     )
     slow = [fast[0], Engine("64x64", "eager", "g++ is missing")]
-    lines, (warning,) = readiness.describe_engines([status(1, "hot", engines=fast), status(2, "hot", engines=slow)])
-    assert lines == ["fox worker 1: compiled 256x256, 64x64", "fox worker 2: compiled 256x256; eager 64x64"]
+    lines, (warning,) = readiness.describe_engines(
+        [status(1, "hot", engines=fast), status(2, "hot", engines=slow)]
+    )
+    assert lines == [
+        "fox worker 1: compiled 256x256, 64x64",
+        "fox worker 2: compiled 256x256; eager 64x64",
+    ]
     assert warning.startswith("fox worker 2: 1 of 2 buckets are served eagerly: g++ is missing")
     on_purpose = [Engine("64x64", "eager", "")]
-    assert readiness.describe_engines([status(1, "hot", engines=on_purpose)]) == (["fox: eager 64x64"], [])
+    assert readiness.describe_engines([status(1, "hot", engines=on_purpose)]) == (
+        ["fox: eager 64x64"],
+        [],
+    )
 
 
 def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None:
@@ -177,7 +223,9 @@ def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None
     file.plan({"64x64": 1, "64x96": 1})
     file.step("64x64", 1.25)
     wide = {**row, "width": 96}
-    file.finish("hot", [row, wide, {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}])
+    file.finish(
+        "hot", [row, wide, {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}]
+    )
     (read,) = worker_status.read_statuses(tmp_path)
     assert read.buckets[0] == ("64x64", 1, 1, 1.25)
     assert read.engines == (
@@ -198,7 +246,9 @@ def test_an_absent_server_is_not_ready(management: Management) -> None:
     assert "does not answer" in readiness.check(management.url).missing[0]
 
 
-@pytest.mark.parametrize("body", [b"", b"<html>", b"[]", b"{}", b'{"models": 3}', b'{"models": [7]}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"<html>", b"[]", b"{}", b'{"models": 3}', b'{"models": [7]}']
+)
 def test_nonsense_is_not_ready(management: Management, body: bytes) -> None:
     management.nonsense = body
     assert "not TorchServe's" in readiness.check(management.url).missing[0]
@@ -216,7 +266,9 @@ def test_tokens_come_from_the_key_file(management: Management, tmp_path: Path) -
         readiness.read_token(key_file)
 
 
-def test_a_proxy_in_the_environment_is_not_used(management: Management, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_proxy_in_the_environment_is_not_used(
+    management: Management, monkeypatch: pytest.MonkeyPatch
+) -> None:
     management.models["fox"] = (1, ["READY"])
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert readiness.check(management.url).ready
@@ -242,7 +294,14 @@ def test_waiting_ends_when_ready_or_without_hope(management: Management) -> None
 def test_the_last_word_of_a_model_decides_about_failure(tmp_path: Path) -> None:
     def write(pid: int, state: str, written: float, message: str = "") -> None:
         rows = [{"bucket": "320x192", "total": 4, "done": 2, "seconds": 31.2}]
-        document = {"model": "fox", "pid": pid, "state": state, "total": 4, "done": 2, "buckets": rows}
+        document = {
+            "model": "fox",
+            "pid": pid,
+            "state": state,
+            "total": 4,
+            "done": 2,
+            "buckets": rows,
+        }
         path = tmp_path / f"fox-{pid}.json"
         path.write_text(json.dumps({**document, "message": message}))
         os.utime(path, (written, written))
@@ -287,22 +346,35 @@ def test_the_command_says_what_it_waits_for(tmp_path: Path) -> None:
     """Connection refused: the port is nobody's, as it is bound here but not listened on."""
     with socket.socket() as bound:
         bound.bind(("127.0.0.1", 0))
-        said = run_ready("--management", f"127.0.0.1:{bound.getsockname()[1]}", "--wait", "0.1", cwd=tmp_path)
+        said = run_ready(
+            "--management", f"127.0.0.1:{bound.getsockname()[1]}", "--wait", "0.1", cwd=tmp_path
+        )
     assert said.returncode == 1
     assert said.stderr.startswith("waiting: the management API at http://127.0.0.1:")
 
 
-def test_the_command_shows_the_engines_of_the_server_that_it_knows(management: Management, tmp_path: Path) -> None:
+def test_the_command_shows_the_engines_of_the_server_that_it_knows(
+    management: Management, tmp_path: Path
+) -> None:
     management.models = {"fox": (1, ["READY"])}
     record(tmp_path, "fox", management, ["fox"], status_dir=str(tmp_path / "status"))
     file = StatusFile(str(tmp_path / "status"), "fox")
     file.plan({"64x64": 1})
-    file.finish("hot", [{"height": 64, "width": 64, "target": "unet", "engine": "eager", "reason": "no g++"}])
+    file.finish(
+        "hot",
+        [{"height": 64, "width": 64, "target": "unet", "engine": "eager", "reason": "no g++"}],
+    )
     lines = run_ready(cwd=tmp_path).stdout.splitlines()
-    assert lines[0] == "fox: eager 64x64" and "served eagerly: no g++" in lines[1] and lines[2:] == ["ready"]
+    assert (
+        lines[0] == "fox: eager 64x64"
+        and "served eagerly: no g++" in lines[1]
+        and lines[2:] == ["ready"]
+    )
 
 
-def test_the_command_exits_0_or_1_and_imports_nothing_heavy(management: Management, tmp_path: Path) -> None:
+def test_the_command_exits_0_or_1_and_imports_nothing_heavy(
+    management: Management, tmp_path: Path
+) -> None:
     management.models["fox"] = (1, ["UNLOADING"])
     no = run_ready("--management", management.url, cwd=tmp_path)
     assert (no.returncode, no.stdout) == (1, "fox: 0 of 1 workers READY (loading)\n")
@@ -310,11 +382,24 @@ def test_the_command_exits_0_or_1_and_imports_nothing_heavy(management: Manageme
     yes = run_ready("--management", management.url, "--model", "fox", cwd=tmp_path)
     assert (yes.returncode, yes.stdout) == (0, "ready\n")
     imported = {name.partition(".")[0] for name in yes.stderr.split()}
-    heavy = {"torch", "diffusers", "transformers", "numpy", "PIL", "yaml", "httpx", "grpc", "psutil", "ts"}
+    heavy = {
+        "torch",
+        "diffusers",
+        "transformers",
+        "numpy",
+        "PIL",
+        "yaml",
+        "httpx",
+        "grpc",
+        "psutil",
+        "ts",
+    }
     assert not imported & heavy
 
 
-def test_the_command_finds_the_server_that_was_started_here(management: Management, tmp_path: Path) -> None:
+def test_the_command_finds_the_server_that_was_started_here(
+    management: Management, tmp_path: Path
+) -> None:
     management.models = {"fox": (1, ["READY"])}
     record(tmp_path, "fox", management, ["fox"])
     assert run_ready(cwd=tmp_path).returncode == 0
@@ -330,7 +415,9 @@ def test_the_command_finds_the_server_that_was_started_here(management: Manageme
 def record(folder: Path, name: str, management: Management, models: list[str], **more: str) -> None:
     run_dir = folder / ".preheat" / "run" / name
     run_dir.mkdir(parents=True)
-    (run_dir / "server.json").write_text(json.dumps({"management": management.url, "models": models, **more}))
+    (run_dir / "server.json").write_text(
+        json.dumps({"management": management.url, "models": models, **more})
+    )
 
 
 def test_progress_shows_workers_that_run_and_their_buckets() -> None:
@@ -339,7 +426,8 @@ def test_progress_shows_workers_that_run_and_their_buckets() -> None:
     with WarmupProgress(Console(file=shown, width=100)) as progress:
         for state in ("warming", "hot"):
             progress.update([worker_status.Status("fox", os.getpid(), state, 2, 4, rows, "", 0.0)])
-        progress.update([worker_status.Status("owl", 2**22 + 1, "hot", 2, 4, (), "", 0.0)])  # no such process
+        # no such process
+        progress.update([worker_status.Status("owl", 2**22 + 1, "hot", 2, 4, (), "", 0.0)])
     text = shown.getvalue()
     assert f"fox worker {os.getpid()}" in text
     assert "31.2 s" in text
@@ -352,6 +440,8 @@ def test_progress_of_two_workers_says_whose_bucket_it_is() -> None:
     rows = (("320x192", 2, 2, 31.2),)
     pids = (os.getpid(), os.getppid())
     with WarmupProgress(Console(file=shown, width=100)) as progress:
-        progress.update([worker_status.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids])
+        progress.update(
+            [worker_status.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids]
+        )
     for pid in pids:
         assert f"  {pid} 320x192" in shown.getvalue()

@@ -1,4 +1,6 @@
-"""Starting, finding and stopping, as far as it goes without a TorchServe; tests/e2e has the rest."""
+"""Starting, finding and stopping, as far as it goes without a TorchServe; tests/e2e has the
+rest.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ STUBBORN = "import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SL
 
 
 def spawn(code: str, **env: str) -> subprocess.Popen[bytes]:
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, **env})
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, env={**os.environ, **env}
+    )
     assert process.stdout is not None
     process.stdout.readline()
     return process
@@ -72,8 +76,14 @@ def test_own_settings_keep_everything_on_loopback() -> None:
     assert settings["inference_address"] == "http://127.0.0.1:1"
     assert settings["management_address"] == "http://127.0.0.1:2"
     assert settings["metrics_address"] == "http://127.0.0.1:3"
-    assert (settings["grpc_inference_address"], settings["grpc_inference_port"]) == ("127.0.0.1", "4")
-    assert (settings["grpc_management_address"], settings["grpc_management_port"]) == ("127.0.0.1", "5")
+    assert (settings["grpc_inference_address"], settings["grpc_inference_port"]) == (
+        "127.0.0.1",
+        "4",
+    )
+    assert (settings["grpc_management_address"], settings["grpc_management_port"]) == (
+        "127.0.0.1",
+        "5",
+    )
     assert settings["load_models"] == "fox=fox.mar,owl=owl"
 
 
@@ -98,7 +108,10 @@ def test_the_production_properties_are_closed() -> None:
 
 
 def test_a_deep_run_folder_keeps_its_sockets_elsewhere(tmp_path: Path) -> None:
-    near, deep = server._prepare(Path("/tmp") / tmp_path.name), server._prepare(tmp_path / ("d" * 100))
+    near, deep = (
+        server._prepare(Path("/tmp") / tmp_path.name),
+        server._prepare(tmp_path / ("d" * 100)),
+    )
     assert near == Path("/tmp") / tmp_path.name / "tmp"
     assert len(str(deep)) <= server.LONGEST_SOCKET_FOLDER
     deep.rmdir()
@@ -108,11 +121,19 @@ def test_a_deep_run_folder_keeps_its_sockets_elsewhere(tmp_path: Path) -> None:
 
 
 def test_an_earlier_run_is_cleared_but_nothing_else(tmp_path: Path) -> None:
-    for path in ("status/fox-1.json", "logs/model_log.log", "store/fox.mar", "archives/fox/MANIFEST", "key_file.json"):
+    for path in (
+        "status/fox-1.json",
+        "logs/model_log.log",
+        "store/fox.mar",
+        "archives/fox/MANIFEST",
+        "key_file.json",
+    ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
     temp = server._prepare(tmp_path)
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == ["archives/fox/MANIFEST"]
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [
+        "archives/fox/MANIFEST"
+    ]
     if temp.parent != tmp_path:
         temp.rmdir()
 
@@ -147,8 +168,14 @@ def test_another_process_with_the_same_number_is_let_alone(tmp_path: Path) -> No
 
 def test_stop_ends_the_server_its_workers_and_strays_and_no_one_else(tmp_path: Path) -> None:
     status = str(tmp_path / "status")
-    java = spawn(f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {STUBBORN!r}])\n" + SLEEPER)
-    stray, bystander = spawn(SLEEPER, PREHEAT_STATUS_DIR=status), spawn(SLEEPER, PREHEAT_STATUS_DIR=status + "2")
+    java = spawn(
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', {STUBBORN!r}])\n"
+        + SLEEPER
+    )
+    stray, bystander = (
+        spawn(SLEEPER, PREHEAT_STATUS_DIR=status),
+        spawn(SLEEPER, PREHEAT_STATUS_DIR=status + "2"),
+    )
     running = recorded(tmp_path, java.pid, psutil.Process(java.pid).create_time())
     family = processes.family(psutil.Process(java.pid))
     assert len(family) == 2

@@ -1,4 +1,6 @@
-"""The whole worker without TorchServe: every family, tiny pipelines of the real classes, the `eager` backend of Dynamo."""
+"""The whole worker without TorchServe: every family, tiny pipelines of the real classes, the
+`eager` backend of Dynamo.
+"""
 
 from __future__ import annotations
 
@@ -43,10 +45,17 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(
-    folder: Path, *, compile: bool = True, leave_out: Any = (), status: Path | None = None, **keys: Any
+    folder: Path,
+    *,
+    compile: bool = True,
+    leave_out: Any = (),
+    status: Path | None = None,
+    **keys: Any,
 ) -> Service:
     shapes = {"buckets": [[64, 64]], "batch_sizes": [1, 2]} | keys.pop("shapes", {})
-    pt2 = {"compile": {"enable": compile, "backend": "eager"}, "shapes": shapes} | keys.pop("pt2", {})
+    pt2 = {"compile": {"enable": compile, "backend": "eager"}, "shapes": shapes} | keys.pop(
+        "pt2", {}
+    )
     pipeline = {"defaults": {"num_inference_steps": 2}} | keys.pop("pipeline", {})
     config = ModelConfig.parse({"batchSize": 2, "pt2": pt2, "pipeline": pipeline} | keys)
     file = StatusFile(str(status) if status else None, "tiny")
@@ -90,7 +99,9 @@ ASKED: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatch, models: Path, family: str) -> None:
+def test_each_family_serves_every_task_hot_and_equal_to_eager(
+    watch: CompileWatch, models: Path, family: str
+) -> None:
     service = start(models / family, shapes={"buckets": TWO})
     answers = ask(service, *ASKED)
     sizes = [picture.size for answer in answers for picture in answer.pictures]
@@ -103,12 +114,16 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(watch: CompileWatc
     assert state.compiles_at_boot > 0 and {row["engine"] for row in state.buckets} == {"compiled"}
     torch.compiler.set_stance("default")
     for compiled, eager in zip(
-        answers, ask(start(models / family, compile=False, shapes={"buckets": TWO}), *ASKED), strict=True
+        answers,
+        ask(start(models / family, compile=False, shapes={"buckets": TWO}), *ASKED),
+        strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
 
 
-def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(watch: CompileWatch, models: Path) -> None:
+def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
+    watch: CompileWatch, models: Path
+) -> None:
     pt2 = {"compile": {"enable": True, "backend": "nonsense"}, "shapes": {"buckets": [[64, 64]]}}
     config = ModelConfig.parse({"pt2": pt2})
     service = Service(config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own"))
@@ -116,7 +131,10 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(watch: Co
     state = service.current_state()
     assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
     assert {row["engine"] for row in state.buckets} == {"eager"}
-    assert all("'nonsense' is not a backend that TorchServe supports" in row["reason"] for row in state.buckets)
+    assert all(
+        "'nonsense' is not a backend that TorchServe supports" in row["reason"]
+        for row in state.buckets
+    )
     assert any("'nonsense'" in warning for warning in state.document()["preheat"]["warnings"])
     with pytest.raises(WarmupError, match="nonsense"):
         config = ModelConfig.parse({"pt2": {**pt2, "on_failure": "fail"}})
@@ -124,7 +142,9 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(watch: Co
 
 
 def _watch_previews(service: Service, body: dict[str, Any]) -> None:
-    """Ask for a stream with a preview of every step, and see that each picture is told all of them."""
+    """Ask for a stream with a preview of every step, and see that each picture is told all of
+    them.
+    """
     job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
     size = (job.plan.width // 8, job.plan.height // 8)
     seen: list[tuple[int, int, int]] = []
@@ -144,23 +164,36 @@ def test_every_known_family_is_tried_here() -> None:
     assert len(FAMILIES) == len(FAMILY_NAMES)
 
 
-def test_the_same_seed_is_the_same_picture_and_another_is_not(watch: CompileWatch, models: Path) -> None:
+def test_the_same_seed_is_the_same_picture_and_another_is_not(
+    watch: CompileWatch, models: Path
+) -> None:
     service = start(models / "sdxl", pipeline=TEXT_ONLY)
     first, again, other = (pixels(ask(service, {"seed": seed})[0]) for seed in (5, 5, 6))
     assert (first == again).all() and (first != other).any()
 
 
 @pytest.mark.parametrize("negative", [None, "", "ugly"])
-def test_neighbours_never_change_a_picture(watch: CompileWatch, models: Path, negative: str | None) -> None:
+def test_neighbours_never_change_a_picture(
+    watch: CompileWatch, models: Path, negative: str | None
+) -> None:
     service = start(models / "sdxl", pipeline=TEXT_ONLY)
     mine = {"seed": 5} | ({} if negative is None else {"negative_prompt": negative})
     alone = pixels(ask(service, mine)[0])
-    in_company = ask(service, {"seed": 9, "negative_prompt": "blurry"}, {"seed": 8}, mine, {"seed": 7})
+    in_company = ask(
+        service, {"seed": 9, "negative_prompt": "blurry"}, {"seed": 8}, mine, {"seed": 7}
+    )
     assert np.abs(alone - pixels(in_company[2])).max() <= 1
 
 
-def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(watch: CompileWatch, models: Path) -> None:
-    service = start(models / "sdxl", batchSize=4, shapes={"batch_sizes": [1, 4], "invariant": True}, pipeline=TEXT_ONLY)
+def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(
+    watch: CompileWatch, models: Path
+) -> None:
+    service = start(
+        models / "sdxl",
+        batchSize=4,
+        shapes={"batch_sizes": [1, 4], "invariant": True},
+        pipeline=TEXT_ONLY,
+    )
     assert {row["batch_size"] for row in service.state.buckets} == {4}
     mine = {"seed": 5, "height": 50}
     (alone,) = ask(service, mine)
@@ -175,20 +208,34 @@ def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path)
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
     unet, seen = service._work.target("unet"), []
     unet.register_forward_pre_hook(
-        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()), with_kwargs=True
+        lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()),
+        with_kwargs=True,
     )
     ask(service, {"height": 80, "width": 30, "guidance_scale": 0.0})
     assert seen == [[[96.0, 32.0, 0.0, 0.0, 96.0, 32.0]]] * 2
 
 
-def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(watch: CompileWatch, models: Path) -> None:
-    forgotten = [Variant(Bucket(64, 64), 2, True, task) for task in ("text-to-image", "image-to-image", "inpainting")]
+def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(
+    watch: CompileWatch, models: Path
+) -> None:
+    forgotten = [
+        Variant(Bucket(64, 64), 2, True, task)
+        for task in ("text-to-image", "image-to-image", "inpainting")
+    ]
     service = start(models / "sdxl", leave_out=forgotten, shapes={"buckets": TWO})
     engines = {(row["height"], row["batch_size"]): row["engine"] for row in service.state.buckets}
-    assert engines == {(64, 2): "eager", (64, 1): "compiled", (96, 2): "compiled", (96, 1): "compiled"}
+    assert engines == {
+        (64, 2): "eager",
+        (64, 1): "compiled",
+        (96, 2): "compiled",
+        (96, 1): "compiled",
+    }
     answers = ask(service, {"seed": 1}, {"seed": 2})
     assert [answer.engine for answer in answers] == ["eager", "eager"]
-    assert service.current_state().eager_fallbacks == 2 and service.current_state().compiles_since_ready == 0
+    assert (
+        service.current_state().eager_fallbacks == 2
+        and service.current_state().compiles_since_ready == 0
+    )
     torch.compiler.set_stance("default")
     with pytest.raises(WarmupError):
         start(models / "sdxl", leave_out=forgotten, pt2={"on_failure": "fail"})
@@ -204,7 +251,8 @@ def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     finally:
         torch.set_default_dtype(torch.float32)
     state = service.current_state()
-    assert (answer.engine, answer.exact) == ("eager", "rounding")  # not what the same request gets from compiled code
+    # not what the same request gets from compiled code
+    assert (answer.engine, answer.exact) == ("eager", "rounding")
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
     assert "incident: unet" in caplog.text and "secret" not in caplog.text
 
@@ -217,63 +265,105 @@ def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -
     assert (state.planned_eager, state.incidents, state.eager_fallbacks) == (1, 0, 0)
 
 
-def test_the_dynamic_strategy_needs_only_one_bucket_to_learn_from(watch: CompileWatch, models: Path) -> None:
-    service = start(models / "sdxl", shapes={"strategy": "dynamic", "batch_sizes": [1]}, pipeline=TEXT_ONLY)
-    answers = ask(service, *({"height": height, "width": width} for height, width in [(64, 64), (30, 40), (17, 64)]))
-    assert {answer.engine for answer in answers} == {"compiled"} and service.current_state().incidents == 0
+def test_the_dynamic_strategy_needs_only_one_bucket_to_learn_from(
+    watch: CompileWatch, models: Path
+) -> None:
+    service = start(
+        models / "sdxl", shapes={"strategy": "dynamic", "batch_sizes": [1]}, pipeline=TEXT_ONLY
+    )
+    answers = ask(
+        service,
+        *({"height": height, "width": width} for height, width in [(64, 64), (30, 40), (17, 64)]),
+    )
+    assert {answer.engine for answer in answers} == {
+        "compiled"
+    } and service.current_state().incidents == 0
 
 
-def test_the_fingerprint_is_the_models_and_not_its_folders(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_is_the_models_and_not_its_folders(
+    watch: CompileWatch, models: Path, tmp_path: Path
+) -> None:
     shutil.copytree(models / "sdxl", tmp_path / "copy")
-    one, same = (start(folder, compile=False).state.fingerprint for folder in (models / "sdxl", tmp_path / "copy"))
+    one, same = (
+        start(folder, compile=False).state.fingerprint
+        for folder in (models / "sdxl", tmp_path / "copy")
+    )
     other = start(models / "sdxl", compile=False, shapes={"buckets": TWO}).state.fingerprint
     assert one == same != other
 
 
-def test_a_request_of_many_pictures_is_one_request_in_every_counter(watch: CompileWatch, models: Path) -> None:
+def test_a_request_of_many_pictures_is_one_request_in_every_counter(
+    watch: CompileWatch, models: Path
+) -> None:
     forgotten = [Variant(Bucket(64, 64), size, True, "text-to-image") for size in (1, 2)]
     service = start(models / "sdxl", leave_out=forgotten, pipeline=TEXT_ONLY)
     ask(service, {"num_images": 3, "response_format": "b64_json"})
     assert (service.current_state().requests, service.current_state().eager_fallbacks) == (1, 1)
 
 
-def test_a_bucket_that_no_request_could_ask_for_is_refused(watch: CompileWatch, models: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pt2.shapes.buckets\[0\]: 64x64 is over pipeline.limits"):
+def test_a_bucket_that_no_request_could_ask_for_is_refused(
+    watch: CompileWatch, models: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"pt2.shapes.buckets\[0\]: 64x64 is over pipeline.limits"
+    ):
         start(models / "sdxl", pipeline={"limits": {"max_side": 56}})
 
 
 def test_two_targets_are_compiled_side_by_side(watch: CompileWatch, models: Path) -> None:
-    service = start(models / "sdxl", pt2={"targets": ["unet", "vae.decoder", "vae.encoder"]}, shapes={"buckets": TWO})
-    assert {row["target"] for row in service.state.buckets} == {"unet", "vae.decoder", "vae.encoder"}
+    service = start(
+        models / "sdxl",
+        pt2={"targets": ["unet", "vae.decoder", "vae.encoder"]},
+        shapes={"buckets": TWO},
+    )
+    assert {row["target"] for row in service.state.buckets} == {
+        "unet",
+        "vae.decoder",
+        "vae.encoder",
+    }
     assert {answer.engine for answer in ask(service, *ASKED)} == {"compiled"}
     assert service.current_state().incidents == 0
 
 
-def test_regional_compiling_serves_the_same_pictures_from_fewer_compiles(watch: CompileWatch, models: Path) -> None:
+def test_regional_compiling_serves_the_same_pictures_from_fewer_compiles(
+    watch: CompileWatch, models: Path
+) -> None:
     regional = start(models / "flux", pt2={"scope": "regional"}, shapes={"buckets": TWO})
     pictures = ask(regional, *ASKED)
-    assert {answer.engine for answer in pictures} == {"compiled"} and regional.current_state().incidents == 0
+    assert {answer.engine for answer in pictures} == {
+        "compiled"
+    } and regional.current_state().incidents == 0
     torch.compiler.set_stance("default")
     for compiled, eager in zip(
-        pictures, ask(start(models / "flux", compile=False, shapes={"buckets": TWO}), *ASKED), strict=True
+        pictures,
+        ask(start(models / "flux", compile=False, shapes={"buckets": TWO}), *ASKED),
+        strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
 
 
 @pytest.mark.parametrize("strategy", ["dynamic", "fixed", "exact"])
-def test_the_other_strategies_give_the_asked_size_too(watch: CompileWatch, models: Path, strategy: str) -> None:
+def test_the_other_strategies_give_the_asked_size_too(
+    watch: CompileWatch, models: Path, strategy: str
+) -> None:
     buckets = [[64, 64]] if strategy == "fixed" else [[64, 64], [96, 32], [32, 96]]
     service = start(
-        models / "sdxl", shapes={"strategy": strategy, "buckets": buckets, "batch_sizes": [1]}, pipeline=TEXT_ONLY
+        models / "sdxl",
+        shapes={"strategy": strategy, "buckets": buckets, "batch_sizes": [1]},
+        pipeline=TEXT_ONLY,
     )
     sizes = [(60, 50), (33, 61), (20, 20)]
     answers = ask(service, *({"height": height, "width": width} for height, width in sizes))
-    assert [answer.pictures[0].size for answer in answers] == [(width, height) for height, width in sizes]
+    assert [answer.pictures[0].size for answer in answers] == [
+        (width, height) for height, width in sizes
+    ]
     state = service.current_state()
     if strategy == "exact":
         assert state.compiles_since_ready > 0, "plain torch.compile compiles inside requests"
     else:
-        assert state.compiles_since_ready == 0 and {answer.engine for answer in answers} == {"compiled"}
+        assert state.compiles_since_ready == 0 and {answer.engine for answer in answers} == {
+            "compiled"
+        }
 
 
 def test_the_status_file_follows_warm_up(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
@@ -284,8 +374,12 @@ def test_the_status_file_follows_warm_up(watch: CompileWatch, models: Path, tmp_
     assert [row["bucket"] for row in status["buckets"]] == ["64x64", "96x32"]
 
 
-def test_a_model_that_cannot_be_served_says_why(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"pt2.shapes.buckets\[0\]\[1\]: 40 is not a multiple of 16, which flux"):
+def test_a_model_that_cannot_be_served_says_why(
+    watch: CompileWatch, models: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"pt2.shapes.buckets\[0\]\[1\]: 40 is not a multiple of 16, which flux"
+    ):
         start(models / "flux", shapes={"buckets": [[64, 40]]})
     with pytest.raises(PipelineError, match="no module 'transformer'"):
         start(models / "sdxl", pt2={"targets": ["transformer"]})
@@ -299,7 +393,9 @@ def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
     watch: CompileWatch, models: Path, tmp_path: Path
 ) -> None:
     elsewhere = shutil.copytree(models / "sdxl", tmp_path / "elsewhere")
-    here, there = (start(folder, compile=False).state.fingerprint for folder in (models / "sdxl", elsewhere))
+    here, there = (
+        start(folder, compile=False).state.fingerprint for folder in (models / "sdxl", elsewhere)
+    )
     assert here == there != start(models / "sd15", compile=False).state.fingerprint
 
 
@@ -314,18 +410,28 @@ def test_pickled_weights_are_refused(watch: CompileWatch, tmp_path: Path) -> Non
 
 def test_flux_has_no_negative_prompt(watch: CompileWatch, models: Path) -> None:
     with pytest.raises(RequestError, match="negative_prompt"):
-        start(models / "flux", compile=False).parse({"body": {"prompt": "a", "negative_prompt": "b"}})
+        start(models / "flux", compile=False).parse(
+            {"body": {"prompt": "a", "negative_prompt": "b"}}
+        )
 
 
-@pytest.mark.parametrize("name", ["DDIMScheduler", "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"])
-def test_each_scheduler_is_warmed_as_it_serves(watch: CompileWatch, models: Path, name: str) -> None:
-    service = start(models / "sdxl", pipeline={"scheduler": name} | TEXT_ONLY, shapes={"batch_sizes": [1]})
+@pytest.mark.parametrize(
+    "name", ["DDIMScheduler", "UniPCMultistepScheduler", "EulerAncestralDiscreteScheduler"]
+)
+def test_each_scheduler_is_warmed_as_it_serves(
+    watch: CompileWatch, models: Path, name: str
+) -> None:
+    service = start(
+        models / "sdxl", pipeline={"scheduler": name} | TEXT_ONLY, shapes={"batch_sizes": [1]}
+    )
     for steps in range(1, 7):
         ask(service, {"num_inference_steps": steps})
     assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
 
 
-def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
+    watch: CompileWatch, models: Path, tmp_path: Path
+) -> None:
     from diffusers import StableDiffusionXLPipeline
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -356,11 +462,17 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
     os.utime(stale, (0, 0))
     debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
     start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
-    assert not stale.exists() and foreign.exists() and torch._dynamo.config.debug_dir_root == str(folder)
+    assert (
+        not stale.exists()
+        and foreign.exists()
+        and torch._dynamo.config.debug_dir_root == str(folder)
+    )
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 999
 
 
-def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, models: Path) -> None:
+def test_attention_is_restricted_in_warm_up_and_in_serving(
+    watch: CompileWatch, models: Path
+) -> None:
     service = start(models / "sdxl", pt2={"attention": "math"}, pipeline=TEXT_ONLY)
     seen: list[bool] = []
     unet = service._work.target("unet")
@@ -370,7 +482,9 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(watch: CompileWatch, 
     assert service.current_state().incidents == 0
 
 
-def test_what_costs_too_much_is_refused_and_warm_up_is_not(watch: CompileWatch, models: Path) -> None:
+def test_what_costs_too_much_is_refused_and_warm_up_is_not(
+    watch: CompileWatch, models: Path
+) -> None:
     limits = {"limits": {"max_cost": 64 * 64 * 2 - 1}}
     service = start(models / "sdxl", compile=False, pipeline=limits)
     with pytest.raises(RequestError) as caught:
@@ -381,7 +495,9 @@ def test_what_costs_too_much_is_refused_and_warm_up_is_not(watch: CompileWatch, 
 
 def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False)
-    job = service.parse({"body": {"prompt": "a", "height": 48, "width": 64, "seed": 3, "output_format": "webp"}})
+    job = service.parse(
+        {"body": {"prompt": "a", "height": 48, "width": 64, "seed": 3, "output_format": "webp"}}
+    )
     response = response_to(service, job)
     assert response.code == 200 and response.headers == {
         "content-type": "image/webp",
@@ -392,7 +508,12 @@ def test_responses_carry_what_was_done(watch: CompileWatch, models: Path) -> Non
         "x-preheat-exact": "rounding",
     }
     assert Image.open(io.BytesIO(response.body)).size == (64, 48)
-    job = service.parse({"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}})
+    job = service.parse(
+        {"body": {"prompt": "a", "num_images": 3, "seed": 2**63 - 1, "response_format": "b64_json"}}
+    )
     document = json.loads(response_to(service, job).body)
     assert [entry["seed"] for entry in document["data"]] == [2**63 - 1, 0, 1]
-    assert document["bucket"] == [64, 64] and len({entry["b64_json"] for entry in document["data"]}) == 3
+    assert (
+        document["bucket"] == [64, 64]
+        and len({entry["b64_json"] for entry in document["data"]}) == 3
+    )

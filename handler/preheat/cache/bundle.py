@@ -1,8 +1,9 @@
-"""A folder of compiled files as one file: a line of JSON that says what it is and who vouches for it, then a gzipped tar.
+"""A folder of compiled files as one file: a line of JSON that says what it is and who vouches for
+it, then a gzipped tar.
 
-The same contents give the same payload, whatever the names of folders, the clock or the user. Nothing of the payload is read
-before its size and digest are known to be the signer's, and nothing looked at before it has them; even then only regular files
-inside the folder are unpacked.
+The same contents give the same payload, whatever the names of folders, the clock or the user.
+Nothing of the payload is read before its size and digest are known to be the signer's, and nothing
+looked at before it has them; even then only regular files inside the folder are unpacked.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def members(folder: Path) -> Iterator[tuple[str, Path]]:
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
         if name.parts[0] == "triton":
-            # Inductor's own records hold the kernels, and bring them back only where there is no folder of theirs; Triton's
-            # files hold the absolute paths of the one who made them (torch/_inductor/triton_bundler.py).
+            # Inductor's own records hold the kernels, and bring them back only where there is no
+            # folder of theirs; Triton's files hold the absolute paths of the one who made them
+            # (torch/_inductor/triton_bundler.py).
             continue
         if path.is_symlink() or not path.is_file() or any(_is_passing(part) for part in name.parts):
             continue
@@ -46,7 +48,8 @@ def members(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 def _is_passing(part: str) -> bool:
-    # Inductor writes `.<pid>.<thread>.tmp` and renames; Triton works in folders `tmp.pid_<pid>_<uuid>`.
+    # Inductor writes `.<pid>.<thread>.tmp` and renames; Triton works in folders
+    # `tmp.pid_<pid>_<uuid>`.
     return part == "locks" or part.endswith((".lock", ".tmp")) or part.startswith("tmp.pid_")
 
 
@@ -67,7 +70,8 @@ def pack(folder: Path, target: BinaryIO, trust: Trust, context: str) -> None:
         OSError: a file cannot be read, or the disk is full.
     """
     with tempfile.TemporaryFile(dir=folder.parent) as payload:
-        # Level 1: shared objects shrink to a third, and the next level costs more time than a network share gives back.
+        # Level 1: shared objects shrink to a third, and the next level costs more time than a
+        # network share gives back.
         with (
             gzip.GzipFile("", "wb", compresslevel=1, fileobj=payload, mtime=0) as zipped,
             tarfile.open(fileobj=zipped, mode="w", format=tarfile.PAX_FORMAT) as archive,
@@ -77,7 +81,12 @@ def pack(folder: Path, target: BinaryIO, trust: Trust, context: str) -> None:
         size = payload.tell()
         payload.seek(0)
         digest = f"{digest_of(payload)}:{size}"
-        header = {"format": FORMAT, "context": context, "digest": digest, "signature": trust.sign(digest, context)}
+        header = {
+            "format": FORMAT,
+            "context": context,
+            "digest": digest,
+            "signature": trust.sign(digest, context),
+        }
         target.write(json.dumps(header).encode() + b"\n")
         payload.seek(0)
         shutil.copyfileobj(payload, target, _BLOCK)
@@ -91,7 +100,8 @@ def _add(archive: tarfile.TarFile, name: str, path: Path) -> None:
 
 
 def unpack(source: BinaryIO, folder: Path, trust: Trust, context: str) -> None:
-    """Unpack the bundle in `source` into the empty `folder`, if it may be run for `context`; otherwise leave that empty.
+    """Unpack the bundle in `source` into the empty `folder`, if it may be run for `context`;
+    otherwise leave that empty.
 
     Raises:
         Untrusted: it may not, or is no whole bundle.
@@ -103,7 +113,8 @@ def unpack(source: BinaryIO, folder: Path, trust: Trust, context: str) -> None:
     trust.check(header["signature"], header["digest"], context)
     digest, _, size = header["digest"].partition(":")
     with tempfile.TemporaryFile(dir=folder.parent) as payload:
-        # A copy of our own: what is unpacked is what was checked, whatever happens to the shared file meanwhile.
+        # A copy of our own: what is unpacked is what was checked, whatever happens to the shared
+        # file meanwhile.
         _copy(source, payload, int(size))
         payload.seek(0)
         if digest_of(payload) != digest:
@@ -135,7 +146,9 @@ def _read_header(source: BinaryIO) -> dict[str, str]:
 
 
 def _copy(source: BinaryIO, target: BinaryIO, size: int) -> None:
-    """Copy what is left of `source`, which has to be `size` bytes; not one more is written, for it may grow for ever."""
+    """Copy what is left of `source`, which has to be `size` bytes; not one more is written, for it
+    may grow for ever.
+    """
     left = size
     while block := source.read(min(_BLOCK, left)):
         target.write(block)

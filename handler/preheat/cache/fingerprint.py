@@ -22,12 +22,15 @@ _GENERATED = re.compile(
 """As /proc/cpuinfo names them, of x86 and ARM."""
 _PACKAGES = ("torch", "triton", "diffusers", "transformers")
 _PASSING = {"_name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
-"""Keys of a component's config: where its folder lies today and who wrote it, and a list that diffusers makes of a set, in an order
-that is another one in each process (configuration_utils.py, register_to_config)."""
+"""Keys of a component's config: where its folder lies today and who wrote it, and a list that
+diffusers makes of a set, in an order that is another one in each process (configuration_utils.py,
+register_to_config)."""
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
-def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapping[str, Any]) -> str:
+def fingerprint(
+    device: torch.device, config: Mapping[str, Any], structure: Mapping[str, Any]
+) -> str:
     """Digest of machine, versions, compile config and model structure; weights do not count.
 
     Args:
@@ -35,7 +38,8 @@ def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapp
         config: the part of the model YAML that decides what is compiled, as plain data.
         structure: classes and configs of the pipeline's components.
 
-    It is the same in every process: whatever stands in `config` and `structure` for that process alone is left out.
+    It is the same in every process: whatever stands in `config` and `structure` for that process
+    alone is left out.
     """
     facts = {
         "device": _device_facts(device),
@@ -50,7 +54,9 @@ def fingerprint(device: torch.device, config: Mapping[str, Any], structure: Mapp
 
 
 def settled(value: Any) -> Any:
-    """Plain data that says what `value` does and is equal in every process: no places, no addresses, sets in order."""
+    """Plain data that says what `value` does and is equal in every process: no places, no
+    addresses, sets in order.
+    """
     if isinstance(value, Mapping):
         return {str(key): settled(item) for key, item in value.items() if key not in _PASSING}
     if isinstance(value, (list, tuple)):
@@ -64,21 +70,29 @@ def settled(value: Any) -> Any:
 
 def _device_facts(device: torch.device) -> list[str]:
     if device.type == "cuda":
-        return ["cuda", torch.cuda.get_device_name(device), str(torch.cuda.get_device_capability(device))]
+        return [
+            "cuda",
+            torch.cuda.get_device_name(device),
+            str(torch.cuda.get_device_capability(device)),
+        ]
     return [device.type, platform.machine(), *_cpu_features()]
 
 
 def _cpu_features() -> list[str]:
-    """Instruction sets that compilers use unasked, sorted (Linux): code compiled for more than a machine has crashes it.
+    """Instruction sets that compilers use unasked, sorted (Linux): code compiled for more than a
+    machine has crashes it.
 
-    The kernel's list has more, which comes and goes with its updates and the microcode's: mitigations, TSX, what hypervisors add.
+    The kernel's list has more, which comes and goes with its updates and the microcode's:
+    mitigations, TSX, what hypervisors add.
     """
     info = Path("/proc/cpuinfo")
     if not info.is_file():
         return []
     for line in info.read_text().splitlines():
         if line.startswith(("flags", "Features")):
-            return sorted(flag for flag in line.partition(":")[2].split() if _GENERATED.fullmatch(flag))
+            return sorted(
+                flag for flag in line.partition(":")[2].split() if _GENERATED.fullmatch(flag)
+            )
     return []
 
 

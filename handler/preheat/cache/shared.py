@@ -1,9 +1,10 @@
 """The shared compile cache: the first worker compiles, every later one loads what it made.
 
-Each worker has an Inductor folder of its own. Around compile and warm-up, `synchronized_inductor_cache` fills it from the shared
-bundle or, where there is none, elects one worker that compiles and publishes while the others wait. What it has compiled so far
-it puts aside now and then, for who takes over should it be killed. Whatever goes wrong with the share costs a warning and a
-compile, never a request.
+Each worker has an Inductor folder of its own. Around compile and warm-up,
+`synchronized_inductor_cache` fills it from the shared bundle or, where there is none, elects one
+worker that compiles and publishes while the others wait. What it has compiled so far it puts aside
+now and then, for who takes over should it be killed. Whatever goes wrong with the share costs a
+warning and a compile, never a request.
 
     cache = SharedCache(Path("/mnt/cache"), Trust.resolve())
     with synchronized_inductor_cache("sdxl/v1", cache):
@@ -59,12 +60,9 @@ Outcome = Literal["loaded", "published", "unchanged", "unshared"]
 class SharedCache:
     """A shared folder and what its bundles must fit.
 
-    Args:
-        folder: `pt2.cache.shared`.
-        trust: which bundles are believed.
-        fingerprint: of machine, versions, compile config and model structure; default: of machine and versions alone.
-        device: where the compiled code runs.
-        max_bytes: of all bundles in the folder.
+    Args: folder: `pt2.cache.shared`. trust: which bundles are believed. fingerprint: of machine,
+      versions, compile config and model structure; default: of machine and versions alone. device:
+      where the compiled code runs. max_bytes: of all bundles in the folder.
     """
 
     folder: Path
@@ -74,7 +72,9 @@ class SharedCache:
     max_bytes: int = 10_000_000_000
 
     def share(self, key: str) -> Share:
-        """The place of the bundle `key`. Inductor's code is for one GPU index, and on a CPU for one number of threads."""
+        """The place of the bundle `key`. Inductor's code is for one GPU index, and on a CPU for one
+        number of threads.
+        """
         context = {
             "kind": "inductor",
             "key": key,
@@ -89,12 +89,11 @@ class SharedCache:
 class CacheUse:
     """What became of sharing, for the log and the state.
 
-    Args:
-        folder: this process's Inductor folder.
-        outcome: `loaded`: a bundle was found, and nothing could be added to it. `published`: this worker compiled, and others need
-            not. `unchanged`: nothing was compiled, so there was nothing to share. `unshared`: see `reason`.
-        waited_seconds: until the bundle was there, or it was clear that this worker has to compile.
-        digest: of the bundle that was loaded, the whole one; empty where there was none.
+    Args: folder: this process's Inductor folder. outcome: `loaded`: a bundle was found, and nothing
+      could be added to it. `published`: this worker compiled, and others need not. `unchanged`:
+      nothing was compiled, so there was nothing to share. `unshared`: see `reason`. waited_seconds:
+      until the bundle was there, or it was clear that this worker has to compile. digest: of the
+      bundle that was loaded, the whole one; empty where there was none.
     """
 
     folder: Path
@@ -110,30 +109,44 @@ class CacheUse:
         self.reason = reason
 
     def keep(self) -> None:
-        """Put aside what was compiled so far, if this worker compiles for the others: whoever takes over from it begins there."""
+        """Put aside what was compiled so far, if this worker compiles for the others: whoever takes
+        over from it begins there.
+        """
         began = time.monotonic()
         if self._part is None or began < self._next_keeping or not any(bundle.members(self.folder)):
             return
         try:
             self._part.publish(self.folder)
         except (OSError, GaveUp) as error:  # what lasts until the end is a warning then
-            logger.info("cannot put aside what was compiled so far in %s: %s", self._part.path, _text(error))
+            logger.info(
+                "cannot put aside what was compiled so far in %s: %s", self._part.path, _text(error)
+            )
             self._part = None
         now = time.monotonic()
         self._next_keeping = now + _COMPILING_PER_KEEPING * (now - began)
 
     def document(self) -> dict[str, Any]:
-        return {"outcome": self.outcome, "reason": self.reason, "waited_seconds": self.waited_seconds}
+        return {
+            "outcome": self.outcome,
+            "reason": self.reason,
+            "waited_seconds": self.waited_seconds,
+        }
 
 
 @contextmanager
 def synchronized_inductor_cache(
-    key: str, cache: SharedCache, *, patience: float = 600.0, report: Callable[[str], None] = logger.info
+    key: str,
+    cache: SharedCache,
+    *,
+    patience: float = 600.0,
+    report: Callable[[str], None] = logger.info,
 ) -> Iterator[CacheUse]:
-    """Run the block, which compiles and warms up, with what other workers have compiled; share what it adds, if it succeeds.
+    """Run the block, which compiles and warms up, with what other workers have compiled; share what
+    it adds, if it succeeds.
 
-    Without a usable bundle one worker runs the block while the others wait up to `patience` seconds, telling `report`, and then
-    load. Only what the block raises is raised. The process keeps an Inductor folder of its own afterwards.
+    Without a usable bundle one worker runs the block while the others wait up to `patience`
+    seconds, telling `report`, and then load. Only what the block raises is raised. The process
+    keeps an Inductor folder of its own afterwards.
     """
     local, share, began = own_inductor_folder(), cache.share(key), time.monotonic()
     use = CacheUse(local)
@@ -144,7 +157,9 @@ def synchronized_inductor_cache(
     except (OSError, Untrusted, GaveUp) as error:
         use.withhold(_text(error))
         level = logging.INFO if isinstance(error, NothingPublished) else logging.WARNING
-        logger.log(level, "no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason)
+        logger.log(
+            level, "no shared compile cache in %s: %s; compiling alone", cache.folder, use.reason
+        )
     use.waited_seconds = round(time.monotonic() - began, 3)
     if not use.digest:
         _load(share.part, local)
@@ -162,18 +177,22 @@ def synchronized_inductor_cache(
 
 
 def load_inductor_cache(key: str, cache: SharedCache) -> str:
-    """Give this process an Inductor folder of its own, filled from the shared bundle; returns the digest of its contents.
+    """Give this process an Inductor folder of its own, filled from the shared bundle; returns the
+    digest of its contents.
 
-    The digest is empty where there was no bundle, or none that could be used (with a warning). Waits for nobody.
+    The digest is empty where there was no bundle, or none that could be used (with a warning).
+    Waits for nobody.
     """
     local = own_inductor_folder()
     return _load(cache.share(key), local)
 
 
 def sync_inductor_cache(key: str, digest: str, cache: SharedCache) -> bool:
-    """Publish this process's Inductor folder, if it holds something else than `digest` (from `load_inductor_cache`) says.
+    """Publish this process's Inductor folder, if it holds something else than `digest` (from
+    `load_inductor_cache`) says.
 
-    Call it after a successful warm-up only. Tells whether a bundle was published; what went wrong is a warning.
+    Call it after a successful warm-up only. Tells whether a bundle was published; what went wrong
+    is a warning.
     """
     share = cache.share(key)
     try:
@@ -186,10 +205,11 @@ def sync_inductor_cache(key: str, digest: str, cache: SharedCache) -> bool:
 
 
 def own_inductor_folder() -> Path:
-    """Make an empty folder for Inductor and Triton that no other process uses; see `scratch.own_folder`.
+    """Make an empty folder for Inductor and Triton that no other process uses; see
+    `scratch.own_folder`.
 
-    Inductor reads the variable each time, so it may have compiled before. Where TORCHINDUCTOR_CACHE_DIR pointed does not matter:
-    others may share it.
+    Inductor reads the variable each time, so it may have compiled before. Where
+    TORCHINDUCTOR_CACHE_DIR pointed does not matter: others may share it.
 
     Raises:
         OSError: nothing can be written among the temporary files.
@@ -202,10 +222,12 @@ def own_inductor_folder() -> Path:
 
 
 def writable_inductor_folder() -> None:
-    """See to it that Inductor can write to its folder and finds nothing there that others have put: what it reads, it runs.
+    """See to it that Inductor can write to its folder and finds nothing there that others have put:
+    what it reads, it runs.
 
-    A folder that TORCHINDUCTOR_CACHE_DIR names is believed as it is. Inductor's default has a name that anybody can make first.
-    Where the folder cannot be used, this process gets one of its own, with a warning.
+    A folder that TORCHINDUCTOR_CACHE_DIR names is believed as it is. Inductor's default has a name
+    that anybody can make first. Where the folder cannot be used, this process gets one of its own,
+    with a warning.
     """
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 
@@ -216,7 +238,12 @@ def writable_inductor_folder() -> None:
         _try_writing(folder)
     except (OSError, Untrusted) as error:
         own = own_inductor_folder()
-        logger.warning("cannot compile in %s: %s; compiling in %s, for this start alone", folder, _text(error), own)
+        logger.warning(
+            "cannot compile in %s: %s; compiling in %s, for this start alone",
+            folder,
+            _text(error),
+            own,
+        )
 
 
 def _try_writing(folder: Path) -> None:
@@ -227,11 +254,13 @@ def _try_writing(folder: Path) -> None:
 
 @contextmanager
 def without_headers_if_warmed(context: str) -> Iterator[None]:
-    """Compile and warm up in here: where the Inductor folder holds all of `context`, no C++ header is precompiled.
+    """Compile and warm up in here: where the Inductor folder holds all of `context`, no C++ header
+    is precompiled.
 
-    That header (75 MB; 5 s on two cores) halves the time of every compile that follows. But Inductor makes it even to load what
-    is compiled already, and keeps it outside its folder (`CppCodeCache.load_async` in torch/_inductor/codecache.py of 2.13). A
-    mark in the folder, which travels in the bundle, says that `context` was warmed from it.
+    That header (75 MB; 5 s on two cores) halves the time of every compile that follows. But
+    Inductor makes it even to load what is compiled already, and keeps it outside its folder
+    (`CppCodeCache.load_async` in torch/_inductor/codecache.py of 2.13). A mark in the folder, which
+    travels in the bundle, says that `context` was warmed from it.
     """
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Kernels
     from torch._inductor.runtime.cache_dir_utils import cache_dir
@@ -253,7 +282,9 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
 
 
 def _refuse_foreign_headers() -> None:
-    """Precompiled headers lie in Inductor's default folder whatever TORCHINDUCTOR_CACHE_DIR says, and go into all that is built."""
+    """Precompiled headers lie in Inductor's default folder whatever TORCHINDUCTOR_CACHE_DIR says,
+    and go into all that is built.
+    """
     from torch._inductor import codecache
 
     folder = Path(codecache._HEADER_DIR)
@@ -282,8 +313,9 @@ def _load_or_lead(
         if share.stamp() != before:  # not what was refused a moment ago
             digest = _load(share, local)
         if not digest:
-            # A writer that was killed leaves its mark, and somebody takes over. One that ended in order takes it away; if it
-            # could not publish neither could we, and one after the other would be the slowest way to find out.
+            # A writer that was killed leaves its mark, and somebody takes over. One that ended in
+            # order takes it away; if it could not publish neither could we, and one after the other
+            # would be the slowest way to find out.
             if waited and not share.marked:
                 raise NothingPublished("the worker that was waited for has ended without a bundle")
             share.mark()
@@ -296,7 +328,9 @@ def _load_or_lead(
 
 
 def _load(share: Share, local: Path) -> str:
-    """The digest of what was loaded; empty, with a warning where there is a reason, if nothing was."""
+    """The digest of what was loaded; empty, with a warning where there is a reason, if nothing
+    was.
+    """
     began = time.monotonic()
     try:
         if not share.load(local):
@@ -306,14 +340,18 @@ def _load(share: Share, local: Path) -> str:
         logger.warning("refused the compile cache %s: %s; compiling instead", share.path, error)
         return ""
     except OSError as error:
-        logger.warning("cannot read the compile cache %s: %s; compiling instead", share.path, _text(error))
+        logger.warning(
+            "cannot read the compile cache %s: %s; compiling instead", share.path, _text(error)
+        )
         return ""
     logger.info("loaded the compile cache %s in %.1f s", share.path, time.monotonic() - began)
     return digest
 
 
 def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> tuple[Outcome, str]:
-    """Publish what is in `local` unless it is what `digest` says. Without the lock, and while another writes, leave it to them."""
+    """Publish what is in `local` unless it is what `digest` says. Without the lock, and while
+    another writes, leave it to them.
+    """
     own: BaseFileLock | None = None
     try:
         now = bundle.content_digest(local)
@@ -340,4 +378,8 @@ def _resign(share: Share, lock: BaseFileLock) -> None:
 
 
 def _text(error: Exception) -> str:
-    return f"{error.strerror} ({error.filename})" if isinstance(error, OSError) and error.filename else str(error)
+    return (
+        f"{error.strerror} ({error.filename})"
+        if isinstance(error, OSError) and error.filename
+        else str(error)
+    )

@@ -1,8 +1,10 @@
-"""The shared folder: one bundle per purpose, published whole or not at all, by one writer at a time.
+"""The shared folder: one bundle per purpose, published whole or not at all, by one writer at a
+time.
 
-Everything here is files and locks, of this machine or of a network share; nothing knows what is in a bundle. The lock is flock(2):
-the kernel lets go of it when its holder dies, however it dies. On NFS that needs version 4, or lockd and a mount without `nolock`
-or `local_lock`; without, every machine elects a writer of its own, which costs compiles and harms nothing.
+Everything here is files and locks, of this machine or of a network share; nothing knows what is in
+a bundle. The lock is flock(2): the kernel lets go of it when its holder dies, however it dies. On
+NFS that needs version 4, or lockd and a mount without `nolock` or `local_lock`; without, every
+machine elects a writer of its own, which costs compiles and harms nothing.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".bundle"
 _PARTIAL = f".partial{SUFFIX}"
-_STEM = "[0-9a-f]" * 32  # others may put there what they like; what is not named as ours is no business of ours
+# others may put there what they like; what is not named as ours is no business of ours
+_STEM = "[0-9a-f]" * 32
 _MARK = ".writer"
 _LONGEST_MARK = 1000
 _POLL_SECONDS = 0.2
@@ -42,19 +45,18 @@ class GaveUp(Exception):
 
 
 class NothingPublished(GaveUp):
-    """The worker that was waited for has ended without a bundle: it compiled nothing, or could not publish and said so."""
+    """The worker that was waited for has ended without a bundle: it compiled nothing, or could not
+    publish and said so.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Share:
     """One bundle's place in a shared folder.
 
-    Args:
-        folder: shared by workers, on this machine or a network.
-        context: everything the compiled files depend on; names the bundle and is covered by its signature.
-        trust: which bundles are believed.
-        max_bytes: of all bundles in the folder.
-        partial: see `part`.
+    Args: folder: shared by workers, on this machine or a network. context: everything the compiled
+      files depend on; names the bundle and is covered by its signature. trust: which bundles are
+      believed. max_bytes: of all bundles in the folder. partial: see `part`.
     """
 
     folder: Path
@@ -69,11 +71,14 @@ class Share:
 
     @property
     def part(self) -> Share:
-        """The place of a bundle that its writer has not finished, under the same lock. One is never taken for the other."""
+        """The place of a bundle that its writer has not finished, under the same lock. One is never
+        taken for the other.
+        """
         return replace(self, partial=True)
 
     def prepare(self) -> None:
-        """Make the folder (not its parents: they are the mount), and see that what is put there would be believed.
+        """Make the folder (not its parents: they are the mount), and see that what is put there
+        would be believed.
 
         Raises:
             Untrusted: `owner` trust, and others can write to it.
@@ -97,7 +102,9 @@ class Share:
         with file:
             size = os.fstat(file.fileno()).st_size
             if size > self.max_bytes:
-                raise Untrusted(f"its {size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})")
+                raise Untrusted(
+                    f"its {size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})"
+                )
             bundle.unpack(file, into, self.trust, self._purpose)
             with suppress(OSError):  # a share that is read-only here: others keep the record of use
                 os.utime(file.fileno())
@@ -123,7 +130,9 @@ class Share:
                 os.fsync(file.fileno())
                 status = os.fstat(file.fileno())
             if status.st_size > self.max_bytes:
-                raise GaveUp(f"its {status.st_size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})")
+                raise GaveUp(
+                    f"its {status.st_size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})"
+                )
             self._evict(self.max_bytes - status.st_size, now=status.st_mtime)
             scratch.replace(self.path)
         except BaseException:
@@ -144,7 +153,9 @@ class Share:
             return None
         return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
 
-    def lock(self, patience: float = 0.0, report: Callable[[str], None] = lambda _: None) -> tuple[BaseFileLock, bool]:
+    def lock(
+        self, patience: float = 0.0, report: Callable[[str], None] = lambda _: None
+    ) -> tuple[BaseFileLock, bool]:
         """Become the writer: the held lock, and whether somebody else held it before.
 
         Waits up to `patience` seconds; `report` is told now and then for whom.
@@ -153,21 +164,29 @@ class Share:
             GaveUp: it is still taken.
             OSError: the share has no locks, or is read-only.
         """
-        # Signed bundles may be shared by several uids; whoever holds the lock for ever costs the others `patience`, no more.
+        # Signed bundles may be shared by several uids; whoever holds the lock for ever costs the
+        # others `patience`, no more.
         lock = FileLock(self._beside(".lock"), mode=0o600 if self.trust.mode == "owner" else 0o666)
         began, waited = time.monotonic(), False
         while True:
             left = patience - (time.monotonic() - began)
             try:
-                lock.acquire(timeout=max(0.0, min(_REPORT_SECONDS, left)) if waited else 0, poll_interval=_POLL_SECONDS)
+                lock.acquire(
+                    timeout=max(0.0, min(_REPORT_SECONDS, left)) if waited else 0,
+                    poll_interval=_POLL_SECONDS,
+                )
             except NotImplementedError as error:  # how older filelocks say that there is no flock
                 raise OSError(errno.ENOLCK, "the share has no flock(2)") from error
             except Timeout:
                 spent = time.monotonic() - began
                 if left <= 0:
-                    raise GaveUp(f"{self._writer()} still holds the lock after {spent:.0f} s") from None
+                    raise GaveUp(
+                        f"{self._writer()} still holds the lock after {spent:.0f} s"
+                    ) from None
                 if patience:
-                    report(f"waiting for {self._writer()}, which compiles: {spent:.0f} s, at most {patience:.0f} s")
+                    report(
+                        f"waiting for {self._writer()}, which compiles: {spent:.0f} s, at most {patience:.0f} s"
+                    )
                 waited = True
                 continue
             if type(lock) is not FileLock:  # filelock's stand-in outlives a killed holder
@@ -176,7 +195,8 @@ class Share:
             return lock, waited
 
     def mark(self) -> None:
-        """Say who writes. The mark of a writer that was killed stays, and so tells the next one to take over.
+        """Say who writes. The mark of a writer that was killed stays, and so tells the next one to
+        take over.
 
         Raises:
             OSError: not even this fits on the share.
@@ -213,8 +233,11 @@ class Share:
 
     def _writer(self) -> str:
         try:
-            # Anybody may have put it there: not a link, not a pipe that is waited for, not a gigabyte.
-            descriptor = os.open(self._beside(_MARK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            # Anybody may have put it there: not a link, not a pipe that is waited for, not a
+            # gigabyte.
+            descriptor = os.open(
+                self._beside(_MARK), os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            )
             with os.fdopen(descriptor, "rb") as file:
                 mark = json.loads(file.read(_LONGEST_MARK))
             return f"pid {int(mark['pid'])} on {str(mark['host'])[:64]!r}"
@@ -222,7 +245,9 @@ class Share:
             return "another worker"
 
     def _sweep(self) -> None:
-        """Remove what killed writers left half-written. Whose lock is free has no writer; ours is with us."""
+        """Remove what killed writers left half-written. Whose lock is free has no writer; ours is
+        with us.
+        """
         for path in self.folder.glob(f"{_STEM}.*.tmp"):
             stem = path.name.partition(".")[0]
             with suppress(OSError, Timeout, NotImplementedError):
@@ -233,13 +258,16 @@ class Share:
                         path.unlink()
 
     def _evict(self, room: int, now: float) -> None:
-        """Remove other bundles, those unused for longest first, until the rest takes at most `room` bytes.
+        """Remove other bundles, those unused for longest first, until the rest takes at most `room`
+        bytes.
 
-        `now` is the share's own clock. A bundle from the future was touched by a clock that runs ahead: it counts as used now, and
-        is set back so that it can grow old.
+        `now` is the share's own clock. A bundle from the future was touched by a clock that runs
+        ahead: it counts as used now, and is set back so that it can grow old.
         """
         found = []
-        for path in (path for suffix in (SUFFIX, _PARTIAL) for path in self.folder.glob(_STEM + suffix)):
+        for path in (
+            path for suffix in (SUFFIX, _PARTIAL) for path in self.folder.glob(_STEM + suffix)
+        ):
             with suppress(OSError):
                 status = path.lstat()
                 if path != self.path:

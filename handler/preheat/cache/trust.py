@@ -1,8 +1,11 @@
-"""Which compiled files may be run. They are read with pickle and as shared libraries: whoever wrote one runs code here.
+"""Which compiled files may be run. They are read with pickle and as shared libraries: whoever wrote
+one runs code here.
 
-`signed`: the file carries an HMAC-SHA256 made with a key that only the workers and the builder hold. `owner`: the file and its
-folder belong to our uid and nobody else can write to them. A signature covers what the file is for as well (its `context`, such
-as a fingerprint), so that a genuine file cannot be passed off as another.
+`signed`: the file carries an HMAC-SHA256 made with a key that only the workers and the builder
+  hold. `owner`: the file and its
+folder belong to our uid and nobody else can write to them. A signature covers what the file is for
+as well (its `context`, such as a fingerprint), so that a genuine file cannot be passed off as
+another.
 """
 
 from __future__ import annotations
@@ -31,32 +34,42 @@ _LONGEST_SIGNATURE = 128
 
 @dataclass(frozen=True, slots=True)
 class Trust:
-    """The rule by which files are believed, and the key that signs them. Files are signed whenever there is a key."""
+    """The rule by which files are believed, and the key that signs them. Files are signed whenever
+    there is a key.
+    """
 
     mode: TrustMode
     key: bytes | None = field(default=None, repr=False)
 
     @classmethod
-    def resolve(cls, asked: TrustMode | None = None, environ: Mapping[str, str] = os.environ) -> Trust:
-        """The rule that `pt2.cache.trust` and the environment mean; by default `signed` where there is a key, else `owner`.
+    def resolve(
+        cls, asked: TrustMode | None = None, environ: Mapping[str, str] = os.environ
+    ) -> Trust:
+        """The rule that `pt2.cache.trust` and the environment mean; by default `signed` where there
+        is a key, else `owner`.
 
-        Raises:
-            ConfigError: `signed` without a key, or a key that cannot be used. Going on without would believe anybody.
+        Raises: ConfigError: `signed` without a key, or a key that cannot be used. Going on without
+          would believe anybody.
         """
         key = _read_key(environ)
         if asked == "signed" and key is None:
-            raise ConfigError(f"signed needs a key: set {KEY_FILE_VARIABLE} or {KEY_VARIABLE}", "pt2.cache.trust")
+            raise ConfigError(
+                f"signed needs a key: set {KEY_FILE_VARIABLE} or {KEY_VARIABLE}", "pt2.cache.trust"
+            )
         return cls(asked or ("owner" if key is None else "signed"), key)
 
     def sign(self, digest: str, context: str) -> str:
-        """The signature of contents with this SHA-256 `digest`, for this purpose; empty where there is no key."""
+        """The signature of contents with this SHA-256 `digest`, for this purpose; empty where there
+        is no key.
+        """
         if self.key is None:
             return ""
         message = b"\0".join((_DOMAIN, context.encode(), digest.encode()))
         return hmac.new(self.key, message, hashlib.sha256).hexdigest()
 
     def check(self, signature: str, digest: str, context: str) -> None:
-        """Nothing, if contents with this digest may be run for this purpose. In `owner` mode `open` has already decided.
+        """Nothing, if contents with this digest may be run for this purpose. In `owner` mode `open`
+        has already decided.
 
         Raises:
             Untrusted: unsigned, altered, signed with another key or for another purpose.
@@ -66,10 +79,13 @@ class Trust:
         if not signature:
             raise Untrusted("it is not signed")
         if not hmac.compare_digest(signature.encode(), self.sign(digest, context).encode()):
-            raise Untrusted("its signature is wrong: altered, or made with another key or for another purpose")
+            raise Untrusted(
+                "its signature is wrong: altered, or made with another key or for another purpose"
+            )
 
     def open(self, path: Path) -> BinaryIO:
-        """The regular file at `path`, open for reading. In `owner` mode it and its folder are ours alone to write.
+        """The regular file at `path`, open for reading. In `owner` mode it and its folder are ours
+        alone to write.
 
         What is checked is what was opened: a file that is swapped afterwards changes nothing.
 
@@ -101,7 +117,8 @@ class Trust:
             os.close(folder)
 
     def check_folder(self, folder: Path) -> None:
-        """Nothing, if files in `folder` could be believed; in `signed` mode anybody may write there.
+        """Nothing, if files in `folder` could be believed; in `signed` mode anybody may write
+        there.
 
         Raises:
             Untrusted: `owner` mode, and it is not ours alone to write.
@@ -111,15 +128,20 @@ class Trust:
             _refuse_foreign("the folder", folder.stat())
 
     def sign_file(self, path: Path, context: str) -> None:
-        """Write the signature of the file at `path` beside it, as `<name>.sig`; nothing where there is no key."""
+        """Write the signature of the file at `path` beside it, as `<name>.sig`; nothing where there
+        is no key.
+        """
         if self.key is None:
             return
         with path.open("rb") as file:
             digest = digest_of(file)
-        path.with_name(path.name + SIGNATURE_SUFFIX).write_text(self.sign(digest, context) + "\n", encoding="ascii")
+        path.with_name(path.name + SIGNATURE_SUFFIX).write_text(
+            self.sign(digest, context) + "\n", encoding="ascii"
+        )
 
     def read_file(self, path: Path, context: str) -> bytes:
-        """What is in the file at `path`, if it may be run for this purpose; the signature is in `<name>.sig` beside it.
+        """What is in the file at `path`, if it may be run for this purpose; the signature is in
+        `<name>.sig` beside it.
 
         Use the bytes, not the path: between check and use, somebody may change what lies there.
 
@@ -173,14 +195,18 @@ def _refuse_foreign(what: str, status: os.stat_result) -> None:
 
 
 def _read_key(environ: Mapping[str, str]) -> bytes | None:
-    """The key from the file or the environment. An empty one is a mistake, not a wish to have none."""
+    """The key from the file or the environment. An empty one is a mistake, not a wish to have
+    none.
+    """
     file, text = environ.get(KEY_FILE_VARIABLE), environ.get(KEY_VARIABLE)
     if file is not None:
         source = f"{KEY_FILE_VARIABLE} ({file})"
         try:
             key = Path(file).read_bytes().strip()
         except OSError as error:
-            raise ConfigError(f"cannot read the key in {source}: {error.strerror}", "pt2.cache.trust") from error
+            raise ConfigError(
+                f"cannot read the key in {source}: {error.strerror}", "pt2.cache.trust"
+            ) from error
     elif text is not None:
         source, key = KEY_VARIABLE, text.encode().strip()
     else:

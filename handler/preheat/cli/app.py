@@ -1,4 +1,6 @@
-"""The `preheat` command. Everything heavy is imported inside a command, since `preheat ready` is a probe."""
+"""The `preheat` command. Everything heavy is imported inside a command, since `preheat ready` is a
+probe.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class Format(str, Enum):
     no_archive = "no-archive"
 
 
-Config = Annotated[Path, typer.Argument(help="The model YAML; its stem becomes the model's name.", exists=True)]
+Config = Annotated[
+    Path, typer.Argument(help="The model YAML; its stem becomes the model's name.", exists=True)
+]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -65,7 +69,10 @@ def _print_version(wanted: bool) -> None:
 @app.callback()
 def options(
     version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
     ] = False,
 ) -> None:
     """What stands before the commands."""
@@ -75,47 +82,79 @@ def options(
 def archive(
     config: Config,
     model: Model = None,
-    output: Annotated[Path, typer.Option(help="Folder the archive is written to.")] = STATE / "archives",
+    output: Annotated[Path, typer.Option(help="Folder the archive is written to.")] = STATE
+    / "archives",
     archive_format: Annotated[
         Format,
         typer.Option(
-            "--format", help="zip-store or default (deflated): a .mar; no-archive: a folder, which is served in place."
+            "--format",
+            help="zip-store or default (deflated): a .mar; no-archive: a folder, which is served in place.",
         ),
     ] = Format.zip_store,
     external: Annotated[
-        bool, typer.Option("--external", help="Leave the weights where they are; the archive names the place.")
+        bool,
+        typer.Option(
+            "--external", help="Leave the weights where they are; the archive names the place."
+        ),
     ] = False,
     aot: Annotated[
-        bool, typer.Option("--aot", help="Compile now, for machines like this one, so that workers compile nothing.")
+        bool,
+        typer.Option(
+            "--aot",
+            help="Compile now, for machines like this one, so that workers compile nothing.",
+        ),
     ] = False,
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
     from preheat.torchserve.archive import build_archive, is_archive
 
     if is_archive(config):
-        raise PreheatError(f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}")
+        raise PreheatError(
+            f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}"
+        )
     place = _model(config, model)
-    print(build_archive(config, place, output=output, archive_format=archive_format.value, external=external, aot=aot))
+    print(
+        build_archive(
+            config,
+            place,
+            output=output,
+            archive_format=archive_format.value,
+            external=external,
+            aot=aot,
+        )
+    )
 
 
 @app.command()
 def ready(
-    model: Annotated[str | None, typer.Option(help="Ask about this model alone. Default: about all.")] = None,
-    min_workers: Annotated[
-        int | None, typer.Option(min=0, help="Want at least so many workers; minWorkers of the YAML counts anyway.")
+    model: Annotated[
+        str | None, typer.Option(help="Ask about this model alone. Default: about all.")
     ] = None,
-    wait: Annotated[float, typer.Option(min=0, help="Seconds to wait, showing how warm-up goes.")] = 0,
+    min_workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Want at least so many workers; minWorkers of the YAML counts anyway."
+        ),
+    ] = None,
+    wait: Annotated[
+        float, typer.Option(min=0, help="Seconds to wait, showing how warm-up goes.")
+    ] = 0,
     management: Annotated[
-        str | None, typer.Option(help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}.")
+        str | None,
+        typer.Option(
+            help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}."
+        ),
     ] = None,
     name: Name = None,
     token_file: Annotated[
-        Path | None, typer.Option(help="TorchServe's key_file.json, where the management API wants a token.")
+        Path | None,
+        typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
     ] = None,
 ) -> None:
     """Exit 0 when every worker is warm, 1 otherwise, and say what is missing.
 
-    Unlike /ping it does not say yes before initialize() has returned. Made to be a Kubernetes exec probe.
+    Unlike /ping it does not say yes before initialize() has returned. Made to be a Kubernetes exec
+    probe.
     """
     from preheat import status
     from preheat.torchserve import readiness
@@ -137,11 +176,15 @@ def ready(
         _wait(_recall(known), min_workers, wait)
         verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
     elif wait and not verdict.ready:
-        verdict = readiness.wait(url, models, min_workers, token, seconds=wait, statuses=statuses, report=_say_waiting)
+        verdict = readiness.wait(
+            url, models, min_workers, token, seconds=wait, statuses=statuses, report=_say_waiting
+        )
     for line in verdict.missing:
         print(line)
     if verdict.ready:
-        asked = [status for status in statuses() if models is None or status.model in _names(models)]
+        asked = [
+            status for status in statuses() if models is None or status.model in _names(models)
+        ]
         _print_engines([status for status in asked if Path("/proc", str(status.pid)).exists()])
         print("ready")
     raise typer.Exit(0 if verdict.ready else 1)
@@ -152,11 +195,14 @@ def serve(
     config: Annotated[
         Path,
         typer.Argument(
-            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder.", exists=True
+            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder.",
+            exists=True,
         ),
     ],
     model: Model = None,
-    name: Annotated[str | None, typer.Option(help="The server's name. Default: the YAML's or archive's.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="The server's name. Default: the YAML's or archive's.")
+    ] = None,
     inference_port: Annotated[int, typer.Option(help="REST predictions.")] = 8080,
     management_port: Annotated[int, typer.Option(help="REST management.")] = 8081,
     metrics_port: Annotated[int, typer.Option(help="Prometheus metrics.")] = 8082,
@@ -179,12 +225,16 @@ def serve(
     name = _checked(name or model_name)
     run_dir = STATE / "run" / name
     if server.find(run_dir):
-        raise PreheatError(f"a server named {name} runs already: stop it, or give this one another name")
+        raise PreheatError(
+            f"a server named {name} runs already: stop it, or give this one another name"
+        )
     if archived:
         built = config
     else:
         place = _model(config, model)
-        built = build_archive(config, place, output=run_dir / "archives", archive_format="no-archive", external=True)
+        built = build_archive(
+            config, place, output=run_dir / "archives", archive_format="no-archive", external=True
+        )
     ports = server.Ports(
         inference=inference_port,
         management=management_port,
@@ -239,7 +289,8 @@ def schema() -> None:
 
 def main() -> None:
     """The entry point: errors that Preheat raises on purpose are one line, not a traceback."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that the demo's server is stopped
+    # unwinds, so that the demo's server is stopped
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
     except PreheatError as error:
@@ -253,12 +304,16 @@ def _fail(message: str) -> NoReturn:
 
 def _checked(name: str) -> str:
     if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", name):
-        raise PreheatError(f"{name!r} is no name for a server: use letters, digits, '-', '_' and '.'")
+        raise PreheatError(
+            f"{name!r} is no name for a server: use letters, digits, '-', '_' and '.'"
+        )
     return name
 
 
 def _model(config: Path, model: str | None) -> str | None:
-    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a factory makes it."""
+    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a
+    factory makes it.
+    """
     from preheat.config.model import ModelConfig
     from preheat.config.places import Family, folder_or_hub_id, tiny_name
 
@@ -292,13 +347,19 @@ def _model(config: Path, model: str | None) -> str | None:
 
 
 def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:
-    """What `server.json` says of the server `name`, or of the only one that was started here and not stopped."""
+    """What `server.json` says of the server `name`, or of the only one that was started here and
+    not stopped.
+    """
     folder = STATE / "run"
-    files = [folder / _checked(name) / "server.json"] if name else sorted(folder.glob("*/server.json"))
+    files = (
+        [folder / _checked(name) / "server.json"] if name else sorted(folder.glob("*/server.json"))
+    )
     files = [file for file in files if file.exists()]
     if len(files) > 1:
         names = ", ".join(file.parent.name for file in files)
-        raise PreheatError(f"several servers were started here ({names}): say which by --name (make: NAME=)")
+        raise PreheatError(
+            f"several servers were started here ({names}): say which by --name (make: NAME=)"
+        )
     if not files:
         if required:
             raise PreheatError(f"no server {name + ' ' if name else ''}was started here")
@@ -333,7 +394,9 @@ def _say_waiting(missing: Sequence[str]) -> None:
 
 
 def _print_engines(statuses: Sequence[Status]) -> None:
-    """What serves each bucket, with a warning where that is eager code though compiling was asked for."""
+    """What serves each bucket, with a warning where that is eager code though compiling was asked
+    for.
+    """
     from preheat.torchserve import readiness
 
     lines, warnings = readiness.describe_engines(statuses)

@@ -1,4 +1,5 @@
-"""The demo: a tiny SDXL is built, archived, served, warmed and asked for odd sizes over REST and gRPC.
+"""The demo: a tiny SDXL is built, archived, served, warmed and asked for odd sizes over REST and
+gRPC.
 
 It leaves `*.png`, `contact-sheet.png` and `summary.json`, and no process of its own.
 """
@@ -81,11 +82,15 @@ def run(state: Path, out: Path, console: Console | None = None) -> None:
     table = _table(pictures)
     console.print(table)
     _draw(table, out / "table.svg")
-    console.print(f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server is stopped.")
+    console.print(
+        f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server is stopped."
+    )
 
 
 @contextmanager
-def serving(family: str, config: Path, state: Path, console: Console) -> Iterator[tuple[server.TorchServe, float]]:
+def serving(
+    family: str, config: Path, state: Path, console: Console
+) -> Iterator[tuple[server.TorchServe, float]]:
     """A server of a tiny model of this family, warm, and the seconds that took.
 
     Raises:
@@ -99,7 +104,9 @@ def serving(family: str, config: Path, state: Path, console: Console) -> Iterato
     model = tiny_model(family, state / "models")
     archive = build_archive(config, model, output=state / "archives")
     console.print("Starting TorchServe; its worker compiles and warms every bucket:")
-    running = server.start([archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor")
+    running = server.start(
+        [archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor"
+    )
     try:
         with WarmupProgress(console) as progress:
             running.wait_ready(1800, watch=progress.update)
@@ -111,7 +118,8 @@ def serving(family: str, config: Path, state: Path, console: Console) -> Iterato
 
 
 def tiny_model(family: str, models: Path) -> Path:
-    """`build_tiny` into a folder of `models` whose name changes with what would be made, and only where it is not there.
+    """`build_tiny` into a folder of `models` whose name changes with what would be made, and only
+    where it is not there.
 
     Raises:
         PreheatError: it failed.
@@ -120,17 +128,21 @@ def tiny_model(family: str, models: Path) -> Path:
     source = (Path(__file__).parent / "tiny.py").read_bytes()
     digest = hashlib.sha256(source + repr(made_by).encode()).hexdigest()[:12]
     folder = models / f"tiny-{family}-{digest}"
-    return folder if folder.is_dir() else build_tiny(family, folder)  # which appears whole, by a rename
+    # which appears whole, by a rename
+    return folder if folder.is_dir() else build_tiny(family, folder)
 
 
 def build_tiny(family: str, folder: Path) -> Path:
-    """`tiny.build` in a process of its own, which spares this one torch, and the terminal what loading it prints.
+    """`tiny.build` in a process of its own, which spares this one torch, and the terminal what
+    loading it prints.
 
     Raises:
         PreheatError: it failed.
     """
     code = "import sys, pathlib; from preheat.models import tiny; tiny.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
-    search = os.pathsep.join(filter(None, [str(server.ROOT / "handler"), os.environ.get("PYTHONPATH")]))
+    search = os.pathsep.join(
+        filter(None, [str(server.ROOT / "handler"), os.environ.get("PYTHONPATH")])
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, family, str(folder)],
         check=False,
@@ -155,27 +167,45 @@ def _ask_all(running: server.TorchServe) -> list[Picture]:
 def _ask(client: Client, number: int, ask: Ask) -> Picture:
     rest = ask.protocol == "REST"
     # gRPC answers carry no headers; the JSON form says the same in its body.
-    reply = client.predict(ask.payload) if rest else client.predict_grpc({**ask.payload, "response_format": "b64_json"})
+    reply = (
+        client.predict(ask.payload)
+        if rest
+        else client.predict_grpc({**ask.payload, "response_format": "b64_json"})
+    )
     if reply.status != (200 if rest else 0) or reply.error:
-        raise PreheatError(f"{ask.protocol} {ask.height}x{ask.width}: {reply.status} {reply.body[:500]!r}")
+        raise PreheatError(
+            f"{ask.protocol} {ask.height}x{ask.width}: {reply.status} {reply.body[:500]!r}"
+        )
     name = f"{number:02}-{ask.protocol.lower()}-{ask.task}-{ask.height}x{ask.width}.png"
     picture = _read_rest(ask, name, reply) if rest else _read_grpc(ask, name, reply)
     if picture.image.size != (ask.width, ask.height):
-        raise PreheatError(f"asked for {ask.height}x{ask.width}, got {picture.image.height}x{picture.image.width}")
+        raise PreheatError(
+            f"asked for {ask.height}x{ask.width}, got {picture.image.height}x{picture.image.width}"
+        )
     return picture
 
 
 def _read_rest(ask: Ask, name: str, reply: Reply) -> Picture:
     height, _, width = reply.headers["x-preheat-bucket"].partition("x")
     padding, engine = float(reply.headers["x-preheat-padding"]), reply.headers["x-preheat-engine"]
-    return Picture(ask, name, _opened(reply.body), (int(height), int(width)), padding, engine, reply.milliseconds)
+    return Picture(
+        ask,
+        name,
+        _opened(reply.body),
+        (int(height), int(width)),
+        padding,
+        engine,
+        reply.milliseconds,
+    )
 
 
 def _read_grpc(ask: Ask, name: str, reply: Reply) -> Picture:
     body = reply.json()
     image = _opened(base64.b64decode(body["data"][0]["b64_json"]))
     height, width = body["bucket"]
-    return Picture(ask, name, image, (height, width), body["padding"], body["engine"], reply.milliseconds)
+    return Picture(
+        ask, name, image, (height, width), body["padding"], body["engine"], reply.milliseconds
+    )
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -185,12 +215,18 @@ def _opened(data: bytes) -> Image.Image:
 
 
 def _photo() -> str:
-    """The input of the image-to-image requests, 240x360, as base64: a sky, a sun and hills, no file needed."""
+    """The input of the image-to-image requests, 240x360, as base64: a sky, a sun and hills, no file
+    needed.
+    """
     image = Image.linear_gradient("L").resize((360, 240))
-    image = Image.merge("RGB", (image, image.point(lambda v: 255 - v // 2), Image.new("L", image.size, 200)))
+    image = Image.merge(
+        "RGB", (image, image.point(lambda v: 255 - v // 2), Image.new("L", image.size, 200))
+    )
     draw = ImageDraw.Draw(image)
     draw.ellipse((250, 30, 310, 90), fill=(255, 220, 80))
-    draw.polygon([(0, 240), (0, 170), (120, 120), (230, 190), (360, 140), (360, 240)], fill=(40, 90, 50))
+    draw.polygon(
+        [(0, 240), (0, 170), (120, 120), (230, 190), (360, 140), (360, 240)], fill=(40, 90, 50)
+    )
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return base64.b64encode(buffer.getvalue()).decode()
@@ -232,7 +268,9 @@ def _contact_sheet(pictures: Sequence[Picture], columns: int = 4) -> Image.Image
         at = (left + (cell_width - ask.width) // 2, top + (cell_height - 30 - ask.height) // 2)
         sheet.paste(picture.image, at)
         caption = f"{ask.height}x{ask.width} in {height}x{width}, {ask.task}, {ask.protocol}, {picture.engine}"
-        draw.text((left + cell_width // 2, top + cell_height - 18), caption, fill="black", anchor="mm")
+        draw.text(
+            (left + cell_width // 2, top + cell_height - 18), caption, fill="black", anchor="mm"
+        )
     return sheet
 
 
@@ -246,7 +284,9 @@ def _draw(table: Table, path: Path) -> None:
 def _table(pictures: Sequence[Picture]) -> Table:
     table = Table(title="height x width, in pixels")
     for heading in ("asked", "from", "bucket", "padding", "engine", "ms", "protocol"):
-        table.add_column(heading, justify="right" if heading in ("asked", "padding", "ms") else "left")
+        table.add_column(
+            heading, justify="right" if heading in ("asked", "padding", "ms") else "left"
+        )
     for picture in pictures:
         ask = picture.ask
         table.add_row(

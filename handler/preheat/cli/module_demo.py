@@ -1,4 +1,5 @@
-"""The demo of a module: a tiny BERT or ResNet is built, archived, served, warmed and asked for odd sizes over REST and gRPC.
+"""The demo of a module: a tiny BERT or ResNet is built, archived, served, warmed and asked for odd
+sizes over REST and gRPC.
 
 It leaves `answers.json`, and no process of its own.
 """
@@ -38,7 +39,8 @@ class Ask:
 
 
 def run(model: str, state: Path, out: Path, console: Console | None = None) -> None:
-    """Run the demo of `bert` or `resnet` with its working files in `state` and its results in `out`.
+    """Run the demo of `bert` or `resnet` with its working files in `state` and its results in
+    `out`.
 
     Raises:
         PreheatError: the server did not become ready, or an answer is not what was asked for.
@@ -49,7 +51,9 @@ def run(model: str, state: Path, out: Path, console: Console | None = None) -> N
         answers = [answer for ask in _asks(model) for answer in _ask(client, ask)]
         padding = client.state()["padding"]
     out.mkdir(parents=True, exist_ok=True)
-    (out / "answers.json").write_text(json.dumps({"padding": padding, "answers": answers}, indent=1), encoding="utf-8")
+    (out / "answers.json").write_text(
+        json.dumps({"padding": padding, "answers": answers}, indent=1), encoding="utf-8"
+    )
     console.print(_table(answers))
     error = padding["max_error"]
     shown = error if isinstance(error, str) else f"{error:.2g}"
@@ -64,15 +68,25 @@ def _asks(model: str) -> Iterator[Ask]:
             Image.linear_gradient("L").resize((width, height)).convert("RGB").save(image, "png")
             yield Ask(f"image {height}x{width}", "image/png", image.getvalue())
         return
-    yield Ask("text", "text/plain", b"It was a bright cold day in April, and the clocks were striking thirteen.")
+    yield Ask(
+        "text",
+        "text/plain",
+        b"It was a bright cold day in April, and the clocks were striking thirteen.",
+    )
     for length in LENGTHS:
         ids = [5 + (7 * index) % 90 for index in range(length)]
-        yield Ask(f"{length} tokens", "application/json", json.dumps({"inputs": {"input_ids": ids}}).encode())
+        yield Ask(
+            f"{length} tokens",
+            "application/json",
+            json.dumps({"inputs": {"input_ids": ids}}).encode(),
+        )
 
 
 def _ask(client: Client, ask: Ask) -> Iterator[dict[str, Any]]:
     name = "text" if ask.content_type == "text/plain" else "data"
-    yield _read(ask, "REST", client.post(content=ask.body, headers={"content-type": ask.content_type}))
+    yield _read(
+        ask, "REST", client.post(content=ask.body, headers={"content-type": ask.content_type})
+    )
     yield _read(ask, "gRPC", client.call_grpc({name: ask.body}))
 
 
@@ -102,7 +116,8 @@ def _first(value: Any) -> list[float]:
 
 def _table(answers: list[dict[str, Any]]) -> Table:
     name = next(iter(answers[0]["shapes"]))
-    table = Table(title="tiny model, random weights", box=SIMPLE, padding=(0, 1, 0, 0))  # fits 80 columns
+    # fits 80 columns
+    table = Table(title="tiny model, random weights", box=SIMPLE, padding=(0, 1, 0, 0))
     for heading in ("asked", "from", "bucket", "padding", "engine", "ms", "answer"):
         table.add_column(heading, no_wrap=True)
     for answer in answers:

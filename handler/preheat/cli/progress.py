@@ -1,11 +1,20 @@
-"""Warm-up as rich progress bars: one per worker and, below it, one per bucket, fed by the workers' status files."""
+"""Warm-up as rich progress bars: one per worker and, below it, one per bucket, fed by the workers'
+status files.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 from typing_extensions import Self
 
 from preheat.status import Status
@@ -40,7 +49,14 @@ class WarmupProgress:
         running = [status for status in statuses if Path("/proc", str(status.pid)).exists()]
         for status in running:
             title = f"{status.model} worker {status.pid}"
-            self._show(status.pid, "", title, status.done, status.total, MARKS.get(status.state, status.state))
+            self._show(
+                status.pid,
+                "",
+                title,
+                status.done,
+                status.total,
+                MARKS.get(status.state, status.state),
+            )
             whose = f"{status.pid} " if len(running) > 1 else ""
             for bucket, done, total, seconds in status.buckets:
                 detail = f"{seconds:.1f} s" if seconds else ""
@@ -48,6 +64,10 @@ class WarmupProgress:
 
     def _show(self, pid: int, bucket: str, title: str, done: int, total: int, detail: str) -> None:
         if (pid, bucket) not in self._tasks:
-            self._tasks[pid, bucket] = self._progress.add_task(title, total=total or None, detail=detail)
+            self._tasks[pid, bucket] = self._progress.add_task(
+                title, total=total or None, detail=detail
+            )
         task = self._tasks[pid, bucket]
-        self._progress.update(task, description=title, completed=done, total=total or None, detail=detail)
+        self._progress.update(
+            task, description=title, completed=done, total=total or None, detail=detail
+        )

@@ -1,4 +1,6 @@
-"""What torch tells about compiling, as `pt2.debug` asks: its own logs, and its trace files in a folder that stays bounded."""
+"""What torch tells about compiling, as `pt2.debug` asks: its own logs, and its trace files in a
+folder that stays bounded.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def debugging(debug: DebugConfig) -> Iterator[None]:
-    """Everything that compiles inside is logged and traced as `debug` says; the trace folder is pruned at the end."""
+    """Everything that compiles inside is logged and traced as `debug` says; the trace folder is
+    pruned at the end.
+    """
     if debug.recompiles or debug.guards or debug.graph_breaks:
         set_logs(recompiles=debug.recompiles, guards=debug.guards, graph_breaks=debug.graph_breaks)
     if debug.trace_dir is None:
@@ -39,7 +43,9 @@ def debugging(debug: DebugConfig) -> Iterator[None]:
 
 
 def prune(folder: Path, max_bytes: int) -> int:
-    """Delete the oldest files below `folder` until it holds at most `max_bytes`; returns how many went."""
+    """Delete the oldest files below `folder` until it holds at most `max_bytes`; returns how many
+    went.
+    """
     found: list[tuple[int, int, Path]] = []
     for path in folder.rglob("*"):
         with suppress(FileNotFoundError):  # another worker prunes too

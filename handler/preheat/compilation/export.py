@@ -1,4 +1,6 @@
-"""What code made through `torch.export` has in common: the export of one call, the calls it serves, and its proof against eager."""
+"""What code made through `torch.export` has in common: the export of one call, the calls it serves,
+and its proof against eager.
+"""
 
 from __future__ import annotations
 
@@ -12,20 +14,33 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from preheat.compilation.router import DynamicDims, Inputs, contained, leaves, map_tensors, rebuilt, signature
+from preheat.compilation.router import (
+    DynamicDims,
+    Inputs,
+    contained,
+    leaves,
+    map_tensors,
+    rebuilt,
+    signature,
+)
 from preheat.compilation.watch import eagerly
 
 logger = logging.getLogger(__name__)
 
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 1e-2, torch.bfloat16: 8e-2}
-"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's result. What roundings of the
-dtype add up to, on both sides (bfloat16 on a small UNet: 0.04); other weights or a wrong kernel are off by more."""
+"""Largest difference from eager that is let through, as a share of the largest magnitude in eager's
+result. What roundings of the dtype add up to, on both sides (bfloat16 on a small UNet: 0.04); other
+weights or a wrong kernel are off by more."""
 
 
 def export(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> torch.export.ExportedProgram:
-    """The graph of `module` for these inputs, which are left alone; `dims` names at most one number that varies."""
-    # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that mode.
-    with torch.inference_mode(False), torch.no_grad(), own_forward(module), eagerly():  # regional blocks are wrapped
+    """The graph of `module` for these inputs, which are left alone; `dims` names at most one number
+    that varies.
+    """
+    # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that
+    # mode.
+    # regional blocks are wrapped
+    with torch.inference_mode(False), torch.no_grad(), own_forward(module), eagerly():
         _leave_inference_mode(module)
         args, kwargs = map_tensors(inputs[0], torch.clone), map_tensors(inputs[1], torch.clone)
         shapes = _dynamic_shapes(module, inputs, dims)
@@ -43,8 +58,8 @@ def tensors(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[torch.Te
 
 
 def fault(result: Any, expected: Any, name: str = "") -> str | None:
-    """Why `result` is not what eager gave, or None where it is within the dtype's tolerance; the log then says by how much, if the
-    code that gave it has a name.
+    """Why `result` is not what eager gave, or None where it is within the dtype's tolerance; the
+    log then says by how much, if the code that gave it has a name.
     """
     worst = 0.0, 0.0
     ours, theirs = dict(leaves((result,), {})), dict(leaves((expected,), {}))
@@ -54,22 +69,24 @@ def fault(result: Any, expected: Any, name: str = "") -> str | None:
         if not isinstance(tensor, torch.Tensor):
             continue
         if ours[path].shape != tensor.shape or ours[path].dtype != tensor.dtype:
-            return (
-                f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager {tuple(tensor.shape)} {tensor.dtype}"
-            )
+            return f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager {tuple(tensor.shape)} {tensor.dtype}"
         error, tolerance = difference(ours[path], tensor), TOLERANCE.get(tensor.dtype, 0.0)
         if not error <= tolerance:  # NaN is a fault too
-            return (
-                f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
-            )
+            return f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
         worst = max(worst, (error, tolerance))
     if name:
-        logger.info("%s: differs from eager by %.2g of the largest magnitude; %g is let through", name, *worst)
+        logger.info(
+            "%s: differs from eager by %.2g of the largest magnitude; %g is let through",
+            name,
+            *worst,
+        )
     return None
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference between two tensors as a share of the largest magnitude in the second."""
+    """The largest difference between two tensors as a share of the largest magnitude in the
+    second.
+    """
     if not theirs.numel():
         return 0.0
     reference = theirs.double()
@@ -78,7 +95,9 @@ def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 
 def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dict[str, Any] | None:
-    """What torch.export is told: argument name -> a tree like the argument, with the dimensions that vary at its leaves."""
+    """What torch.export is told: argument name -> a tree like the argument, with the dimensions
+    that vary at its leaves.
+    """
     if not dims.ranges:
         return None
     (span,) = {span for spans in dims.ranges.values() for span in spans.values()}
@@ -100,8 +119,8 @@ def _dynamic_shapes(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> dic
 
 
 def _leave_inference_mode(module: nn.Module) -> None:
-    """Make ordinary tensors of weights that were made under inference mode, which torch.export refuses: some models register buffers
-    in their forward.
+    """Make ordinary tensors of weights that were made under inference mode, which torch.export
+    refuses: some models register buffers in their forward.
     """
     for part in module.modules():
         for name, weight in part.named_parameters(recurse=False):

@@ -1,4 +1,6 @@
-"""How long runs take, measured in warm-up and followed slowly while serving, and what fits into one call's `responseTimeout`."""
+"""How long runs take, measured in warm-up and followed slowly while serving, and what fits into one
+call's `responseTimeout`.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ _MOST_PROMISES = 1000
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds of one run: once (text encoders, VAE, encoding), and for each denoising step. A module's run is one step."""
+    """Seconds of one run: once (text encoders, VAE, encoding), and for each denoising step. A
+    module's run is one step.
+    """
 
     fixed: float
     per_step: float
@@ -24,7 +28,9 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Load:
-    """What a run's time depends on. `rows` are the denoiser's, twice the pictures under guidance; area in pixels or elements."""
+    """What a run's time depends on. `rows` are the denoiser's, twice the pictures under guidance;
+    area in pixels or elements.
+    """
 
     area: int
     rows: int
@@ -33,7 +39,9 @@ class Load:
 
 
 class Pace:
-    """Seconds of a run by its load; between and beyond the measured areas and rows they grow in proportion."""
+    """Seconds of a run by its load; between and beyond the measured areas and rows they grow in
+    proportion.
+    """
 
     def __init__(self) -> None:
         self._per_step: dict[int, dict[int, float]] = {}  # area -> rows -> seconds
@@ -50,7 +58,9 @@ class Pace:
             column[key] = max(column.get(key, 0.0), seconds)
 
     def saw(self, load: Load, seconds: float) -> None:
-        """A served run moves the estimate of its area, slowly: one that a neighbour held up is no rule."""
+        """A served run moves the estimate of its area, slowly: one that a neighbour held up is no
+        rule.
+        """
         expected = self._expected(load)
         if not expected:
             return
@@ -59,14 +69,18 @@ class Pace:
 
     def worst(self, rows: int) -> float:
         """Seconds of a step per pixel, where that is slowest, by the denoiser's rows."""
-        return max((self.per_step(area, rows) / area for area in self._per_step if area), default=0.0)
+        return max(
+            (self.per_step(area, rows) / area for area in self._per_step if area), default=0.0
+        )
 
     def per_step(self, area: int, rows: int) -> float:
         """As estimated now; 0 where nothing was measured."""
         return self._at(self._per_step, area, rows) * self._drift.get(area, 1.0)
 
     def seconds(self, load: Load, *, generous: bool = False) -> float:
-        """Of one run, 0 where nothing was measured. `generous`: never more than warm-up saw, when little else ran."""
+        """Of one run, 0 where nothing was measured. `generous`: never more than warm-up saw, when
+        little else ran.
+        """
         drift = self._drift.get(load.area, 1.0)
         return self._expected(load) * (min(1.0, drift) if generous else drift)
 
@@ -76,11 +90,15 @@ class Pace:
 
     @staticmethod
     def _at(table: Mapping[int, Mapping[int, float]], area: int, number: int) -> float:
-        return interpolated({each: interpolated(column, number) for each, column in table.items()}, area)
+        return interpolated(
+            {each: interpolated(column, number) for each, column in table.items()}, area
+        )
 
 
 def interpolated(points: Mapping[int, float], at: int) -> float:
-    """The value at `at`: linear between two points, in proportion beyond the first and the last; 0 without points."""
+    """The value at `at`: linear between two points, in proportion beyond the first and the last; 0
+    without points.
+    """
     if not points:
         return 0.0
     if at in points:
@@ -94,20 +112,25 @@ def interpolated(points: Mapping[int, float], at: int) -> float:
 
 
 class Budget:
-    """The time of one call: its answers go back together, so all its runs have to end within `timeout` of its start.
+    """The time of one call: its answers go back together, so all its runs have to end within
+    `timeout` of its start.
 
-    Who is put off is promised a turn: when the same request comes again it goes before everybody who is new.
+    Who is put off is promised a turn: when the same request comes again it goes before everybody
+    who is new.
 
     Args:
         timeout: TorchServe's responseTimeout in seconds; None: any time is right.
         clock: seconds that never go back.
     """
 
-    def __init__(self, timeout: float | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, timeout: float | None = None, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self.pace, self.timeout = Pace(), timeout
         self._clock = clock
         self._began: float | None = None
-        self._promises: dict[int, tuple[float, float]] = {}  # who -> (seconds of its runs, until when it is remembered)
+        # who -> (seconds of its runs, until when it is remembered)
+        self._promises: dict[int, tuple[float, float]] = {}
         self.running = False  # whether a run of this call has begun; the first one always may
 
     def begin(self) -> None:
@@ -134,8 +157,12 @@ class Budget:
         return bool(self._promises)
 
     def turn(self, who: int) -> int:
-        """Its place in the order of promises; all that have none come after them, in the order of the batch."""
-        return next((place for place, each in enumerate(self._promises) if each == who), len(self._promises))
+        """Its place in the order of promises; all that have none come after them, in the order of
+        the batch.
+        """
+        return next(
+            (place for place, each in enumerate(self._promises) if each == who), len(self._promises)
+        )
 
     def keep(self, who: int) -> None:
         self._promises.pop(who, None)
@@ -143,7 +170,8 @@ class Budget:
     def put_off(self, who: int, seconds: float) -> int:
         """Promise a turn; returns after how many seconds to come again.
 
-        Promises are packed into calls to come, in their order: one call after the other, each as long as one may be.
+        Promises are packed into calls to come, in their order: one call after the other, each as
+        long as one may be.
         """
         timeout = self.timeout or 0.0
         if who in self._promises or len(self._promises) < _MOST_PROMISES:

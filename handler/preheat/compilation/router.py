@@ -1,10 +1,12 @@
-"""Compiles targets in place and routes every call: warmed shapes run compiled, everything else runs eagerly, at once.
+"""Compiles targets in place and routes every call: warmed shapes run compiled, everything else runs
+eagerly, at once.
 
-A `Router` stands in for the `forward` of one target. It knows a call by its *signature*: shapes, dtypes, memory formats and
-plain values of all arguments, which is what Dynamo guards on. Only signatures that warm-up has seen reach compiled code, so no
-request can wait for the compiler. Guards that a signature cannot foresee (global state) raise under `watch.forbid_compiling`
-and are served eagerly too. Code that is not Dynamo's (packages compiled ahead of time, OpenVINO models made in warm-up) goes first,
-where there is some that warm-up has compared with eager.
+A `Router` stands in for the `forward` of one target. It knows a call by its *signature*: shapes,
+dtypes, memory formats and plain values of all arguments, which is what Dynamo guards on. Only
+signatures that warm-up has seen reach compiled code, so no request can wait for the compiler.
+Guards that a signature cannot foresee (global state) raise under `watch.forbid_compiling` and are
+served eagerly too. Code that is not Dynamo's (packages compiled ahead of time, OpenVINO models made
+in warm-up) goes first, where there is some that warm-up has compared with eager.
 """
 
 from __future__ import annotations
@@ -40,8 +42,10 @@ def slowest(engines: Collection[EngineName]) -> EngineName:
 class Phase(Enum):
     """What a router does with a call.
 
-    OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed signatures run compiled.
-    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled, whatever it costs (plain torch.compile:
+    OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed
+        signatures run compiled.
+    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled,
+        whatever it costs (plain torch.compile:
     `strategy: exact`, or a module of unknown shapes), until a compile fails.
     """
 
@@ -54,7 +58,9 @@ class Phase(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """The engine that runs a signature, and why it is not the one that was asked for. `call` is the route's own code, if any."""
+    """The engine that runs a signature, and why it is not the one that was asked for. `call` is the
+    route's own code, if any.
+    """
 
     engine: EngineName
     reason: str | None = None
@@ -63,9 +69,11 @@ class Route:
 
 @dataclass(frozen=True, slots=True)
 class DynamicDims:
-    """Dimensions of a target's inputs that one graph covers: argument path -> dimension -> (least, greatest) size.
+    """Dimensions of a target's inputs that one graph covers: argument path -> dimension -> (least,
+    greatest) size.
 
-    Sizes below `least` specialise: 0 and 1 under Dynamo, none where torch.export was told the range.
+    Sizes below `least` specialise: 0 and 1 under Dynamo, none where torch.export was told the
+    range.
     """
 
     ranges: Mapping[str, Mapping[int, tuple[int, int]]] = field(default_factory=dict)
@@ -77,7 +85,11 @@ class DynamicDims:
         ranges: dict[str, dict[int, tuple[int, int]]] = {}
         for path in sorted(set.intersection(*(set(shapes) for shapes in observed))):
             sizes = list(zip(*(shapes[path] for shapes in observed), strict=True))
-            spans = {dim: (min(seen), max(seen)) for dim, seen in enumerate(sizes) if min(seen) != max(seen)}
+            spans = {
+                dim: (min(seen), max(seen))
+                for dim, seen in enumerate(sizes)
+                if min(seen) != max(seen)
+            }
             if spans:
                 ranges[path] = spans
         return cls(ranges)
@@ -93,8 +105,8 @@ class DynamicDims:
     def mark(self, path: str, tensor: torch.Tensor) -> None:
         """Tell Dynamo, before it compiles, that these dimensions vary.
 
-        For the batch that is a demand, and a model that specialises on it fails to compile. Other dimensions may keep guards such
-        as "even", which a UNet's halvings need.
+        For the batch that is a demand, and a model that specialises on it fails to compile. Other
+        dimensions may keep guards such as "even", which a UNet's halvings need.
         """
         for dim, (_, most) in self.ranges.get(path, {}).items():
             if not 2 <= tensor.shape[dim] <= most:
@@ -106,7 +118,9 @@ class DynamicDims:
 
 
 def leaves(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Every argument that is not a container, with its path, such as `0` or `added_cond_kwargs.time_ids`."""
+    """Every argument that is not a container, with its path, such as `0` or
+    `added_cond_kwargs.time_ids`.
+    """
 
     def walk(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         inside = None if type(value) in _PLAIN else contained(value)
@@ -145,7 +159,11 @@ def signature(args: Sequence[Any], kwargs: Mapping[str, Any], dims: DynamicDims)
 
 
 def tensor_shapes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Shapes:
-    return {path: tuple(leaf.shape) for path, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)}
+    return {
+        path: tuple(leaf.shape)
+        for path, leaf in leaves(args, kwargs)
+        if isinstance(leaf, torch.Tensor)
+    }
 
 
 _PLAIN = {torch.Tensor, torch.nn.Parameter, type(None), bool, int, float, str}
@@ -166,7 +184,9 @@ def contained(value: Any) -> dict[Any, Any] | None:
 
 
 def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
-    """A container of the same type as `value` that holds these instead, by the keys of `contained`."""
+    """A container of the same type as `value` that holds these instead, by the keys of
+    `contained`.
+    """
     kind = type(value)
     if kind is dict:
         return dict(inside)
@@ -176,7 +196,8 @@ def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
         return tuple(inside.values())
     if isinstance(value, tuple) and hasattr(value, "_make"):  # a namedtuple
         return value._make(inside.values())
-    registered = pytree.SUPPORTED_NODES.get(kind)  # transformers and diffusers register their outputs
+    # transformers and diffusers register their outputs
+    registered = pytree.SUPPORTED_NODES.get(kind)
     if registered is not None:
         return registered.unflatten_fn(list(inside.values()), registered.flatten_fn(value)[1])
     if isinstance(value, (list, tuple)):
@@ -188,7 +209,9 @@ def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
 
 
 def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """`value` with every tensor in it changed; containers are rebuilt in their own types, other objects pass."""
+    """`value` with every tensor in it changed; containers are rebuilt in their own types, other
+    objects pass.
+    """
     if isinstance(value, torch.Tensor):
         return change(value)
     kind = type(value)
@@ -205,16 +228,24 @@ def map_tensors(value: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> A
 
 
 def _contiguous(tensor: torch.Tensor) -> torch.Tensor:
-    """Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to serve both."""
+    """Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to
+    serve both.
+    """
     return tensor.contiguous()
 
 
 def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor.contiguous()
+    return (
+        tensor.contiguous(memory_format=torch.channels_last)
+        if tensor.dim() == 4
+        else tensor.contiguous()
+    )
 
 
 class Ahead(Protocol):
-    """Code that exists before Dynamo is asked, for the calls that it `matches`: an `aot.Package`, an `openvino_models.Model`."""
+    """Code that exists before Dynamo is asked, for the calls that it `matches`: an `aot.Package`,
+    an `openvino_models.Model`.
+    """
 
     @property
     def engine(self) -> EngineName: ...
@@ -247,16 +278,15 @@ class Run:
 class Router:
     """Stands in for `module.forward` of one target.
 
-    Args:
-        name: the target, such as `unet` or `vae.decoder`.
-        forward: the target's own forward, eager.
-        fast: the optimised callable, or None where there is none (then everything is eager).
-        engine: what `fast` is called in state and headers.
-        shape_bound: whether `fast` must only see warmed signatures (compiled code); IPEX takes any shape.
-        cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so they are cloned.
-        channels_last: 4-D inputs are converted to channels_last, not to contiguous, before either callable runs.
-        make: makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given the dimensions that vary.
-        fault: says why the first argument, what `fast` gave in warm-up, is not the second, what eager gave; None: it is not compared.
+    Args: name: the target, such as `unet` or `vae.decoder`. forward: the target's own forward,
+      eager. fast: the optimised callable, or None where there is none (then everything is eager).
+      engine: what `fast` is called in state and headers. shape_bound: whether `fast` must only see
+      warmed signatures (compiled code); IPEX takes any shape. cuda_graphs: outputs live in a
+      graph's memory and are overwritten by the next replay, so they are cloned. channels_last: 4-D
+      inputs are converted to channels_last, not to contiguous, before either callable runs. make:
+      makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given the
+      dimensions that vary. fault: says why the first argument, what `fast` gave in warm-up, is not
+      the second, what eager gave; None: it is not compared.
     """
 
     def __init__(
@@ -282,13 +312,18 @@ class Router:
         self.visited: dict[Signature, Route] = {}  # before READY, since the last `start_variant`
         self.run = Run()  # since the last `start_run`
         self.observed: list[Shapes] = []
-        self.examples: dict[Signature, Inputs] | None = None  # one call per signature, where a dict is given to fill
+        # one call per signature, where a dict is given to fill
+        self.examples: dict[Signature, Inputs] | None = None
         self.ahead: list[Ahead] = []
-        self.ahead_reason: str | None = None  # why there is nothing in `ahead`, where something was asked for
-        self.recompiled: set[Signature] = set()  # in the proof, since `start_variant`: calls that met a compile event
-        self.num_events: Callable[[], int] = lambda: 0  # compile events of the process, where somebody counts them
+        # why there is nothing in `ahead`, where something was asked for
+        self.ahead_reason: str | None = None
+        # in the proof, since `start_variant`: calls that met a compile event
+        self.recompiled: set[Signature] = set()
+        # compile events of the process, where somebody counts them
+        self.num_events: Callable[[], int] = lambda: 0
         self._captured = False  # whether Dynamo has made a graph of it
-        self._faults: dict[str, str | None] = {}  # by package that was compared with eager; None: they agree
+        # by package that was compared with eager; None: they agree
+        self._faults: dict[str, str | None] = {}
         self._forward, self._fast, self._make, self._fault = forward, fast, make, fault
         self._shape_bound, self._cuda_graphs = shape_bound or fast is None, cuda_graphs
         self._lay_out = _channels_last if channels_last else _contiguous
@@ -303,7 +338,11 @@ class Router:
         """Whether warm-up has to compile, for all that is known so far."""
         if any(route.engine == "compiled" for route in self.routes.values()):
             return True
-        return self._fast is not None and self._shape_bound and not (self.ahead and self.ahead_reason is None)
+        return (
+            self._fast is not None
+            and self._shape_bound
+            and not (self.ahead and self.ahead_reason is None)
+        )
 
     def start_variant(self) -> None:
         self.visited, self.recompiled = {}, set()
@@ -316,7 +355,11 @@ class Router:
             self.run.fallen += (self.reason or self.ahead_reason) is not None
             return self._eager(args, kwargs)
         if self.phase is Phase.OPEN:
-            return self._eager(args, kwargs) if self.run.planned_eager else self._run_open(args, kwargs)
+            return (
+                self._eager(args, kwargs)
+                if self.run.planned_eager
+                else self._run_open(args, kwargs)
+            )
         args, kwargs = map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
         if self.phase is Phase.OBSERVE:
             return self._observe(args, kwargs)
@@ -356,23 +399,31 @@ class Router:
             if self._fast is not None:
                 return self._run_fast(args, kwargs)
             reason = "its models are made for shapes that the YAML names"
-        except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+        # compiling is lazy: any failure of the compiler surfaces here, as any type
+        except Exception as error:
             if is_out_of_memory(error) or is_device_lost(error):
                 raise
             reason = f"{type(error).__name__}: {error}".strip()
             if hit_recompile_limit(error):
                 return self._past_the_limit(args, kwargs)
-        result = self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
+        # a fault of the model itself, not of its compilation, raises here
+        result = self._eager(args, kwargs)
         self._fast, self._make, self.reason = None, None, f"{self.engine}: {reason}"
         self.run.fallen += 1
-        logger.error("%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason)
+        logger.error(
+            "%s: %s failed, it is served eagerly from now on: %s", self.name, self.engine, reason
+        )
         return result
 
     def _past_the_limit(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Serve a shape for which there will be no graph eagerly; those that have one stay compiled."""
+        """Serve a shape for which there will be no graph eagerly; those that have one stay
+        compiled.
+        """
         if self.reason is None:
             self.reason = "Dynamo's recompile limit is reached: further shapes are served eagerly"
-            logger.error("%s: %s; declare shapes in buckets, or let them be dynamic", self.name, self.reason)
+            logger.error(
+                "%s: %s; declare shapes in buckets, or let them be dynamic", self.name, self.reason
+            )
         self.run.fallen += 1
         return self._eager(args, kwargs)
 
@@ -381,7 +432,9 @@ class Router:
         self.run.engines.add(ahead.engine)
         return result
 
-    def _warm(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _warm(
+        self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         why = route.reason if route is not None else self.ahead_reason
         if route is None and (self.ahead or self._make is not None):
             route, why = self._compare(args, kwargs)
@@ -389,11 +442,19 @@ class Router:
             route = Route("eager", "; ".join(filter(None, (why, self.reason))) or None)
         if route is not None and (route.call is not None or self._fast is None):
             self.routes[key] = self.visited[key] = route
-            return self._eager(args, kwargs) if route.call is None else self._run_ahead(route.call, args, kwargs)
+            return (
+                self._eager(args, kwargs)
+                if route.call is None
+                else self._run_ahead(route.call, args, kwargs)
+            )
         return self._compile(key, route, why, args, kwargs)
 
-    def _compare(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Route | None, str | None]:
-        """The route through the code made for this call, or None and why not: it has to agree with eager first."""
+    def _compare(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Route | None, str | None]:
+        """The route through the code made for this call, or None and why not: it has to agree with
+        eager first.
+        """
         ahead, why = self._code_for(args, kwargs)
         if ahead is None:
             return None, why
@@ -406,12 +467,22 @@ class Router:
                     raise
                 self._faults[ahead.name] = f"{type(error).__name__}: {error}".strip()
             if self._faults[ahead.name] is not None:
-                logger.error("%s: %s is not used: %s", self.name, ahead.name, self._faults[ahead.name])
+                logger.error(
+                    "%s: %s is not used: %s", self.name, ahead.name, self._faults[ahead.name]
+                )
         fault = self._faults[ahead.name]
-        return (Route(ahead.engine, call=ahead), None) if fault is None else (None, f"{ahead.engine}: {fault}")
+        return (
+            (Route(ahead.engine, call=ahead), None)
+            if fault is None
+            else (None, f"{ahead.engine}: {fault}")
+        )
 
-    def _code_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Ahead | None, str | None]:
-        """What was made for this call, made now where that is this target's road; or None and why there is none."""
+    def _code_for(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Ahead | None, str | None]:
+        """What was made for this call, made now where that is this target's road; or None and why
+        there is none.
+        """
         ahead = next((each for each in self.ahead if each.matches(args, kwargs)), None)
         if ahead is not None:
             return ahead, None
@@ -428,7 +499,12 @@ class Router:
         return ahead, None
 
     def _compile(
-        self, key: Signature, route: Route | None, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self,
+        key: Signature,
+        route: Route | None,
+        why: str | None,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
     ) -> Any:
         if route is None:
             for path, leaf in leaves(args, kwargs):
@@ -438,7 +514,8 @@ class Router:
             graphs = num_graphs()
             try:
                 result = self._run_fast(args, kwargs)
-            except Exception as error:  # compiling is lazy: any failure of the compiler surfaces here, as any type
+            # compiling is lazy: any failure of the compiler surfaces here, as any type
+            except Exception as error:
                 self._captured |= graphs != num_graphs()
                 if self._is_the_runs(error):
                     raise
@@ -449,7 +526,10 @@ class Router:
                 if self._shape_bound and not self._captured:
                     reason = "torch.compile produced no graph for this module"
                     logger.error("%s: %s; this shape stays eager", self.name, reason)
-                elif self._fault is not None and (fault := self._fault(result, self._eager(args, kwargs))) is not None:
+                elif (
+                    self._fault is not None
+                    and (fault := self._fault(result, self._eager(args, kwargs))) is not None
+                ):
                     reason = f"{self.engine}: {fault}"
                     logger.error("%s: %s; the target stays eager", self.name, reason)
                     self._fast, self.reason = (
@@ -461,10 +541,13 @@ class Router:
                     return result
             route = Route("eager", "; ".join(filter(None, (why, reason))))
         self.routes[key] = self.visited[key] = route
-        return self._eager(args, kwargs)  # a fault of the model itself, not of its compilation, raises here
+        # a fault of the model itself, not of its compilation, raises here
+        return self._eager(args, kwargs)
 
     def _is_the_runs(self, error: Exception) -> bool:
-        """Whether a failure in warm-up says nothing of the compiled code: a smaller batch may fit, and that is served instead."""
+        """Whether a failure in warm-up says nothing of the compiled code: a smaller batch may fit,
+        and that is served instead.
+        """
         return is_device_lost(error) or (is_out_of_memory(error) and not self.run.smallest)
 
     def _prove(self, key: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -475,7 +558,9 @@ class Router:
             self.recompiled.add(key)
         return result
 
-    def _serve(self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _serve(
+        self, key: Signature, route: Route | None, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         if self.run.planned_eager:
             return self._eager(args, kwargs)
         if route is None:
@@ -498,17 +583,28 @@ class Router:
                 self._incident(key, guards, args, kwargs)
         return self._eager(args, kwargs)
 
-    def _proven_ahead(self, key: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Route | None:
-        """The package made for a signature that warm-up did not meet, if it has proven itself at another size."""
+    def _proven_ahead(
+        self, key: Signature, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Route | None:
+        """The package made for a signature that warm-up did not meet, if it has proven itself at
+        another size.
+        """
         for ahead in self.ahead:
             if self._faults.get(ahead.name, "unproven") is None and ahead.matches(args, kwargs):
                 self.routes[key] = Route(ahead.engine, call=ahead)
                 return self.routes[key]
         return None
 
-    def _incident(self, key: Signature, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _incident(
+        self, key: Signature, why: str, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
         if not self.run.incidents:  # once a run, not once a step
-            logger.error("incident: %s runs eagerly: %s; input shapes %s", self.name, why, tensor_shapes(args, kwargs))
+            logger.error(
+                "incident: %s runs eagerly: %s; input shapes %s",
+                self.name,
+                why,
+                tensor_shapes(args, kwargs),
+            )
         self.run.incidents += 1
         self._visit(key, Route("eager", why))
 

@@ -1,7 +1,8 @@
-"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and nothing may compile.
+"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and
+nothing may compile.
 
-Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as a request would run, and the routers
-that stand in for the compiled targets.
+Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as
+a request would run, and the routers that stand in for the compiled targets.
 """
 
 from __future__ import annotations
@@ -14,13 +15,28 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from preheat.compilation.pace import Load, Timing
-from preheat.compilation.router import DynamicDims, EngineName, Phase, Route, Router, Signature, slowest
-from preheat.compilation.watch import CompileWatch, allow_compiling, cache_counters, cache_outcome, forbid_compiling
+from preheat.compilation.router import (
+    DynamicDims,
+    EngineName,
+    Phase,
+    Route,
+    Router,
+    Signature,
+    slowest,
+)
+from preheat.compilation.watch import (
+    CompileWatch,
+    allow_compiling,
+    cache_counters,
+    cache_outcome,
+    forbid_compiling,
+)
 from preheat.errors import WarmupError
 
 logger = logging.getLogger(__name__)
 
-# Compile, record, replay: CUDA graphs need three calls until nothing happens any more (torch/_inductor/cudagraph_trees.py).
+# Compile, record, replay: CUDA graphs need three calls until nothing happens any more
+# (torch/_inductor/cudagraph_trees.py).
 _MAX_PASSES = 4
 
 
@@ -79,13 +95,10 @@ class Step:
 class Warmup:
     """One run of warm-up and proof.
 
-    Args:
-        serve: runs one variant through the served path.
-        routers: by target name.
-        on_failure: `eager` gives up the shapes at fault; `fail` raises.
-        progress: told after each variant.
-        leave_out: variants that are not warmed although they are proven: how tests show that the proof can fail.
-        own_folder: see `watch.cache_counters`.
+    Args: serve: runs one variant through the served path. routers: by target name. on_failure:
+      `eager` gives up the shapes at fault; `fail` raises. progress: told after each variant.
+      leave_out: variants that are not warmed although they are proven: how tests show that the
+      proof can fail. own_folder: see `watch.cache_counters`.
     """
 
     def __init__(
@@ -113,14 +126,17 @@ class Warmup:
         return list(self._records.values())
 
     def observe(self, variants: Iterable[Warmable]) -> None:
-        """Run variants eagerly to learn which input dimensions vary between them; one graph will cover those.
+        """Run variants eagerly to learn which input dimensions vary between them; one graph will
+        cover those.
 
         Packages that were compiled ahead of time know them already, and eager code does not care.
         """
         variants = list(variants)
         if variants and all(router.ahead or router.idle for router in self._routers.values()):
             for router in self._routers.values():
-                router.dims = DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
+                router.dims = (
+                    DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
+                )
             return
         self._enter(Phase.OBSERVE)
         for variant in variants:
@@ -131,7 +147,9 @@ class Warmup:
                 logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
 
     def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
-        """Whether `few` of the variants, run eagerly, give every target all signatures that all of them do."""
+        """Whether `few` of the variants, run eagerly, give every target all signatures that all of
+        them do.
+        """
         if not variants:
             return True
         self._enter(Phase.OBSERVE)
@@ -141,11 +159,16 @@ class Warmup:
                 router.start_variant()
             self._serve(variant)
             met[variant] = {
-                (name, key) for name, router in self._routers.items() if router.compiles for key in router.visited
+                (name, key)
+                for name, router in self._routers.items()
+                if router.compiles
+                for key in router.visited
             }
         found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
         if not found:
-            logger.warning("variants differ in more than rows and pictures: every single one is warmed and replayed")
+            logger.warning(
+                "variants differ in more than rows and pictures: every single one is warmed and replayed"
+            )
         return found
 
     def warm(self, variants: Sequence[Warmable]) -> None:
@@ -185,13 +208,15 @@ class Warmup:
             self._time(variant)
             if self._watch.num_events == events:
                 break
-        return time.perf_counter() - started, cache_outcome(counters, cache_counters(self._own_folder))
+        return time.perf_counter() - started, cache_outcome(
+            counters, cache_counters(self._own_folder)
+        )
 
     def prove(self, variants: Iterable[Warmable]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
-        Any compile event, and any guard that would have asked for one, is a fault of warm-up. The shapes at fault are given up
-        to `eager`, so that no request can meet them.
+        Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
+        shapes at fault are given up to `eager`, so that no request can meet them.
 
         Raises:
             WarmupError: there is a fault and `on_failure` is `fail`.
@@ -223,7 +248,9 @@ class Warmup:
             router.phase = phase
 
     def _give_up(self, why: str | None) -> bool:
-        """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled, or all where no call did."""
+        """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled,
+        or all where no call did.
+        """
         found, known = False, any(router.recompiled for router in self._routers.values())
         for router in self._routers.values():
             for key, route in list(router.visited.items()):
@@ -236,7 +263,9 @@ class Warmup:
         return found
 
     def _note(self, variant: Warmable, seconds: float, outcome: str | None) -> None:
-        """Fold what this variant did into the rows of the state: the slowest engine, the sum of seconds."""
+        """Fold what this variant did into the rows of the state: the slowest engine, the sum of
+        seconds.
+        """
         for name, router in self._routers.items():
             idle = Route("eager", router.ahead_reason or router.reason)
             routes = list(router.visited.values()) or ([idle] if router.idle else [])
@@ -261,9 +290,14 @@ class Warmup:
             return
         for name, router in self._routers.items():
             reason = (router.ahead_reason or router.reason) if router.idle else None
-            bad = next((route.reason for route in router.visited.values() if route.engine == "eager"), reason)
+            bad = next(
+                (route.reason for route in router.visited.values() if route.engine == "eager"),
+                reason,
+            )
             if bad is not None:
-                raise WarmupError(f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}")
+                raise WarmupError(
+                    f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}"
+                )
 
 
 def _fold_outcome(before: str | None, now: str | None) -> str | None:
@@ -278,4 +312,7 @@ def _engines(routers: Iterable[Router]) -> str:
     for router in routers:
         for engine in sorted({route.engine for route in router.visited.values()}):
             by_engine.setdefault(engine, []).append(router.name)
-    return "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items()) or "all eager"
+    return (
+        "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items())
+        or "all eager"
+    )

@@ -1,8 +1,10 @@
-"""Which variants warm-up meets, and why those are enough: a pure function of the shapes and of what is known of the targets.
+"""Which variants warm-up meets, and why those are enough: a pure function of the shapes and of what
+is known of the targets.
 
-Dynamo guards on the shapes, dtypes and layouts of a target's inputs. A variant whose calls all have signatures that others have met
-shows nothing new, in warm-up or in the replay: batch 2 without guidance is batch 1 with it, and at the denoiser one task is as
-good as another. That variants stand for each other so is no matter of faith: `probe` meets them eagerly first.
+Dynamo guards on the shapes, dtypes and layouts of a target's inputs. A variant whose calls all have
+signatures that others have met shows nothing new, in warm-up or in the replay: batch 2 without
+guidance is batch 1 with it, and at the denoiser one task is as good as another. That variants stand
+for each other so is no matter of faith: `probe` meets them eagerly first.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class WarmupPlan:
     observe: Sequence[Warmable]
     """Run eagerly: their shapes show which dimensions one graph has to cover."""
     probe: Sequence[Warmable]
-    """Run eagerly: must meet no signature that the family's `covering` of them misses. Empty: nothing to find out."""
+    """Run eagerly: must meet no signature that the family's `covering` of them misses. Empty:
+    nothing to find out.
+    """
     warm: Sequence[Warmable]
     verify: Sequence[Warmable]
     """Replayed with compiling forbidden."""
@@ -49,7 +53,9 @@ def served_sizes(shapes: ShapesConfig, most: int) -> tuple[int, ...]:
 
 
 def warmed_sizes(shapes: ShapesConfig, most: int, *, every: bool) -> tuple[int, ...]:
-    """Those that warm-up has to meet so that every served one is hot: `every` one, or those between which one graph serves."""
+    """Those that warm-up has to meet so that every served one is hot: `every` one, or those between
+    which one graph serves.
+    """
     served = served_sizes(shapes, most)
     if shapes.batch_sizes != "dynamic" or every:
         return served
@@ -68,13 +74,10 @@ def warmup_plan(
 ) -> WarmupPlan:
     """What is warmed and replayed.
 
-    Args:
-        served: the batch sizes that a run can have.
-        warmed: those that warm-up has to meet.
-        graphs_per_variant: how many at most a code object needs.
-        compiles: whether a target runs compiled code.
-        idle: whether no target has anything faster than eager.
-        covers: whether `family.covering` may be believed where something compiles; what `probe` finds out.
+    Args: served: the batch sizes that a run can have. warmed: those that warm-up has to meet.
+      graphs_per_variant: how many at most a code object needs. compiles: whether a target runs
+      compiled code. idle: whether no target has anything faster than eager. covers: whether
+      `family.covering` may be believed where something compiles; what `probe` finds out.
     """
     variants = family.variants(warmed)
     shortened = covers or not compiles
@@ -90,8 +93,9 @@ def warmup_plan(
     elif idle:
         verify = []  # eager code is what it was the first time
     else:
-        # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages, whose second step of each
-        # run went the way of a request already, one run a bucket is enough: the last, which is the smallest.
+        # Compiled code alone can be asked for a guard that it did not meet in warm-up. Of packages,
+        # whose second step of each run went the way of a request already, one run a bucket is
+        # enough: the last, which is the smallest.
         verify = list({variant.bucket: variant for variant in warm}.values())
     return WarmupPlan(
         observe=family.extremes(variants),

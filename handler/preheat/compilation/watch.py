@@ -1,4 +1,6 @@
-"""Sees every compilation: counts Dynamo's compile events, and forbids new ones once the server is hot."""
+"""Sees every compilation: counts Dynamo's compile events, and forbids new ones once the server is
+hot.
+"""
 
 from __future__ import annotations
 
@@ -12,15 +14,17 @@ import torch
 from torch._dynamo import callback as dynamo_callback
 from torch._dynamo.utils import counters as dynamo_counters
 
-# What torch says when the stance is fail_on_recompile (torch/_dynamo/eval_frame.py); it is a plain RuntimeError.
+# What torch says when the stance is fail_on_recompile (torch/_dynamo/eval_frame.py); it is a plain
+# RuntimeError.
 _REFUSAL = "Detected recompile when torch.compile stance is 'fail_on_recompile'"
 
 
 class CompileWatch:
-    """Counts compile events of this process: Dynamo traces, lazy backward compiles, CUDA graph recordings.
+    """Counts compile events of this process: Dynamo traces, lazy backward compiles, CUDA graph
+    recordings.
 
-    Nested events count once (torch reports the outermost). Cache hits still trace, so they count too: the watch answers
-    "did a request wait for the compiler", not "was machine code made".
+    Nested events count once (torch reports the outermost). Cache hits still trace, so they count
+    too: the watch answers "did a request wait for the compiler", not "was machine code made".
     """
 
     def __init__(self) -> None:
@@ -39,7 +43,9 @@ class CompileWatch:
 
 
 def forbid_compiling() -> None:
-    """From here on a guard that fails raises before anything compiles; see `refused_guards`. Process-wide."""
+    """From here on a guard that fails raises before anything compiles; see `refused_guards`.
+    Process-wide.
+    """
     torch.compiler.set_stance("fail_on_recompile")
 
 
@@ -55,7 +61,8 @@ def eagerly() -> Iterator[None]:
 
 
 def refused_guards(error: BaseException) -> str | None:
-    """The guards that failed, if `error` is torch refusing to compile under `forbid_compiling`; None for any other error.
+    """The guards that failed, if `error` is torch refusing to compile under `forbid_compiling`;
+    None for any other error.
 
     The text names code locations, shapes and dtypes, never tensor contents.
     """
@@ -68,7 +75,8 @@ def refused_guards(error: BaseException) -> str | None:
 def raise_recompile_limits(num_graphs: int) -> None:
     """Make room for `num_graphs` graphs per code object, and make hitting the limit an error.
 
-    Dynamo's default is 8 per code object, and past it it goes eager silently (torch/_dynamo/config.py).
+    Dynamo's default is 8 per code object, and past it it goes eager silently
+    (torch/_dynamo/config.py).
     """
     config: Any = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, num_graphs)
@@ -82,25 +90,31 @@ def hit_recompile_limit(error: BaseException) -> bool:
 
 
 def num_graphs() -> int:
-    """Graphs that Dynamo has captured in this process. A compile event without one means that nothing was compiled."""
+    """Graphs that Dynamo has captured in this process. A compile event without one means that
+    nothing was compiled.
+    """
     return int(dynamo_counters["stats"]["unique_graphs"])
 
 
 def cache_counters(own_folder: Path | None = None) -> tuple[int, int]:
     """(hits, misses) of the compiler's caches so far, as the compiler counts them.
 
-    On a CPU it counts a hit when it finds its own records, even if it then builds shared objects that were not there. Every one
-    in `own_folder`, the Inductor folder that no other process writes to, counts as a miss.
+    On a CPU it counts a hit when it finds its own records, even if it then builds shared objects
+    that were not there. Every one in `own_folder`, the Inductor folder that no other process writes
+    to, counts as a miss.
     """
     autograd, inductor = dynamo_counters["aot_autograd"], dynamo_counters["inductor"]
     hits = autograd["autograd_cache_hit"] + inductor["fxgraph_cache_hit"]
-    # An AOTAutograd miss asks the FX graph cache next, so only the latter's miss means that Inductor worked.
+    # An AOTAutograd miss asks the FX graph cache next, so only the latter's miss means that
+    # Inductor worked.
     built = sum(1 for _ in own_folder.glob("??/*.so")) if own_folder else 0
     return hits, inductor["fxgraph_cache_miss"] + built
 
 
 def cache_outcome(before: tuple[int, int], after: tuple[int, int]) -> str | None:
-    """`hit`, `partial` or `miss` between two readings of `cache_counters`; None where nothing was looked up."""
+    """`hit`, `partial` or `miss` between two readings of `cache_counters`; None where nothing was
+    looked up.
+    """
     hits, misses = after[0] - before[0], after[1] - before[1]
     if hits and misses:
         return "partial"

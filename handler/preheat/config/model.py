@@ -1,7 +1,8 @@
 """The model YAML as frozen objects.
 
-TorchServe's keys keep their meaning, `pt2.compile` in every form it knows (pt2_forms); ours stand beside them. An
-unknown key or a wrong value is a ConfigError that names the YAML path, the value and what would be right.
+TorchServe's keys keep their meaning, `pt2.compile` in every form it knows (pt2_forms); ours stand
+beside them. An unknown key or a wrong value is a ConfigError that names the YAML path, the value
+and what would be right.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ from pydantic import Field, ValidationError, field_validator, model_validator
 
 from preheat.config.module import ModuleConfig
 from preheat.config.pt2_forms import CompileConfig, normalized
-from preheat.config.schema import BatchSizes, BucketPair, Count, FrozenMapping, Listed, Positive, Section, Text
+from preheat.config.schema import (
+    BatchSizes,
+    BucketPair,
+    Count,
+    FrozenMapping,
+    Listed,
+    Positive,
+    Section,
+    Text,
+)
 from preheat.config.yaml_errors import explained, keys_of, refuse_twice, shown
 from preheat.config.yaml_text import read_yaml
 from preheat.errors import ConfigError
@@ -92,7 +102,9 @@ class ShapesConfig(Section):
 
     @field_validator("batch_sizes")
     @classmethod
-    def _ascending(cls, sizes: tuple[int, ...] | Literal["dynamic"]) -> tuple[int, ...] | Literal["dynamic"]:
+    def _ascending(
+        cls, sizes: tuple[int, ...] | Literal["dynamic"]
+    ) -> tuple[int, ...] | Literal["dynamic"]:
         if sizes == "dynamic":
             return sizes
         refuse_twice(sizes, "pt2.shapes.batch_sizes")
@@ -109,7 +121,8 @@ class ShapesConfig(Section):
             )
         if self.strategy == "fixed" and self.fit == "pad":
             raise ConfigError(
-                "strategy fixed resizes every picture; use fit: resize, or leave it out", "pt2.shapes.fit"
+                "strategy fixed resizes every picture; use fit: resize, or leave it out",
+                "pt2.shapes.fit",
             )
         return self
 
@@ -149,7 +162,9 @@ class ExportConfig(Section):
 
 
 class DebugConfig(Section):
-    """What torch tells about compiling: log artifacts as TORCH_LOGS names them, and files as TORCH_COMPILE_DEBUG writes them."""
+    """What torch tells about compiling: log artifacts as TORCH_LOGS names them, and files as
+    TORCH_COMPILE_DEBUG writes them.
+    """
 
     recompiles: bool = False
     """Log why torch compiles again."""
@@ -202,9 +217,12 @@ class Pt2Config(Section):
         reasons = {
             "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
             and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models for; use buckets or fixed",
-            "pt2.scope": self.scope == "regional" and "OpenVINO takes whole targets; use scope: full",
-            "pt2.attention": self.attention != "default" and "OpenVINO has an attention of its own; leave it out",
-            "pt2.export.aot_compile": self.export.aot_compile and "packages are Inductor's; use backend: inductor",
+            "pt2.scope": self.scope == "regional"
+            and "OpenVINO takes whole targets; use scope: full",
+            "pt2.attention": self.attention != "default"
+            and "OpenVINO has an attention of its own; leave it out",
+            "pt2.export.aot_compile": self.export.aot_compile
+            and "packages are Inductor's; use backend: inductor",
         }
         for path, reason in reasons.items():
             if self.openvino and reason:
@@ -237,7 +255,12 @@ class Pt2Config(Section):
         refuse_twice(files, "pt2.import")
         for index, name in enumerate(files):
             path = PurePosixPath(name)
-            if path.is_absolute() or ".." in path.parts or path.suffix != ".py" or not path.stem.isidentifier():
+            if (
+                path.is_absolute()
+                or ".." in path.parts
+                or path.suffix != ".py"
+                or not path.stem.isidentifier()
+            ):
                 raise ConfigError(
                     f"{name!r} is no Python file of the archive; use a relative path such as my_ops.py",
                     f"pt2.import[{index}]",
@@ -253,7 +276,9 @@ class LimitsConfig(Section):
     max_prompt_chars: Positive = 2_000
     """Characters of a prompt, and of a negative prompt."""
     long_prompts: LongPrompts = "cut"
-    """What becomes of a prompt that no text encoder reads to its end: `cut` says in the answer how many tokens were dropped."""
+    """What becomes of a prompt that no text encoder reads to its end: `cut` says in the answer how
+    many tokens were dropped.
+    """
     max_image_bytes: Positive = 10_000_000
     """Bytes of an input image as sent, after base64 is undone."""
     max_image_pixels: Positive = 16_777_216
@@ -273,7 +298,9 @@ class LimitsConfig(Section):
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:
         if self.min_side > self.max_side:
-            raise ConfigError(f"{self.min_side} is over max_side ({self.max_side})", "pipeline.limits.min_side")
+            raise ConfigError(
+                f"{self.min_side} is over max_side ({self.max_side})", "pipeline.limits.min_side"
+            )
         return self
 
 
@@ -295,7 +322,9 @@ class PipelineConfig(Section):
     """Which pipeline is served and what its clients may ask."""
 
     path: Text = "."
-    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md."""
+    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See
+    operations.md.
+    """
     dtype: Dtype = "float32"
     """Of weights and computation.
     In float16 SDXL's VAE, which overflows in it, stays float32."""
@@ -304,7 +333,11 @@ class PipelineConfig(Section):
     guidance: Guidance = "both"
     """Which variants are warmed: with guidance (`on`), without (`off`) or both; a request for the
     other one is a 400."""
-    tasks: Annotated[Listed[Task], Field(min_length=1)] = ("text-to-image", "image-to-image", "inpainting")
+    tasks: Annotated[Listed[Task], Field(min_length=1)] = (
+        "text-to-image",
+        "image-to-image",
+        "inpainting",
+    )
     """What a request may ask; one for another is a 400."""
     fused_lora: Text | None = None
     """Folder of a safetensors LoRA that is fused before compiling."""
@@ -358,21 +391,33 @@ Family = Literal["pipeline", "module"]
 """What is served, by its section of the YAML."""
 
 SERVING_MODES: dict[str, tuple[frozenset[Family], str]] = {
-    "continuousBatching": (frozenset(), "it will be a language model's; batchSize and maxBatchDelay make batches here"),
+    "continuousBatching": (
+        frozenset(),
+        "it will be a language model's; batchSize and maxBatchDelay make batches here",
+    ),
     "sequenceBatching": (frozenset(), "requests here have no memory of each other; leave it out"),
-    "asyncCommunication": (frozenset(), "a batch is answered as one here; batchSize and maxBatchDelay make batches"),
-    "parallelType": (frozenset(), "each worker holds the whole model on one GPU; for more GPUs, minWorkers"),
+    "asyncCommunication": (
+        frozenset(),
+        "a batch is answered as one here; batchSize and maxBatchDelay make batches",
+    ),
+    "parallelType": (
+        frozenset(),
+        "each worker holds the whole model on one GPU; for more GPUs, minWorkers",
+    ),
     "torchrun": (frozenset(), "each worker is one process on one GPU; for more GPUs, minWorkers"),
 }
-"""TorchServe's other contracts with a handler, by key: the families that keep it, and what the others have instead."""
+"""TorchServe's other contracts with a handler, by key: the families that keep it, and what the
+others have instead.
+"""
 
 
 class ModelConfig(Section):
     """A whole model YAML.
 
     The camelCase keys are TorchServe's: the 23 that its frontend reads
-    (frontend/archive/src/main/java/org/pytorch/serve/archive/model/ModelConfig.java of 0.12.0), of which it ignores
-    wrong values with a log line, and `handler`, where BaseHandler looks for `profile` (ts/handler_utils/timer.py).
+    (frontend/archive/src/main/java/org/pytorch/serve/archive/model/ModelConfig.java of 0.12.0), of
+    which it ignores wrong values with a log line, and `handler`, where BaseHandler looks for
+    `profile` (ts/handler_utils/timer.py).
     """
 
     minWorkers: Count | None = None
@@ -438,7 +483,9 @@ class ModelConfig(Section):
 
     @property
     def names_a_family(self) -> bool:
-        """Whether the YAML says what is served; if not, the archive's manifest may, as with BaseHandler."""
+        """Whether the YAML says what is served; if not, the archive's manifest may, as with
+        BaseHandler.
+        """
         return names_a_family(self.model_fields_set)
 
     @property
@@ -448,12 +495,20 @@ class ModelConfig(Section):
     @property
     def warnings(self) -> tuple[str, ...]:
         """What loads, and is hardly meant; each begins with its YAML path."""
-        legacy = "pt2: this form is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}"
-        said = (self.pt2.compile.warning, legacy if self.pt2.compile.legacy else None, *self._odd_batches())
+        legacy = (
+            "pt2: this form is deprecated by TorchServe; use pt2: {compile: {enable: true, ...}}"
+        )
+        said = (
+            self.pt2.compile.warning,
+            legacy if self.pt2.compile.legacy else None,
+            *self._odd_batches(),
+        )
         return tuple(filter(None, said))
 
     def _odd_batches(self) -> Iterator[str]:
-        """Where `batch_sizes`, the rows of a run, and `batchSize`, the requests that come together, do not go together."""
+        """Where `batch_sizes`, the rows of a run, and `batchSize`, the requests that come together,
+        do not go together.
+        """
         shapes, most = self.pt2.shapes, self.batchSize
         if shapes.batch_sizes == "dynamic":
             return
@@ -478,24 +533,35 @@ class ModelConfig(Section):
                 if target not in get_args(Target):
                     *most, last = map(repr, get_args(Target))
                     raise ConfigError(
-                        f"must be {', '.join(most)} or {last}, got {shown(target)}", f"pt2.targets[{index}]"
+                        f"must be {', '.join(most)} or {last}, got {shown(target)}",
+                        f"pt2.targets[{index}]",
                     )
             return self
         if "pipeline" in self.model_fields_set:
             raise ConfigError("stands beside pipeline; a YAML has one of the two", "module")
         shapes = self.pt2.shapes
         if shapes.buckets:
-            raise ConfigError("a module's buckets are sizes of its inputs: module.inputs", "pt2.shapes.buckets")
+            raise ConfigError(
+                "a module's buckets are sizes of its inputs: module.inputs", "pt2.shapes.buckets"
+            )
         if shapes.strategy not in ("buckets", "exact"):
             raise ConfigError(
-                f"{shapes.strategy} is for pipelines; a module has buckets or exact", "pt2.shapes.strategy"
+                f"{shapes.strategy} is for pipelines; a module has buckets or exact",
+                "pt2.shapes.strategy",
             )
         if shapes.fit != "pad":
-            raise ConfigError(f"{shapes.fit} is for pipelines; a module's inputs are padded", "pt2.shapes.fit")
+            raise ConfigError(
+                f"{shapes.fit} is for pipelines; a module's inputs are padded", "pt2.shapes.fit"
+            )
         if shapes.oversize == "downscale":
-            raise ConfigError("downscale is for pipelines; use reject or eager", "pt2.shapes.oversize")
+            raise ConfigError(
+                "downscale is for pipelines; use reject or eager", "pt2.shapes.oversize"
+            )
         if self.pt2.export.aot_compile and not self.module.inputs:
-            raise ConfigError("has no shapes to compile ahead of time; declare module.inputs", "pt2.export.aot_compile")
+            raise ConfigError(
+                "has no shapes to compile ahead of time; declare module.inputs",
+                "pt2.export.aot_compile",
+            )
         return self
 
     @model_validator(mode="after")
@@ -507,9 +573,19 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> ModelConfig:
-        if self.minWorkers is not None and self.maxWorkers is not None and self.minWorkers > self.maxWorkers:
-            raise ConfigError(f"{self.minWorkers} is over maxWorkers ({self.maxWorkers})", "minWorkers")
-        if self.startupTimeout and self.maxRetryTimeoutInSec and self.maxRetryTimeoutInSec <= self.startupTimeout:
+        if (
+            self.minWorkers is not None
+            and self.maxWorkers is not None
+            and self.minWorkers > self.maxWorkers
+        ):
+            raise ConfigError(
+                f"{self.minWorkers} is over maxWorkers ({self.maxWorkers})", "minWorkers"
+            )
+        if (
+            self.startupTimeout
+            and self.maxRetryTimeoutInSec
+            and self.maxRetryTimeoutInSec <= self.startupTimeout
+        ):
             raise ConfigError(
                 f"{self.maxRetryTimeoutInSec} must exceed startupTimeout ({self.startupTimeout}), "
                 "or TorchServe gives up on a slow start after too few tries",
@@ -519,10 +595,11 @@ class ModelConfig(Section):
 
     @classmethod
     def parse(cls, data: Mapping[str, Any], *, ours: bool = False) -> ModelConfig:
-        """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes from it).
+        """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes
+        from it).
 
-        Args:
-            ours: read it as a YAML that names what it serves, even if it does not; see `pt2_forms.normalized`.
+        Args: ours: read it as a YAML that names what it serves, even if it does not; see
+          `pt2_forms.normalized`.
 
         Raises:
             ConfigError: an unknown key or a wrong value, with its YAML path.
@@ -541,12 +618,14 @@ class ModelConfig(Section):
     def load(cls, path: Path, *, ours: bool = False) -> ModelConfig:
         """The config in the YAML file at `path`; see `parse`.
 
-        Raises:
-            ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key twice, or a wrong value.
+        Raises: ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key
+          twice, or a wrong value.
         """
         return cls.parse(read_yaml(path), ours=ours)
 
 
 def names_a_family(data: Collection[str]) -> bool:
-    """Whether these keys of a YAML say what is served; if none does, the YAML may be TorchServe's own."""
+    """Whether these keys of a YAML say what is served; if none does, the YAML may be TorchServe's
+    own.
+    """
     return "pipeline" in data or "module" in data

@@ -1,4 +1,6 @@
-"""The YAML's `module` section: which nn.Module is served, what goes in, what is padded and what comes out."""
+"""The YAML's `module` section: which nn.Module is served, what goes in, what is padded and what
+comes out.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ from preheat.config.schema import FrozenDict, Listed, Positive, Section, Text
 from preheat.config.yaml_errors import refuse_twice, shown
 from preheat.errors import ConfigError
 
-TensorDtype = Literal["float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"]
+TensorDtype = Literal[
+    "float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool"
+]
 BATCH = "batch"
 DERIVED = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
 """Inputs whose range the config of a transformers model may tell."""
@@ -70,8 +74,9 @@ class InputConfig(Section):
     default: float | None = None
     """Fills the whole input where a request leaves it out; without one it is required."""
     range: Listed[float] | None = None
-    """The least and the greatest number that a request may hold: of whole numbers, which may be indices, it must be known. The default
-    is 0 to 1 for a mask, and for the inputs in `DERIVED` what the module's transformers config says."""
+    """The least and the greatest number that a request may hold: of whole numbers, which may be
+    indices, it must be known. The default is 0 to 1 for a mask, and for the inputs in `DERIVED`
+    what the module's transformers config says."""
     normalize: NormalizeConfig | None = None
     """For image files; tensors come normalised."""
 
@@ -88,7 +93,9 @@ class InputConfig(Section):
 
 @dataclass(frozen=True, slots=True)
 class Cut:
-    """How much of an output's dimension belongs to a request: a dimension of the inputs, divided and rounded up."""
+    """How much of an output's dimension belongs to a request: a dimension of the inputs, divided
+    and rounded up.
+    """
 
     dimension: str
     divisor: int = 1
@@ -127,11 +134,15 @@ class ModuleLimits(Section):
     """Elements of one input that no bucket holds: with `oversize: eager`, or where no inputs are
     declared."""
     max_response_bytes: Positive = 300_000_000
-    """Bytes of one answer: a larger one than TorchServe's max_response_size, here that of archive/config.properties, would end the worker."""
+    """Bytes of one answer: a larger one than TorchServe's max_response_size, here that of
+    archive/config.properties, would end the worker.
+    """
 
 
 class ModuleConfig(Section):
-    """Which module is served. Neither `path` nor `factory`: TorchServe's own --model-file and --serialized-file."""
+    """Which module is served. Neither `path` nor `factory`: TorchServe's own --model-file and
+    --serialized-file.
+    """
 
     path: Text | None = None
     """A transformers folder, or a hub id, or `tiny:bert`; `.` is the archive's own."""
@@ -146,21 +157,31 @@ class ModuleConfig(Section):
     """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it
     is."""
     outputs: Annotated[Mapping[str, OutputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
-    """Those that are answered; empty means all tensors. A module that returns a bare tensor calls it by the only name here, or `output`."""
+    """Those that are answered; empty means all tensors. A module that returns a bare tensor calls
+    it by the only name here, or `output`.
+    """
     limits: ModuleLimits = ModuleLimits()
     """What a request may hold."""
 
     @property
     def choices(self) -> dict[str, tuple[int, ...]]:
         """The bucketed dimensions with their sizes, in the YAML's order."""
-        return {name: sizes for spec in self.inputs.values() for name, sizes in spec.buckets.items()}
+        return {
+            name: sizes for spec in self.inputs.values() for name, sizes in spec.buckets.items()
+        }
 
     @model_validator(mode="after")
     def _agree(self) -> ModuleConfig:
         if self.path is not None and self.factory is not None:
-            raise ConfigError("stands beside module.path; a module comes from one of the two", "module.factory")
-        if self.factory is not None and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.factory, re.ASCII):
-            raise ConfigError(f"must be package.module:function, got {shown(self.factory)}", "module.factory")
+            raise ConfigError(
+                "stands beside module.path; a module comes from one of the two", "module.factory"
+            )
+        if self.factory is not None and not re.fullmatch(
+            r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", self.factory, re.ASCII
+        ):
+            raise ConfigError(
+                f"must be package.module:function, got {shown(self.factory)}", "module.factory"
+            )
         seen: dict[str, str] = {}
         for name, spec in self.inputs.items():
             _check_name(name, f"module.inputs.{name}")
@@ -175,16 +196,23 @@ class ModuleConfig(Section):
         for dimension, sizes in spec.buckets.items():
             path = f"module.inputs.{name}.buckets.{dimension}"
             if dimension not in spec.shape or dimension == BATCH:
-                raise ConfigError(f"{dimension} is no dimension of this input's shape that can be bucketed", path)
+                raise ConfigError(
+                    f"{dimension} is no dimension of this input's shape that can be bucketed", path
+                )
             if dimension in seen:
-                raise ConfigError(f"has its buckets already at module.inputs.{seen[dimension]}; once is enough", path)
+                raise ConfigError(
+                    f"has its buckets already at module.inputs.{seen[dimension]}; once is enough",
+                    path,
+                )
             refuse_twice(sizes, path)
             seen[dimension] = name
 
     def _check_shape(self, name: str, spec: InputConfig, seen: Mapping[str, str]) -> None:
         path = f"module.inputs.{name}"
         if spec.shape[0] != BATCH:
-            raise ConfigError(f"the first dimension is {BATCH}, got {shown(spec.shape[0])}", f"{path}.shape[0]")
+            raise ConfigError(
+                f"the first dimension is {BATCH}, got {shown(spec.shape[0])}", f"{path}.shape[0]"
+            )
         refuse_twice([extent for extent in spec.shape if isinstance(extent, str)], f"{path}.shape")
         for index, extent in enumerate(spec.shape[1:], start=1):
             if not isinstance(extent, str):
@@ -196,12 +224,18 @@ class ModuleConfig(Section):
                     f"{path}.shape[{index}]",
                 )
         if spec.normalize is not None and not spec.takes_images:
-            raise ConfigError("is for images: an input of floats with shape [batch, 3, height, width]", path)
+            raise ConfigError(
+                "is for images: an input of floats with shape [batch, 3, height, width]", path
+            )
         if spec.range is not None and (len(spec.range) != 2 or spec.range[0] > spec.range[1]):
-            raise ConfigError(f"must be [least, greatest], got {shown(list(spec.range))}", f"{path}.range")
+            raise ConfigError(
+                f"must be [least, greatest], got {shown(list(spec.range))}", f"{path}.range"
+            )
         for key, values in (spec.normalize.model_dump() if spec.normalize else {}).items():
             if len(values) != IMAGE_CHANNELS:
-                raise ConfigError(f"needs one number a channel, {IMAGE_CHANNELS}", f"{path}.normalize.{key}")
+                raise ConfigError(
+                    f"needs one number a channel, {IMAGE_CHANNELS}", f"{path}.normalize.{key}"
+                )
         for key, number in (("pad", spec.pad), ("default", spec.default)):
             if isinstance(number, float) and not _fits(number, spec.dtype):
                 raise ConfigError(f"{number:g} is no {spec.dtype}", f"{path}.{key}")

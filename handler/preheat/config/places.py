@@ -1,8 +1,10 @@
-"""Where a model lies: what `pipeline.path`, `module.path` and `--model` may say, and which folder is meant.
+"""Where a model lies: what `pipeline.path`, `module.path` and `--model` may say, and which folder
+is meant.
 
-Three things look alike and are told apart by their form alone: `tiny:<name>` is a model that is made on the spot; what is
-absolute or begins with `./`, `../` or `~` is a folder; `name` and `org/name` are a folder where there is one, else a hub id.
-Standard library only: the command looks before a server starts, the worker once more in its archive.
+Three things look alike and are told apart by their form alone: `tiny:<name>` is a model that is
+made on the spot; what is absolute or begins with `./`, `../` or `~` is a folder; `name` and
+`org/name` are a folder where there is one, else a hub id. Standard library only: the command looks
+before a server starts, the worker once more in its archive.
 """
 
 from __future__ import annotations
@@ -52,12 +54,15 @@ def tiny_name(path: str, family: Family) -> str | None:
 
 
 def is_hub_id(path: str) -> bool:
-    """Whether `path` can be a model of the hub: `name` or `org/name`, and nothing that only a folder is written as."""
+    """Whether `path` can be a model of the hub: `name` or `org/name`, and nothing that only a
+    folder is written as.
+    """
     return re.fullmatch(r"(?!\.{1,2}(/|$))[\w.-]+(/[\w.-]+)?", path, re.ASCII) is not None
 
 
 def folder_or_hub_id(path: str, base: Path, family: Family) -> str | Path:
-    """What `path` names, seen from the folder `base`: a model folder that exists (absolute), or a hub id.
+    """What `path` names, seen from the folder `base`: a model folder that exists (absolute), or a
+    hub id.
 
     Raises:
         ConfigError: it is neither, or the folder is no model.
@@ -68,12 +73,15 @@ def folder_or_hub_id(path: str, base: Path, family: Family) -> str | Path:
             return path
         raise ConfigError(f"no such folder: {folder}", f"{family}.path")
     if not (folder / INDEX[family]).is_file():
-        raise ConfigError(f"{folder} is not {KIND[family]}: it has no {INDEX[family]}", f"{family}.path")
+        raise ConfigError(
+            f"{folder} is not {KIND[family]}: it has no {INDEX[family]}", f"{family}.path"
+        )
     return folder
 
 
 def model_place(path: str, archive: Path, family: Family) -> str | Path:
-    """Where `pipeline.path` or `module.path` points, given the unpacked archive: a model folder, or a hub id.
+    """Where `pipeline.path` or `module.path` points, given the unpacked archive: a model folder, or
+    a hub id.
 
     Raises:
         ConfigError: there is no such folder, or no model in it, or `.` could mean several.
@@ -90,14 +98,20 @@ def model_place(path: str, archive: Path, family: Family) -> str | Path:
 
 
 def _inside(archive: Path, family: Family) -> Path:
-    """The archive's model folder: its root (the stock archiver flattens folders), else `model/`, else the only one."""
+    """The archive's model folder: its root (the stock archiver flattens folders), else `model/`,
+    else the only one.
+    """
     index, where = INDEX[family], f"{family}.path"
     for folder in (archive, archive / "model"):
         if (folder / index).is_file():
             return folder
     found = sorted(folder.name for folder in archive.iterdir() if (folder / index).is_file())
     if len(found) > 1:
-        raise ConfigError(f". could mean {' or '.join(found)}, which both have a {index}; name one", where)
+        raise ConfigError(
+            f". could mean {' or '.join(found)}, which both have a {index}; name one", where
+        )
     if not found:
-        raise ConfigError(f"the archive holds no model: no {index} at its root or in a folder of it", where)
+        raise ConfigError(
+            f"the archive holds no model: no {index} at its root or in a folder of it", where
+        )
     return archive / found[0]

@@ -1,8 +1,9 @@
 """`pt2` as TorchServe 0.12.0 reads it: which of its forms compile, and with which arguments.
 
-The source is BaseHandler.initialize (ts/torch_handler/base_handler.py:225-263); tests/test_pt2_forms.py runs the same
-YAMLs through both. Where TorchServe's load dies or it overlooks a key, this raises ConfigError instead. Where it serves
-eagerly with a line in the log, so does this for its own YAMLs; one of ours, which names what it serves, is refused.
+The source is BaseHandler.initialize (ts/torch_handler/base_handler.py:225-263);
+tests/test_pt2_forms.py runs the same YAMLs through both. Where TorchServe's load dies or it
+overlooks a key, this raises ConfigError instead. Where it serves eagerly with a line in the log, so
+does this for its own YAMLs; one of ours, which names what it serves, is refused.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ PT2_BACKENDS = (
     "tensorrt",
     "hpu_backend",
 )
-"""The names that TorchServe lets through to torch.compile (ts/utils/util.py, PT2Backend); others mean eager."""
+"""The names that TorchServe lets through to torch.compile (ts/utils/util.py, PT2Backend); others
+mean eager.
+"""
 
 TORCH_COMPILE_ARGUMENTS = (
     "backend",
@@ -46,7 +49,9 @@ TORCH_COMPILE_ARGUMENTS = (
     "recompile_limit",
     "shapes_spec",
 )
-"""What torch 2.8 to 2.13 accept. Asked only outside `pt2.compile`, to tell a legacy form from our key misspelt."""
+"""What torch 2.8 to 2.13 accept. Asked only outside `pt2.compile`, to tell a legacy form from our
+key misspelt.
+"""
 
 
 class CompileConfig(Section):
@@ -60,24 +65,33 @@ class CompileConfig(Section):
     """Written in the form that TorchServe deprecates: `pt2: inductor` or `pt2: {backend:
     inductor}`."""
     warning: str | None = None
-    """Why nothing is compiled although the YAML looks as if it asked for it: the reason of every router."""
+    """Why nothing is compiled although the YAML looks as if it asked for it: the reason of every
+    router.
+    """
 
 
 def normalized(pt2: object, keys: Sequence[str], *, ours: bool) -> dict[str, Any]:
-    """The fields of Pt2Config, whose names are `keys`, from any of the forms that TorchServe takes for `pt2`.
+    """The fields of Pt2Config, whose names are `keys`, from any of the forms that TorchServe takes
+    for `pt2`.
 
     Args:
         ours: the YAML names what it serves, so that nothing in it is TorchServe's to overlook.
 
-    Raises:
-        ConfigError: not one of the forms, TorchServe's load would die of it, or, in a YAML of ours, no backend of that name.
+    Raises: ConfigError: not one of the forms, TorchServe's load would die of it, or, in a YAML of
+      ours, no backend of that name.
     """
     if isinstance(pt2, str):
-        if "compile" in pt2:  # TorchServe looks for its key inside the string, finds it, and dies of it
-            raise ConfigError(f"{shown(pt2)} is no backend; to compile, use pt2: {{compile: {{enable: true}}}}", "pt2")
+        # TorchServe looks for its key inside the string, finds it, and dies of it
+        if "compile" in pt2:
+            raise ConfigError(
+                f"{shown(pt2)} is no backend; to compile, use pt2: {{compile: {{enable: true}}}}",
+                "pt2",
+            )
         return {"compile": _decided({"backend": pt2}, "pt2", legacy=True, ours=ours)}
     if not isinstance(pt2, Mapping):
-        raise ConfigError(f"must be a mapping or the name of a torch.compile backend, got {shown(pt2)}", "pt2")
+        raise ConfigError(
+            f"must be a mapping or the name of a torch.compile backend, got {shown(pt2)}", "pt2"
+        )
     if any(key in keys for key in pt2):
         return _modern(pt2, ours=ours)
     for key in pt2:
@@ -89,22 +103,35 @@ def normalized(pt2: object, keys: Sequence[str], *, ours: bool) -> dict[str, Any
 def _modern(pt2: Mapping[str, Any], *, ours: bool) -> dict[str, Any]:
     for key in pt2:
         if key in TORCH_COMPILE_ARGUMENTS:  # TorchServe ignores it beside `compile` without a word
-            raise ConfigError("is an argument of torch.compile; it belongs under pt2.compile", f"pt2.{key}")
+            raise ConfigError(
+                "is an argument of torch.compile; it belongs under pt2.compile", f"pt2.{key}"
+            )
     if "compile" not in pt2:
         return dict(pt2)
-    return {**pt2, "compile": _compile_section(pt2["compile"], ours=ours, registers=bool(pt2.get("import")))}
+    return {
+        **pt2,
+        "compile": _compile_section(pt2["compile"], ours=ours, registers=bool(pt2.get("import"))),
+    }
 
 
 def _compile_section(section: object, *, ours: bool, registers: bool) -> CompileConfig:
-    """`registers`: files are imported that may bring a backend, so that only torch.compile itself can refuse its name."""
+    """`registers`: files are imported that may bring a backend, so that only torch.compile itself
+    can refuse its name.
+    """
     path = "pt2.compile"
     if not isinstance(section, Mapping):
-        raise ConfigError(f"must be a mapping such as {{enable: true, backend: inductor}}, got {shown(section)}", path)
+        raise ConfigError(
+            f"must be a mapping such as {{enable: true, backend: inductor}}, got {shown(section)}",
+            path,
+        )
     if "enable" not in section:
         raise ConfigError("is missing; use true or false", f"{path}.enable")
     for key in section:
         if not isinstance(key, str):
-            raise ConfigError(f"must be the name of an argument of torch.compile, got {shown(key)}", f"{path}.{key}")
+            raise ConfigError(
+                f"must be the name of an argument of torch.compile, got {shown(key)}",
+                f"{path}.{key}",
+            )
     kwargs = {key: value for key, value in section.items() if key != "enable"}
     enable = section["enable"]
     if ours and not isinstance(enable, bool):
@@ -113,12 +140,18 @@ def _compile_section(section: object, *, ours: bool, registers: bool) -> Compile
         if ours and registers and isinstance(kwargs.get("backend"), str):
             return CompileConfig(enable=True, kwargs=kwargs)
         return _decided(kwargs, f"{path}.backend", legacy=False, ours=ours)
-    odd = None if enable is False else f"{path}.enable: {shown(enable)} is not true, so nothing is compiled"
+    odd = (
+        None
+        if enable is False
+        else f"{path}.enable: {shown(enable)} is not true, so nothing is compiled"
+    )
     return CompileConfig(enable=False, kwargs=kwargs, warning=odd)
 
 
 def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) -> CompileConfig:
-    """Compile with `kwargs`, unless they name a backend that is none, or that TorchServe would not let through."""
+    """Compile with `kwargs`, unless they name a backend that is none, or that TorchServe would not
+    let through.
+    """
     backend = kwargs.get("backend", "inductor")
     if backend in PT2_BACKENDS:
         return CompileConfig(enable=True, kwargs=kwargs, legacy=legacy)
@@ -133,10 +166,14 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
 
 
 def _refuse_unknown(backend: object, path: str) -> None:
-    """Raise ConfigError where torch.compile has no backend of that name either, its debugging ones and plug-ins counted."""
-    # Not above: a YAML is read without torch, and the two seconds are for a name that TorchServe does not know.
+    """Raise ConfigError where torch.compile has no backend of that name either, its debugging ones
+    and plug-ins counted.
+    """
+    # Not above: a YAML is read without torch, and the two seconds are for a name that TorchServe
+    # does not know.
     dynamo: Any = importlib.import_module("torch._dynamo")
-    torchs = (name for name in dynamo.list_backends(()) if not name.endswith("_TESTING_ONLY"))  # those break on purpose
+    # those break on purpose
+    torchs = (name for name in dynamo.list_backends(()) if not name.endswith("_TESTING_ONLY"))
     known = sorted({*PT2_BACKENDS, *torchs})
     if backend not in known:
         close = get_close_matches(str(backend).lower(), known, n=1)

@@ -1,4 +1,6 @@
-"""What is wrong with a model YAML, said in the YAML's own words: path, value, what would be right."""
+"""What is wrong with a model YAML, said in the YAML's own words: path, value, what would be
+right.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def explained(error: ValidationError, data: object, root: type[BaseModel]) -> Co
     for part in found["loc"]:
         if isinstance(part, int) and isinstance(node, Sequence):
             path, node = f"{path}[{part}]", node[part]
-        elif isinstance(node, Mapping):  # else it is the tag of a union, which has no place in the YAML
+        # else it is the tag of a union, which has no place in the YAML
+        elif isinstance(node, Mapping):
             path, node = f"{path}.{part}" if path else str(part), node.get(part)
             parents.append(model)
             model = _section_at(model, str(part))
@@ -56,10 +59,14 @@ def explained(error: ValidationError, data: object, root: type[BaseModel]) -> Co
 
 
 def _section_at(model: _Model, key: str) -> _Model:
-    """What the value at `key` is: a section, a mapping to sections (as a list of one), or anything else."""
+    """What the value at `key` is: a section, a mapping to sections (as a list of one), or anything
+    else.
+    """
     if isinstance(model, list):
         return model[0]
-    fields = {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
+    fields = (
+        {field.alias or name: field for name, field in model.model_fields.items()} if model else {}
+    )
     section: Any = fields[key].annotation if key in fields else None
     inside = next(filter(_is_section, get_args(section)), None)
     if inside is not None and get_origin(section) is Mapping:
@@ -69,7 +76,11 @@ def _section_at(model: _Model, key: str) -> _Model:
 
 def _is_section(annotation: object) -> TypeGuard[type[BaseModel]]:
     # To Python 3.10, tuple[int, ...] is a type.
-    return get_origin(annotation) is None and isinstance(annotation, type) and issubclass(annotation, BaseModel)
+    return (
+        get_origin(annotation) is None
+        and isinstance(annotation, type)
+        and issubclass(annotation, BaseModel)
+    )
 
 
 def keys_of(model: type[BaseModel]) -> list[str]:

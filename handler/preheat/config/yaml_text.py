@@ -1,4 +1,6 @@
-"""A YAML file as data, which TorchServe's reading is not always: of a key that stands twice it keeps the last, in silence."""
+"""A YAML file as data, which TorchServe's reading is not always: of a key that stands twice it
+keeps the last, in silence.
+"""
 
 from __future__ import annotations
 
@@ -27,8 +29,12 @@ def read_yaml(path: Path) -> Any:
         raise ConfigError(f"{path} is not valid YAML: {error}") from error
 
 
-def _refuse_twice(loader: yaml.SafeLoader, node: yaml.Node | None, path: str, seen: set[int]) -> None:
-    """Raise ConfigError where a mapping in `node`, which stands at `path`, has a key twice; `seen` ends what refers to itself."""
+def _refuse_twice(
+    loader: yaml.SafeLoader, node: yaml.Node | None, path: str, seen: set[int]
+) -> None:
+    """Raise ConfigError where a mapping in `node`, which stands at `path`, has a key twice; `seen`
+    ends what refers to itself.
+    """
     if id(node) in seen:
         return
     seen.add(id(node))
@@ -40,8 +46,13 @@ def _refuse_twice(loader: yaml.SafeLoader, node: yaml.Node | None, path: str, se
         for name, value in node.value:
             plain = isinstance(name, yaml.ScalarNode) and name.tag != "tag:yaml.org,2002:merge"
             key = loader.construct_object(name) if plain else id(name)
-            here, line = f"{path}.{name.value}" if path else str(name.value), name.start_mark.line + 1
+            here, line = (
+                f"{path}.{name.value}" if path else str(name.value),
+                name.start_mark.line + 1,
+            )
             if key in lines:
-                raise ConfigError(f"stands twice, in lines {lines[key]} and {line}; once is enough", here)
+                raise ConfigError(
+                    f"stands twice, in lines {lines[key]} and {line}; once is enough", here
+                )
             lines[key] = line
             _refuse_twice(loader, value, here, seen)

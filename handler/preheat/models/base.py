@@ -1,4 +1,6 @@
-"""What a service needs of a family of models: pipelines (`pipeline_work`) or any other module (`module_work`)."""
+"""What a service needs of a family of models: pipelines (`pipeline_work`) or any other module
+(`module_work`).
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from preheat.protocol.responses import Response
 
 
 class Work(Protocol):
-    """A loaded model of one family. Its jobs and answers (`batching.Outcome`) pass through the service unread."""
+    """A loaded model of one family. Its jobs and answers (`batching.Outcome`) pass through the
+    service unread.
+    """
 
     @property
     def dtype(self) -> torch.dtype: ...
@@ -45,17 +49,25 @@ class Work(Protocol):
     def structure(self) -> Mapping[str, Any]:
         """What compiled code depends on: classes and configs, without the weights."""
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
-        """Build the engine, now that the routers stand in for their targets; called once, before anything is served."""
+    def engage(
+        self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
+    ) -> None:
+        """Build the engine, now that the routers stand in for their targets; called once, before
+        anything is served.
+        """
 
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Warmable]:
-        """Every variant in these batch sizes, the largest first; none where nothing can be warmed."""
+        """Every variant in these batch sizes, the largest first; none where nothing can be
+        warmed.
+        """
 
     def covering(self, variants: Sequence[Any]) -> Sequence[Warmable]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
 
     def extremes(self, variants: Sequence[Any]) -> Sequence[Warmable]:
-        """The variants whose shapes show which dimensions one graph must cover; none where every graph is static."""
+        """The variants whose shapes show which dimensions one graph must cover; none where every
+        graph is static.
+        """
 
     def between(self, variants: Sequence[Any]) -> Sequence[Warmable]:
         """Variants beside these that must be served too, and so proven."""
@@ -64,10 +76,14 @@ class Work(Protocol):
         """Run one variant as requests would; how long it took."""
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
-        """Why legal requests, `batchSize` of them, may take longer than an answer has (seconds); None where they cannot."""
+        """Why legal requests, `batchSize` of them, may take longer than an answer has (seconds);
+        None where they cannot.
+        """
 
     def measure_padding(self) -> Mapping[str, Any]:
-        """What padding changes in an answer, measured on the warm model; empty where that is not a question."""
+        """What padding changes in an answer, measured on the warm model; empty where that is not a
+        question.
+        """
 
     def unfit(self) -> Mapping[str, int]:
         """By kind of run, the smallest batch size that has not fitted into memory."""

@@ -1,7 +1,8 @@
-"""Runs batches of strangers: groups what can share a run, splits rows into warmed batch sizes, keeps failures to themselves.
+"""Runs batches of strangers: groups what can share a run, splits rows into warmed batch sizes,
+keeps failures to themselves.
 
-Knows neither pipelines nor modules: a family derives its engine from `Batcher` and says what a row is and how a chunk of rows
-is run.
+Knows neither pipelines nor modules: a family derives its engine from `Batcher` and says what a row
+is and how a chunk of rows is run.
 """
 
 from __future__ import annotations
@@ -25,10 +26,14 @@ from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff,
 logger = logging.getLogger(__name__)
 
 _MOST_KINDS = 256
-"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the clients' own."""
+"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the
+clients' own.
+"""
 
 Exactness = Literal["bitwise", "rounding", "padded"]
-"""How equal an answer is to the same request's alone: to the last bit, within rounding, or a little changed by its padding."""
+"""How equal an answer is to the same request's alone: to the last bit, within rounding, or a little
+changed by its padding.
+"""
 
 
 class Queued(Protocol):
@@ -65,7 +70,9 @@ class Outcome:
             raise self.error
 
     def note(self, run: RunReport, *, first: bool) -> None:
-        """Add a run that this request had rows in; one whose rows took several is as slow as the slowest of them."""
+        """Add a run that this request had rows in; one whose rows took several is as slow as the
+        slowest of them.
+        """
         self.engine = run.engine if first else slowest({run.engine, self.engine})
         self.incident |= run.incident
         if run.incident and self.exact == "bitwise":
@@ -115,15 +122,23 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         budget: Budget | None = None,
     ) -> None:
         self._budget = budget or Budget()
-        self._routers, self._report, self._device, self._attention = routers, report, device, attention
-        # The sizes a run is filled up to; any number of rows up to the largest where one graph serves them all.
+        self._routers, self._report, self._device, self._attention = (
+            routers,
+            report,
+            device,
+            attention,
+        )
+        # The sizes a run is filled up to; any number of rows up to the largest where one graph
+        # serves them all.
         self._batch_sizes: Sequence[int] = (
             range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
         )
         if shapes.invariant:
             self._batch_sizes = (max(self._batch_sizes),)
         self.unfit: dict[str, int] = {}
-        """By kind of run, the smallest batch size that has not fitted into memory, though there is a smaller one."""
+        """By kind of run, the smallest batch size that has not fitted into memory, though there is
+        a smaller one.
+        """
 
     @abstractmethod
     def _job(self, answer: AnswerT) -> Queued:
@@ -153,7 +168,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """Run these rows, filled up to `size`, and give each answer what is its own."""
 
     def answer(self, answers: Sequence[AnswerT], *, retry: bool = True) -> None:
-        """Fill the answers. A run that fails for one request's sake is no reason to fail its company: each is run again, alone.
+        """Fill the answers. A run that fails for one request's sake is no reason to fail its
+        company: each is run again, alone.
 
         Without `retry`, as warm-up wants it, the whole group has failed.
         """
@@ -169,11 +185,15 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         return sum(
             self._budget.pace.seconds(self._load(group[0], size), generous=generous)
             for group in self._grouped(answers)
-            for size in split_rows(self._batch_sizes, sum(len(self._rows(answer)) for answer in group))
+            for size in split_rows(
+                self._batch_sizes, sum(len(self._rows(answer)) for answer in group)
+            )
         )
 
     def _admitted(self, answers: Sequence[AnswerT]) -> list[AnswerT]:
-        """Those whose runs end in time: who was put off before first, then in the batch's order; the first one always."""
+        """Those whose runs end in time: who was put off before first, then in the batch's order;
+        the first one always.
+        """
         if self._budget.timeout is None:
             return list(answers)
         order = list(answers)
@@ -192,8 +212,12 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _put_off(self, answer: AnswerT) -> None:
         answer.error = PutOff(self._budget.put_off(self._identity(answer), self.seconds([answer])))
 
-    def _due(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> Sequence[tuple[AnswerT, RowT]]:
-        """The rows that are still worth a run, looked at before each: somebody waits for them, and they end in time."""
+    def _due(
+        self, chunk: Sequence[tuple[AnswerT, RowT]], size: int
+    ) -> Sequence[tuple[AnswerT, RowT]]:
+        """The rows that are still worth a run, looked at before each: somebody waits for them, and
+        they end in time.
+        """
         self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
         seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
@@ -208,7 +232,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
         try:
             self._run_group(group)
-        except BaseException as error:  # the model's own failure: it belongs to this group, not to the batch
+        # the model's own failure: it belongs to this group, not to the batch
+        except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             if is_device_lost(error):
@@ -226,16 +251,22 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         for answer in answers:
             deadline = self._job(answer).deadline
             if answer.error is None and deadline is not None and time.time() > deadline:
-                answer.error = DeadlinePassed("the deadline had passed before the request's turn came")
+                answer.error = DeadlinePassed(
+                    "the deadline had passed before the request's turn came"
+                )
 
     def _run_group(self, group: Sequence[AnswerT]) -> None:
         self._drop_late(group)
-        rows = [(answer, row) for answer in group if answer.error is None for row in self._rows(answer)]
+        rows = [
+            (answer, row) for answer in group if answer.error is None for row in self._rows(answer)
+        ]
         if rows:
             self._run_rows(rows, self._batch_sizes)
 
     def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
-        """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller ones, and so is its like."""
+        """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
+        ones, and so is its like.
+        """
         start, kind = 0, self._kind(rows[0][0])
         for size in split_rows(self._fitting(kind, batch_sizes), len(rows)):
             chunk = rows[start : start + size]
@@ -269,7 +300,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _remember(self, kind: str, size: int) -> None:
         self.unfit[kind] = min(size, self.unfit.get(kind, size))
         logger.error(
-            "%s: %d rows do not fit into memory; from now on it runs in smaller batches", kind, self.unfit[kind]
+            "%s: %d rows do not fit into memory; from now on it runs in smaller batches",
+            kind,
+            self.unfit[kind],
         )
         if len(self.unfit) > _MOST_KINDS:
             del self.unfit[next(iter(self.unfit))]
@@ -281,12 +314,15 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     def _called(
         self, call: Callable[[], T], *, num_rows: int, num_real_rows: int, planned_eager: bool
     ) -> tuple[T, RunReport]:
-        """What `call`, one run of the model, gives under the served global state, and how it ran; the report is told."""
+        """What `call`, one run of the model, gives under the served global state, and how it ran;
+        the report is told.
+        """
         smallest = num_rows <= min(self._batch_sizes)
         for router in self._routers.values():
             router.start_run(planned_eager=planned_eager, smallest=smallest)
         started = time.perf_counter()
-        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled again.
+        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled
+        # again.
         with torch.inference_mode(), attention_backend(self._attention):
             result = call()
         runs = [router.run for router in self._routers.values()]

@@ -17,8 +17,12 @@ def has_model(manifest: Mapping[str, Any]) -> bool:
     return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
 
 
-def load_work(config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device) -> Work:
-    """The model that the YAML names, loaded; a family's libraries are imported only where it is served."""
+def load_work(
+    config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device
+) -> Work:
+    """The model that the YAML names, loaded; a family's libraries are imported only where it is
+    served.
+    """
     if config.module is not None:
         from preheat.models.module.model import ModuleWork
 

@@ -1,6 +1,8 @@
-"""Tiny models of the real diffusers and transformers classes, made on the spot: the demo's and the tests'.
+"""Tiny models of the real diffusers and transformers classes, made on the spot: the demo's and the
+tests'.
 
-Every one has the parts, names and folder layout of the real thing, at a few hundred thousand parameters, seeded.
+Every one has the parts, names and folder layout of the real thing, at a few hundred thousand
+parameters, seeded.
 """
 
 from __future__ import annotations
@@ -45,11 +47,13 @@ from transformers import (
 )
 
 CLIP_WIDTH = 32
-T5_WIDTH = 64  # at least twice CLIP_WIDTH: SD3 lays both CLIP states side by side and pads them to T5's width
+# at least twice CLIP_WIDTH: SD3 lays both CLIP states side by side and pads them to T5's width
+T5_WIDTH = 64
 
 
 def build(family: str, folder: Path) -> Path:
-    """Write a tiny pipeline of `family` (a key of FAMILIES), or one of MODULES, to `folder`, replacing what is there; return `folder`.
+    """Write a tiny pipeline of `family` (a key of FAMILIES), or one of MODULES, to `folder`,
+    replacing what is there; return `folder`.
 
     The default picture is 256x256 pixels. Weights are safetensors, the same bytes every time.
     """
@@ -77,7 +81,8 @@ def _sdxl() -> Any:
             use_linear_projection=True,
             addition_embed_type="text_time",
             addition_time_embed_dim=8,
-            projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH,  # six size conditions and the pooled text
+            # six size conditions and the pooled text
+            projection_class_embeddings_input_dim=6 * 8 + CLIP_WIDTH,
         ),
         vae=_vae(latent_channels=4, scaling_factor=0.13025),
         text_encoder=CLIPTextModel(_clip_config()),
@@ -151,7 +156,12 @@ def _flux() -> Any:
     )
 
 
-FAMILIES: Mapping[str, Callable[[], Any]] = {"sdxl": _sdxl, "sd15": _sd15, "sd3": _sd3, "flux": _flux}
+FAMILIES: Mapping[str, Callable[[], Any]] = {
+    "sdxl": _sdxl,
+    "sd15": _sd15,
+    "sd3": _sd3,
+    "flux": _flux,
+}
 
 
 def _bert() -> Sequence[Any]:
@@ -169,7 +179,9 @@ def _bert() -> Sequence[Any]:
 
 def _resnet() -> Sequence[Any]:
     """An image classifier of ten classes."""
-    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10)
+    config = ResNetConfig(
+        embedding_size=16, hidden_sizes=[16, 32], depths=[1, 1], layer_type="basic", num_labels=10
+    )
     return (ResNetForImageClassification(config).eval(),)
 
 
@@ -229,7 +241,13 @@ def _clip_config() -> Any:
 
 def _t5_config() -> Any:
     return T5Config(
-        vocab_size=256, d_model=T5_WIDTH, d_kv=16, d_ff=64, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu"
+        vocab_size=256,
+        d_model=T5_WIDTH,
+        d_kv=16,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
     )
 
 
@@ -238,14 +256,29 @@ def _clip_tokenizer() -> Any:
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     symbols = [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
-    tokens = [*symbols, *(symbol + "</w>" for symbol in symbols), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77)
+    tokens = [
+        *symbols,
+        *(symbol + "</w>" for symbol in symbols),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=77
+    )
 
 
 def _characters() -> list[str]:
     """Printable ASCII, each at a word's start and inside it, and BERT's specials."""
     letters = [chr(code) for code in range(33, 127)]
-    return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    return [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        *letters,
+        *(f"##{letter}" for letter in letters),
+    ]
 
 
 def _wordpiece_tokenizer() -> Any:

@@ -10,7 +10,8 @@ DEADLINE_HEADER = "x-preheat-deadline"
 
 
 def parse_deadline(text: str | None) -> float | None:
-    """The header `x-preheat-deadline`, Unix time in milliseconds, as seconds; None where there is none.
+    """The header `x-preheat-deadline`, Unix time in milliseconds, as seconds; None where there is
+    none.
 
     Raises:
         RequestError: it is no whole number.

@@ -1,7 +1,9 @@
-"""Pixels: client files in and out, and pictures laid in a bucket and cut from it as their plan says.
+"""Pixels: client files in and out, and pictures laid in a bucket and cut from it as their plan
+says.
 
-Everything inside is 8-bit RGB (masks: one channel of luminance). Colour profiles are ignored on purpose: the models
-were trained on pixels taken at face value, and what they paint carries no profile either.
+Everything inside is 8-bit RGB (masks: one channel of luminance). Colour profiles are ignored on
+purpose: the models were trained on pixels taken at face value, and what they paint carries no
+profile either.
 """
 
 from __future__ import annotations
@@ -25,8 +27,8 @@ CONTENT_TYPES: Mapping[OutputFormat, str] = MappingProxyType(
 
 _READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
-# Measured on 1024x1024 pictures with the statistics of photos (1/f noise, hard edges, grain), Pillow 13 with zlib-ng,
-# one x86-64 core; milliseconds and megabytes:
+# Measured on 1024x1024 pictures with the statistics of photos (1/f noise, hard edges, grain),
+# Pillow 13 with zlib-ng, one x86-64 core; milliseconds and megabytes:
 #   PNG   level 1: 95, 2.29   level 6 (the default): 135, 2.18   level 9: 135, 2.18   run lengths only: 63, 2.18
 #         (on flat graphics run lengths are as fast as level 1, but 0.46 against 0.27)
 #   JPEG  quality 92 with full colour: 5, 0.57   with halved colour: 3, 0.45
@@ -50,24 +52,27 @@ _TURNS: Mapping[object, Image.Transpose] = {
 }
 
 _JPEG_HEAD, _JPEG_SCAN = b"\xff\xd8\xff", b"\xff\xda"
-_MAX_JPEG_SCANS = 100  # a progressive file has about 10; each one walks the whole picture, however few bytes it takes
+# a progressive file has about 10; each one walks the whole picture, however few bytes it takes
+_MAX_JPEG_SCANS = 100
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # TIFF tags
 
 
 def decode(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
-    """The picture in a file a client sent, as RGB: upright by its EXIF, what is transparent laid over white.
+    """The picture in a file a client sent, as RGB: upright by its EXIF, what is transparent laid
+    over white.
 
-    PNG, JPEG, WebP, BMP, GIF and TIFF are read; of an animation, the first frame. The size is checked before a pixel
-    is decoded.
+    PNG, JPEG, WebP, BMP, GIF and TIFF are read; of an animation, the first frame. The size is
+    checked before a pixel is decoded.
 
-    Raises:
-        RequestError: anything but a readable picture of at most `max_pixels` pixels, laid at `field`.
+    Raises: RequestError: anything but a readable picture of at most `max_pixels` pixels, laid at
+      `field`.
     """
     return _read(data, field, max_pixels, _over_white)
 
 
 def decode_mask(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
-    """The mask in a file a client sent, as L: white is to be repainted. An alpha channel is ignored.
+    """The mask in a file a client sent, as L: white is to be repainted. An alpha channel is
+    ignored.
 
     Raises:
         RequestError: as `decode`.
@@ -82,7 +87,9 @@ def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
     return file.getvalue()
 
 
-def _read(data: bytes, field: str, max_pixels: int, convert: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def _read(
+    data: bytes, field: str, max_pixels: int, convert: Callable[[Image.Image], Image.Image]
+) -> Image.Image:
     try:
         image = _loaded(data, field, max_pixels)
         turn = _TURNS.get(_orientation(image))
@@ -92,10 +99,15 @@ def _read(data: bytes, field: str, max_pixels: int, convert: Callable[[Image.Ima
     except RequestError:
         raise
     except UnidentifiedImageError:
-        raise RequestError(f"is not an image that can be read; send one of {', '.join(_READABLE)}", field) from None
+        raise RequestError(
+            f"is not an image that can be read; send one of {', '.join(_READABLE)}", field
+        ) from None
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise RequestError(f"has too many pixels, at most {max_pixels} are allowed", field) from None
-    except Exception as error:  # noqa: BLE001  Pillow's readers raise whatever a hostile file leads them to
+        raise RequestError(
+            f"has too many pixels, at most {max_pixels} are allowed", field
+        ) from None
+
+    except Exception as error:
         reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
         raise RequestError(f"cannot be decoded: {reason}", field) from None
     image.info = {}  # nothing of the client's metadata travels on
@@ -103,13 +115,16 @@ def _read(data: bytes, field: str, max_pixels: int, convert: Callable[[Image.Ima
 
 
 def _loaded(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """The file's first frame in the mode it is stored in, once its header has been found harmless."""
+    """The file's first frame in the mode it is stored in, once its header has been found
+    harmless.
+    """
     if data.startswith(_JPEG_HEAD) and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
         raise RequestError(f"is a JPEG of more than {_MAX_JPEG_SCANS} scans", field)
     image = Image.open(BytesIO(data), formats=_READABLE)
     _check_size(image.height, image.width, field, max_pixels)
     tags = getattr(image, "tag_v2", {})
-    if _TILE_WIDTH in tags and _TILE_HEIGHT in tags:  # a tile is decoded whole, however little of it shows
+    # a tile is decoded whole, however little of it shows
+    if _TILE_WIDTH in tags and _TILE_HEIGHT in tags:
         _check_size(tags[_TILE_HEIGHT], tags[_TILE_WIDTH], field, max_pixels)
     image.load()
     _check_size(image.height, image.width, field, max_pixels)  # a GIF's frame may grow its screen
@@ -118,11 +133,15 @@ def _loaded(data: bytes, field: str, max_pixels: int) -> Image.Image:
 
 def _check_size(height: int, width: int, field: str, max_pixels: int) -> None:
     if height * width > max_pixels:
-        raise RequestError(f"is {height}x{width} (height x width); at most {max_pixels} pixels are allowed", field)
+        raise RequestError(
+            f"is {height}x{width} (height x width); at most {max_pixels} pixels are allowed", field
+        )
 
 
 def _orientation(image: Image.Image) -> object:
-    """The EXIF orientation, asked after loading: the TIFF reader turns its pictures itself, and drops the tag."""
+    """The EXIF orientation, asked after loading: the TIFF reader turns its pictures itself, and
+    drops the tag.
+    """
     try:
         return image.getexif().get(ExifTags.Base.Orientation)
     except Exception:  # noqa: BLE001  broken EXIF is common, and says nothing against the pixels

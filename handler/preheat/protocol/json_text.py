@@ -10,7 +10,9 @@ import re
 from preheat.errors import RequestError
 
 LONGEST_WHOLE = 40
-"""Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server busy."""
+"""Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server
+busy.
+"""
 
 _LONG_WHOLE = b"0" * (LONGEST_WHOLE + 1)
 _ZEROS = bytes.maketrans(b"123456789", b"0" * 9)
@@ -19,12 +21,20 @@ _WHITE = b" \t\r\n"
 
 
 def loads(text: str) -> object:
-    """`text` as JSON. Raises ValueError with a short reason, and RequestError for a name that stands twice."""
+    """`text` as JSON. Raises ValueError with a short reason, and RequestError for a name that
+    stands twice.
+    """
     collecting = gc.isenabled()
-    gc.disable()  # a million small lists would be walked again and again while they are made: two thirds of the time
+    # a million small lists would be walked again and again while they are made: two thirds of the
+    # time
+    gc.disable()
     try:
         # Called for each number, a function of ours takes four times as long as all the rest.
-        parse_int = _whole_literal if _LONG_WHOLE in text.encode(errors="replace").translate(_ZEROS) else None
+        parse_int = (
+            _whole_literal
+            if _LONG_WHOLE in text.encode(errors="replace").translate(_ZEROS)
+            else None
+        )
         return json.loads(text, object_pairs_hook=_once, parse_int=parse_int)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno} column {error.colno}") from None
@@ -63,13 +73,16 @@ def decoded(value: bytes, name: str) -> str:
 
 
 def from_base64(text: str, name: str, max_bytes: int, *, refusal: str = "is not base64") -> bytes:
-    """The bytes in `text`, with or without a data URL's head; the size is checked before anything is decoded."""
+    """The bytes in `text`, with or without a data URL's head; the size is checked before anything
+    is decoded.
+    """
     try:
         raw = text.encode("ascii")
     except UnicodeEncodeError:
         raise RequestError(refusal, name) from None
     head = _DATA_URL.match(raw)
-    coded = raw[head.end() if head else 0 :].translate(None, _WHITE)  # the base64 command wraps its lines
+    # the base64 command wraps its lines
+    coded = raw[head.end() if head else 0 :].translate(None, _WHITE)
     size = len(coded) // 4 * 3
     if size - 2 > max_bytes:
         raise RequestError(f"has about {size} bytes, at most {max_bytes} are allowed", name)

@@ -24,8 +24,12 @@ class Response:
         return http.HTTPStatus(self.code).phrase
 
 
-def json_response(code: int, document: Mapping[str, Any], headers: Mapping[str, str] | None = None) -> Response:
-    return Response(code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})})
+def json_response(
+    code: int, document: Mapping[str, Any], headers: Mapping[str, str] | None = None
+) -> Response:
+    return Response(
+        code, json.dumps(document).encode(), {"content-type": "application/json", **(headers or {})}
+    )
 
 
 def from_error(error: RequestError | RunError) -> Response:

@@ -1,7 +1,9 @@
 """A model folder and a model YAML become an archive that TorchServe loads.
 
-The archive's root holds the entry file, the package `preheat/`, `<name>.yaml`, the Python files that the YAML names and, unless
-weights stay outside, `model/`: the pipeline's or transformers folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the YAML's stem.
+The archive's root holds the entry file, the package `preheat/`, `<name>.yaml`, the Python files
+that the YAML names and, unless weights stay outside, `model/`: the pipeline's or transformers
+folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the
+YAML's stem.
 """
 
 from __future__ import annotations
@@ -46,12 +48,13 @@ def build_archive(
 ) -> Path:
     """Package `model` with `config` into the folder `output`; return the archive's path.
 
-    `model` is a diffusers pipeline folder, or the transformers folder of a `module`; None where a factory makes the module. With
-    `external` it may be a hub id as well, and its weights stay where they are: the archive's YAML names the place. What
-    `pt2.import` and `module.factory` name is packed from beside the YAML. `zip-store` and `default` (deflated) write
-    `<name>.mar`, `no-archive` a folder `<name>` that TorchServe serves in place. An older archive of the name is replaced.
-    With `aot`, or where the YAML says `pt2.export.aot_compile`, every target is compiled now, for machines like this one, and
-    lies under `aot/`.
+    `model` is a diffusers pipeline folder, or the transformers folder of a `module`; None where a
+    factory makes the module. With `external` it may be a hub id as well, and its weights stay where
+    they are: the archive's YAML names the place. What `pt2.import` and `module.factory` name is
+    packed from beside the YAML. `zip-store` and `default` (deflated) write `<name>.mar`,
+    `no-archive` a folder `<name>` that TorchServe serves in place. An older archive of the name is
+    replaced. With `aot`, or where the YAML says `pt2.export.aot_compile`, every target is compiled
+    now, for machines like this one, and lies under `aot/`.
 
     Raises:
         ConfigError: the YAML cannot be used.
@@ -63,14 +66,19 @@ def build_archive(
     aot = loaded.pt2.export.aot_compile or aot
     name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):
-        raise ArchiveError(f"unknown archive format {archive_format!r}: one of {', '.join(get_args(ArchiveFormat))}")
+        raise ArchiveError(
+            f"unknown archive format {archive_format!r}: one of {', '.join(get_args(ArchiveFormat))}"
+        )
     place = _place(loaded, model, external=external)
 
     output.mkdir(parents=True, exist_ok=True)
-    # In `output`, since that is the disk with room for the weights, and no other archive's leftovers lie there.
+    # In `output`, since that is the disk with room for the weights, and no other archive's
+    # leftovers lie there.
     with tempfile.TemporaryDirectory(prefix=".archiving-", dir=output) as work_dir:
         work = Path(work_dir)
-        (work / f"{name}.yaml").write_text(_adapted(config, loaded, place, aot=aot), encoding="utf-8")
+        (work / f"{name}.yaml").write_text(
+            _adapted(config, loaded, place, aot=aot), encoding="utf-8"
+        )
         files = work / "files"  # the archiver copies its contents, not the folder itself
         files.mkdir()
         (files / "preheat").symlink_to(PACKAGE)
@@ -92,7 +100,9 @@ def is_archive(path: Path) -> bool:
 def _model_name(config: Path) -> str:
     name = config.stem
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", name):
-        raise ArchiveError(f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' and '_'")
+        raise ArchiveError(
+            f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' and '_'"
+        )
     return name
 
 
@@ -100,21 +110,27 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
     """What the archive's YAML says of where the model lies; None where it is no folder."""
     if loaded.module is not None and loaded.module.factory is not None:
         if model is not None:
-            raise ArchiveError("the YAML's module.factory makes the module, so there is no model folder to package")
+            raise ArchiveError(
+                "the YAML's module.factory makes the module, so there is no model folder to package"
+            )
         return None
     if model is None:
         raise ArchiveError(
             "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
         )
     try:
-        folder = folder_or_hub_id(str(model), Path(), "pipeline" if loaded.module is None else "module")
+        folder = folder_or_hub_id(
+            str(model), Path(), "pipeline" if loaded.module is None else "module"
+        )
     except ConfigError as error:
         raise ArchiveError(error.message) from None
     if isinstance(folder, Path):
         _check_weights(folder)
         return str(folder.resolve()) if external else "."
     if not external:
-        raise ArchiveError(f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)")
+        raise ArchiveError(
+            f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)"
+        )
     return folder
 
 
@@ -130,14 +146,18 @@ def _check_weights(folder: Path) -> None:
 
 
 def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
-    """The Python files that the YAML names, from beside it. Copied, not linked: what is imported must lie in the archive."""
+    """The Python files that the YAML names, from beside it. Copied, not linked: what is imported
+    must lie in the archive.
+    """
     named = list(loaded.pt2.imports)
     if loaded.module is not None and loaded.module.factory is not None:
         root = loaded.module.factory.partition(":")[0].partition(".")[0]
         named.append(root if (source / root).is_dir() else f"{root}.py")
     for name in named:
         if (source / name).is_dir():
-            shutil.copytree(source / name, files / name, ignore=shutil.ignore_patterns("__pycache__"))
+            shutil.copytree(
+                source / name, files / name, ignore=shutil.ignore_patterns("__pycache__")
+            )
         elif (source / name).is_file():
             (files / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, files / name)
@@ -146,7 +166,9 @@ def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
 
 
 def _adapted(config: Path, loaded: ModelConfig, place: str | None, *, aot: bool) -> str:
-    """The YAML's text with the model's path and `pt2.export` set; as it was, comments included, where they already are."""
+    """The YAML's text with the model's path and `pt2.export` set; as it was, comments included,
+    where they already are.
+    """
     text = config.read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
     section = "pipeline" if loaded.module is None else "module"
@@ -156,11 +178,17 @@ def _adapted(config: Path, loaded: ModelConfig, place: str | None, *, aot: bool)
         changed[section] = {**own, "path": place}
     if aot and (not isinstance(pt2, dict) or pt2.get("export") != EXPORTED):
         changed["pt2"] = {**_modern(pt2), "export": EXPORTED}
-    return yaml.safe_dump({**data, **changed}, sort_keys=False, allow_unicode=True) if changed else text
+    return (
+        yaml.safe_dump({**data, **changed}, sort_keys=False, allow_unicode=True)
+        if changed
+        else text
+    )
 
 
 def _modern(pt2: Any) -> dict[str, Any]:
-    """`pt2` as a mapping that has room for `export`: TorchServe's legacy forms are arguments of torch.compile."""
+    """`pt2` as a mapping that has room for `export`: TorchServe's legacy forms are arguments of
+    torch.compile.
+    """
     if isinstance(pt2, str):
         pt2 = {"backend": pt2}
     if not any(key in keys_of(Pt2Config) for key in pt2) and pt2:
@@ -169,20 +197,36 @@ def _modern(pt2: Any) -> dict[str, Any]:
 
 
 def _compile_ahead(config: Path, files: Path) -> None:
-    """Fill `files/aot`. A process of its own: it loads the pipeline and torch, and the archiver needs neither."""
-    command = [sys.executable, "-m", "preheat.worker.build_packages", str(config), str(files), str(files / "aot")]
+    """Fill `files/aot`. A process of its own: it loads the pipeline and torch, and the archiver
+    needs neither.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "preheat.worker.build_packages",
+        str(config),
+        str(files),
+        str(files / "aot"),
+    ]
     path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(command, check=False, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr.fileno())
+    done = subprocess.run(
+        command, check=False, env={**os.environ, "PYTHONPATH": path}, stdout=sys.stderr.fileno()
+    )
     if done.returncode:
-        raise ArchiveError(f"compiling ahead of time failed for {config.stem}; what went wrong is said above")
+        raise ArchiveError(
+            f"compiling ahead of time failed for {config.stem}; what went wrong is said above"
+        )
 
 
 def _run_archiver(name: str, work: Path, archive_format: str) -> Path:
-    """The archive, written below `work`. A process of its own, since the archiver empties $TMPDIR/<name>."""
+    """The archive, written below `work`. A process of its own, since the archiver empties
+    $TMPDIR/<name>.
+    """
     temp, exported = work / "tmp", work / "out"
     temp.mkdir()
     exported.mkdir()
-    # Relative paths: the archiver splits them at commas and globs brackets, wherever the repository lies.
+    # Relative paths: the archiver splits them at commas and globs brackets, wherever the repository
+    # lies.
     options = {
         "--model-name": name,
         "--version": "1.0",
@@ -194,7 +238,12 @@ def _run_archiver(name: str, work: Path, archive_format: str) -> Path:
     }
     shutil.copy(ENTRY, work)
     done = subprocess.run(
-        [sys.executable, "-m", "model_archiver.model_packaging", *(word for pair in options.items() for word in pair)],
+        [
+            sys.executable,
+            "-m",
+            "model_archiver.model_packaging",
+            *(word for pair in options.items() for word in pair),
+        ],
         cwd=work,
         env={**os.environ, "TMPDIR": str(temp)},
         check=False,
@@ -203,7 +252,9 @@ def _run_archiver(name: str, work: Path, archive_format: str) -> Path:
     )
     archive = exported / (name if archive_format == "no-archive" else f"{name}.mar")
     if done.returncode or not archive.exists():
-        raise ArchiveError(f"the model archiver failed on {name}: {done.stderr.strip() or done.stdout.strip()}")
+        raise ArchiveError(
+            f"the model archiver failed on {name}: {done.stderr.strip() or done.stdout.strip()}"
+        )
     return archive
 
 

@@ -1,7 +1,8 @@
-"""Ask a TorchServe for pictures over REST and gRPC: what the demo, the tests and the benches talk through.
+"""Ask a TorchServe for pictures over REST and gRPC: what the demo, the tests and the benches talk
+through.
 
-The gRPC messages are built from the few lines of TorchServe's `inference.proto` that a prediction needs, so that no
-compiler and no generated code is carried along.
+The gRPC messages are built from the few lines of TorchServe's `inference.proto` that a prediction
+needs, so that no compiler and no generated code is carried along.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ MAX_MESSAGE = 2**31 - 1
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """One answer. `status` is the HTTP status over REST and the gRPC status code (0 is OK) over gRPC.
+    """One answer. `status` is the HTTP status over REST and the gRPC status code (0 is OK) over
+    gRPC.
 
     TorchServe cannot send a refusal as a gRPC status: there the body alone says so, see `error`.
     """
@@ -49,11 +51,17 @@ class Reply:
             document = json.loads(self.body)
         except ValueError:
             return None
-        return document if isinstance(document, dict) and "code" in document and "message" in document else None
+        return (
+            document
+            if isinstance(document, dict) and "code" in document and "message" in document
+            else None
+        )
 
 
 class Client:
-    """Predictions from one model of one server; a context manager. `timeout` is seconds per request."""
+    """Predictions from one model of one server; a context manager. `timeout` is seconds per
+    request.
+    """
 
     def __init__(
         self,
@@ -65,19 +73,37 @@ class Client:
         token: str | None = None,
         timeout: float = 300,
     ) -> None:
-        self.model, self._inference, self._management, self._timeout = model, inference, management, timeout
+        self.model, self._inference, self._management, self._timeout = (
+            model,
+            inference,
+            management,
+            timeout,
+        )
         authorization = {"Authorization": f"Bearer {token}"} if token else {}
         # trust_env=False: a proxy in the environment knows nothing of this loopback.
         self._http = httpx.Client(timeout=timeout, headers=authorization, trust_env=False)
-        self._metadata = [("protocol", "gRPC"), ("authorization", f"Bearer {token}")] if token else None
-        sizes = [("grpc.max_receive_message_length", MAX_MESSAGE), ("grpc.max_send_message_length", MAX_MESSAGE)]
-        self._channel = grpc.insecure_channel(grpc_target, options=[*sizes, ("grpc.enable_http_proxy", 0)])
+        self._metadata = (
+            [("protocol", "gRPC"), ("authorization", f"Bearer {token}")] if token else None
+        )
+        sizes = [
+            ("grpc.max_receive_message_length", MAX_MESSAGE),
+            ("grpc.max_send_message_length", MAX_MESSAGE),
+        ]
+        self._channel = grpc.insecure_channel(
+            grpc_target, options=[*sizes, ("grpc.enable_http_proxy", 0)]
+        )
 
     @classmethod
     def to(cls, server: TorchServe, model: str | None = None, **options: Any) -> Client:
-        """A client of a server that `preheat.torchserve.server` started; `model` may be left out where it has only one."""
+        """A client of a server that `preheat.torchserve.server` started; `model` may be left out
+        where it has only one.
+        """
         (only,) = (model,) if model else server.models
-        places = {"inference": server.inference, "management": server.management, "grpc_target": server.grpc}
+        places = {
+            "inference": server.inference,
+            "management": server.management,
+            "grpc_target": server.grpc,
+        }
         return cls(only, **{**places, **options})
 
     def __enter__(self) -> Self:
@@ -99,19 +125,24 @@ class Client:
         return self.post(json=payload)
 
     def post(self, **arguments: Any) -> Reply:
-        """POST to the model with httpx's arguments (`content`, `data`, `files`, `headers`), for odd requests too."""
+        """POST to the model with httpx's arguments (`content`, `data`, `files`, `headers`), for odd
+        requests too.
+        """
         begun = time.perf_counter()
         response = self._http.post(f"{self._inference}/predictions/{self.model}", **arguments)
         elapsed = 1000 * (time.perf_counter() - begun)
         return Reply(response.status_code, response.content, elapsed, dict(response.headers))
 
     def stream(self, payload: Mapping[str, object]) -> Generator[str]:
-        """POST the request as JSON and give the answer's lines as they come: events, or one line of a refusal.
+        """POST the request as JSON and give the answer's lines as they come: events, or one line of
+        a refusal.
 
         Raises:
             httpx.HTTPError: no answer came, or not all of it.
         """
-        with self._http.stream("POST", f"{self._inference}/predictions/{self.model}", json=payload) as response:
+        with self._http.stream(
+            "POST", f"{self._inference}/predictions/{self.model}", json=payload
+        ) as response:
             yield from response.iter_lines()
 
     def predict_grpc(self, payload: Mapping[str, object]) -> Reply:
@@ -128,9 +159,17 @@ class Client:
         )
         begun = time.perf_counter()
         try:
-            answer = call(request(model_name=self.model, input=fields), timeout=self._timeout, metadata=self._metadata)
+            answer = call(
+                request(model_name=self.model, input=fields),
+                timeout=self._timeout,
+                metadata=self._metadata,
+            )
         except grpc.RpcError as error:
-            return Reply(error.code().value[0], str(error.details()).encode(), 1000 * (time.perf_counter() - begun))
+            return Reply(
+                error.code().value[0],
+                str(error.details()).encode(),
+                1000 * (time.perf_counter() - begun),
+            )
         return Reply(0, answer.prediction, 1000 * (time.perf_counter() - begun))
 
     def stream_grpc(self, payload: Mapping[str, object]) -> Generator[bytes]:
@@ -154,36 +193,57 @@ class Client:
             parts.cancel()
 
     def describe(self) -> dict[str, Any]:
-        """The model as the management API describes it, with one worker's state under `customizedMetadata`.
+        """The model as the management API describes it, with one worker's state under
+        `customizedMetadata`.
 
         Raises:
             httpx.HTTPError: no answer came, or a refusal.
         """
-        response = self._http.get(f"{self._management}/models/{self.model}", params={"customized": "true"})
+        response = self._http.get(
+            f"{self._management}/models/{self.model}", params={"customized": "true"}
+        )
         response.raise_for_status()
         described: dict[str, Any] = response.json()[0]
         return described
 
     def state(self) -> dict[str, Any]:
-        """One worker's state: the `preheat` object of the design. Queues behind the predictions under way."""
+        """One worker's state: the `preheat` object of the design. Queues behind the predictions
+        under way.
+        """
         metadata = self.describe()["customizedMetadata"]
-        state: dict[str, Any] = (json.loads(metadata) if isinstance(metadata, str) else metadata)["preheat"]
+        state: dict[str, Any] = (json.loads(metadata) if isinstance(metadata, str) else metadata)[
+            "preheat"
+        ]
         return state
 
     def worker_pids(self) -> list[int]:
         """Of the model's workers, in the order of their ids."""
         response = self._http.get(f"{self._management}/models/{self.model}")
         response.raise_for_status()
-        return [worker["pid"] for worker in sorted(response.json()[0]["workers"], key=lambda w: str(w["id"]))]
+        return [
+            worker["pid"]
+            for worker in sorted(response.json()[0]["workers"], key=lambda w: str(w["id"]))
+        ]
 
 
 @functools.cache
 def messages() -> tuple[Any, Any]:
-    """The classes PredictionsRequest and PredictionResponse, by their field numbers in TorchServe's inference.proto."""
+    """The classes PredictionsRequest and PredictionResponse, by their field numbers in TorchServe's
+    inference.proto.
+    """
     kinds = descriptor_pb2.FieldDescriptorProto
-    file = descriptor_pb2.FileDescriptorProto(name="preheat/inference.proto", package=PACKAGE, syntax="proto3")
+    file = descriptor_pb2.FileDescriptorProto(
+        name="preheat/inference.proto", package=PACKAGE, syntax="proto3"
+    )
 
-    def add(message: Any, name: str, number: int, kind: int, repeated: bool = False, of: str | None = None) -> None:
+    def add(
+        message: Any,
+        name: str,
+        number: int,
+        kind: int,
+        repeated: bool = False,
+        of: str | None = None,
+    ) -> None:
         label = kinds.LABEL_REPEATED if repeated else kinds.LABEL_OPTIONAL
         message.field.add(name=name, number=number, type=kind, label=label, type_name=of)
 
@@ -198,8 +258,12 @@ def messages() -> tuple[Any, Any]:
     response = file.message_type.add(name="PredictionResponse")
     add(response, "prediction", 1, kinds.TYPE_BYTES)
 
-    pool = descriptor_pool.DescriptorPool()  # of its own: the default one may hold TorchServe's generated file
+    # of its own: the default one may hold TorchServe's generated file
+    pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     names = ("PredictionsRequest", "PredictionResponse")
-    found = [message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}")) for name in names]
+    found = [
+        message_factory.GetMessageClass(pool.FindMessageTypeByName(f"{PACKAGE}.{name}"))
+        for name in names
+    ]
     return found[0], found[1]

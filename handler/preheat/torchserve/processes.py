@@ -1,4 +1,6 @@
-"""Processes by identity: a pid together with its time of birth, so that a number used again is not mistaken."""
+"""Processes by identity: a pid together with its time of birth, so that a number used again is not
+mistaken.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def family(process: psutil.Process) -> list[psutil.Process]:
 
 
 def end(head: psutil.Process | None, processes: Iterable[psutil.Process], seconds: float) -> None:
-    """Ask `head` to end in order, then whoever of `processes` is left, then kill; return when all are gone.
+    """Ask `head` to end in order, then whoever of `processes` is left, then kill; return when all
+    are gone.
 
     Each of the first two gets `seconds`.
     """
@@ -61,7 +64,9 @@ def _send(signal: Callable[[psutil.Process], None], processes: Iterable[psutil.P
 def _wait(processes: list[psutil.Process], seconds: float) -> list[psutil.Process]:
     """Those that still run after `seconds`."""
     deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if not _gone(process)]) and time.monotonic() < deadline:
+    while (
+        left := [process for process in processes if not _gone(process)]
+    ) and time.monotonic() < deadline:
         time.sleep(0.05)
     return left
 

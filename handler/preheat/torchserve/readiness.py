@@ -1,7 +1,8 @@
-"""Whether a server is hot: every worker it should have is READY, which it is not before `initialize()` returned.
+"""Whether a server is hot: every worker it should have is READY, which it is not before
+`initialize()` returned.
 
-TorchServe's /ping says Healthy a second after start, so the management API is asked instead. Standard library only:
-this runs as a Kubernetes probe every few seconds.
+TorchServe's /ping says Healthy a second after start, so the management API is asked instead.
+Standard library only: this runs as a Kubernetes probe every few seconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ READY = "READY"
 
 
 class Readiness(NamedTuple):
-    """The verdict; `missing` has a line for everything that is not there yet, and is empty when `ready`."""
+    """The verdict; `missing` has a line for everything that is not there yet, and is empty when
+    `ready`.
+    """
 
     ready: bool
     missing: list[str]
@@ -37,11 +40,12 @@ def check(
     timeout: float = 5.0,
     statuses: Sequence[Status] = (),
 ) -> Readiness:
-    """Ask the management API at the URL `management` about `model` (or several), or about every model it has.
+    """Ask the management API at the URL `management` about `model` (or several), or about every
+    model it has.
 
-    A model is ready with max(its minWorkers, `min_workers`, 1) workers READY. `timeout` is seconds per call. Never
-    raises for a server that is absent or answers nonsense: that is not ready, with the reason in `missing`. `statuses`,
-    what the workers wrote, say more of those that are missing.
+    A model is ready with max(its minWorkers, `min_workers`, 1) workers READY. `timeout` is seconds
+    per call. Never raises for a server that is absent or answers nonsense: that is not ready, with
+    the reason in `missing`. `statuses`, what the workers wrote, say more of those that are missing.
     """
     return _Probe(management, min_workers, token, timeout).ask(model, statuses)
 
@@ -60,8 +64,8 @@ def wait(
 ) -> Readiness:
     """Ask until ready, for at most `seconds`, or until a worker has `failed`.
 
-    `hopeful` is called before each sleep and ends the wait by returning False; `report` is told what is missing, at first
-    and whenever it changes.
+    `hopeful` is called before each sleep and ends the wait by returning False; `report` is told
+    what is missing, at first and whenever it changes.
     """
     probe, told = _Probe(management, min_workers, token), None
     deadline = time.monotonic() + seconds
@@ -91,7 +95,8 @@ def read_token(key_file: Path) -> str:
 
 
 def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
-    """A line per model, or per worker where they differ, with the engine of every bucket; and the warnings.
+    """A line per model, or per worker where they differ, with the engine of every bucket; and the
+    warnings.
 
     A warning says which buckets are eager though compiling was asked for.
     """
@@ -107,7 +112,10 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
             lines.append(f"{who}: nothing is warmed; requests wait for the compiler")
             continue
         engines = dict.fromkeys(row.engine for row in rows)
-        texts = (f"{engine} {', '.join(r.bucket for r in rows if r.engine == engine)}" for engine in engines)
+        texts = (
+            f"{engine} {', '.join(r.bucket for r in rows if r.engine == engine)}"
+            for engine in engines
+        )
         lines.append(f"{who}: {'; '.join(texts)}")
         fallen = [row for row in rows if row.reason]
         if fallen:
@@ -122,7 +130,9 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
 class _Probe:
     """Asks one management API, and remembers which workers it has seen."""
 
-    def __init__(self, management: str, min_workers: int | None, token: str | None, timeout: float = 5.0) -> None:
+    def __init__(
+        self, management: str, min_workers: int | None, token: str | None, timeout: float = 5.0
+    ) -> None:
         address = management if "://" in management else f"http://{management}"
         self._base, self._min_workers = address.rstrip("/"), min_workers
         self._token, self._timeout = token, timeout
@@ -137,11 +147,15 @@ class _Probe:
                 names = [model] if isinstance(model, str) else list(model)
             missing = [] if names else ["no model is registered"]
             for name in names:
-                missing += self._missing(name, [status for status in statuses if status.model == name])
+                missing += self._missing(
+                    name, [status for status in statuses if status.model == name]
+                )
         except urllib.error.HTTPError as error:
             missing = [_refusal(error)]
         except (OSError, HTTPException) as error:
-            missing = [f"the management API at {base} does not answer: {getattr(error, 'reason', error)}"]
+            missing = [
+                f"the management API at {base} does not answer: {getattr(error, 'reason', error)}"
+            ]
         except (ValueError, LookupError, TypeError, AttributeError):
             missing = [f"the management API at {base} answers something that is not TorchServe's"]
         return Readiness(not missing, missing)
@@ -153,7 +167,10 @@ class _Probe:
             if error.code == 404:
                 return [f"{name}: not registered"]
             raise
-        wanted, workers = max(int(described["minWorkers"]), self._min_workers or 0, 1), described["workers"]
+        wanted, workers = (
+            max(int(described["minWorkers"]), self._min_workers or 0, 1),
+            described["workers"],
+        )
         pids = self._pids.setdefault(name, set())
         pids.update(pid for worker in workers if (pid := worker.get("pid") or 0) > 0)
         pids.update(status.pid for status in statuses)
@@ -162,17 +179,23 @@ class _Probe:
             return []
         # TorchServe calls every worker that is not READY "UNLOADING", above all those that load.
         by_pid = {status.pid: status for status in statuses}
-        others = {_doing(by_pid.get(worker.get("pid"))) for worker in workers if worker["status"] != READY}
+        others = {
+            _doing(by_pid.get(worker.get("pid"))) for worker in workers if worker["status"] != READY
+        }
         restarts = len(pids) - len(workers)
         if restarts > 0:
             others.add(f"restarted {restarts} {'time' if restarts == 1 else 'times'}; see its log")
         detail = f" ({', '.join(sorted(others))})" if others else ""
         reason = failure(statuses)
-        return [f"{name}: {num_ready} of {wanted} workers {READY}{detail}", *([reason] if reason else [])]
+        return [
+            f"{name}: {num_ready} of {wanted} workers {READY}{detail}",
+            *([reason] if reason else []),
+        ]
 
     def _get(self, path: str) -> Any:
         headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # a proxy knows nothing of this loopback
+        # a proxy knows nothing of this loopback
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
         request = urllib.request.Request(f"{self._base}{path}", headers=headers)
         with opener.open(request, timeout=self._timeout) as response:
             return json.load(response)
@@ -180,7 +203,8 @@ class _Probe:
 
 def _doing(status: Status | None) -> str:
     """What a worker that is not READY does, for all that is known."""
-    if status is None or status.state not in ("loading", "warming"):  # it died; another takes its place
+    # it died; another takes its place
+    if status is None or status.state not in ("loading", "warming"):
         return "loading"
     return f"{status.state} {status.done}/{status.total}" if status.total else status.state
 

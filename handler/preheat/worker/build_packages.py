@@ -1,4 +1,5 @@
-"""Fills an archive's `aot/`: runs every variant as a worker would, and compiles what its targets were asked.
+"""Fills an archive's `aot/`: runs every variant as a worker would, and compiles what its targets
+were asked.
 
     python -m preheat.worker.build_packages <name>.yaml <archive's root> <folder to fill>
 
@@ -44,7 +45,9 @@ class Wanted:
 
 
 class Rehearsal(Service):
-    """A worker that runs every variant eagerly and keeps what its targets were called with, instead of getting hot."""
+    """A worker that runs every variant eagerly and keeps what its targets were called with, instead
+    of getting hot.
+    """
 
     def build(self, folder: Path) -> None:
         """Write the packages and their index, showing a bar per bucket."""
@@ -52,7 +55,9 @@ class Rehearsal(Service):
         entries: list[aot.Entry] = []
         with _progress() as progress:
             bars = {
-                bucket: progress.add_task(bucket, total=sum(bucket == each.buckets[0] for each in self._wanted))
+                bucket: progress.add_task(
+                    bucket, total=sum(bucket == each.buckets[0] for each in self._wanted)
+                )
                 for bucket in dict.fromkeys(each.buckets[0] for each in self._wanted)
             }
             for each in self._wanted:
@@ -61,7 +66,9 @@ class Rehearsal(Service):
                 path = folder / f"{each.target}-{bucket}-{len(entries)}.pt2"
                 entries.append(self._built(each, path))
                 progress.update(bars[bucket], advance=1, description=bucket)
-        aot.write_index(folder, self.state.fingerprint, entries, Trust.resolve(self.config.pt2.cache.trust))
+        aot.write_index(
+            folder, self.state.fingerprint, entries, Trust.resolve(self.config.pt2.cache.trust)
+        )
 
     def _built(self, each: Wanted, path: Path) -> aot.Entry:
         """One package, built and tried.
@@ -92,7 +99,9 @@ class Rehearsal(Service):
 
     def _heat(self, leave_out: Collection[Warmable], sharing: CacheUse | None) -> StatePhase:
         made: dict[tuple[str, str], Wanted] = {}
-        for bucket, variants in groupby(self._work.variants(self._warmed_sizes()), key=lambda variant: variant.bucket):
+        for bucket, variants in groupby(
+            self._work.variants(self._warmed_sizes()), key=lambda variant: variant.bucket
+        ):
             for target, plan in self._rehearse(variants):
                 wanted = made.setdefault((target, plan.key), Wanted(target, plan, []))
                 wanted.buckets.append(str(bucket))

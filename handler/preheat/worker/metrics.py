@@ -1,7 +1,8 @@
 """The worker's metrics, emitted through TorchServe and declared in `archive/metrics.yaml`.
 
-TorchServe 0.12 drops a metric whose name, type or dimensions differ from the declaration, adds up counters over workers and lets
-gauges of several workers overwrite each other; so what matters is a counter.
+TorchServe 0.12 drops a metric whose name, type or dimensions differ from the declaration, adds up
+counters over workers and lets gauges of several workers overwrite each other; so what matters is a
+counter.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ logger = logging.getLogger(__name__)
 class Sink(Protocol):
     """Where a sample goes; `dimensions` are label names and values in the declared order."""
 
-    def __call__(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None: ...
+    def __call__(
+        self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]
+    ) -> None: ...
 
 
 class Answered(Protocol):
@@ -58,7 +61,9 @@ class Answered(Protocol):
 
 
 class Metrics:
-    """Counts since READY; every counter is announced with 0, so that "none" can be told from "not exported"."""
+    """Counts since READY; every counter is announced with 0, so that "none" can be told from "not
+    exported".
+    """
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -67,7 +72,9 @@ class Metrics:
         self._compiles_told = 0
 
     def expect(self, buckets: Collection[str], fields: Collection[str]) -> None:
-        """Name the buckets and the request's fields that may be labels; a client's own words never are."""
+        """Name the buckets and the request's fields that may be labels; a client's own words never
+        are.
+        """
         self._buckets, self._fields = frozenset(buckets), frozenset({"body", *fields})
 
     def ready(self, state: ServerState) -> None:
@@ -90,7 +97,13 @@ class Metrics:
         for (bucket, _), row in distinct.items():
             seconds[bucket, row["cache"]] += row["warm_seconds"]
         for (bucket, cache), spent in seconds.items():
-            self._sink("gauge", "preheat_warm_seconds", round(spent, 3), "s", {"Bucket": bucket, "Cache": cache})
+            self._sink(
+                "gauge",
+                "preheat_warm_seconds",
+                round(spent, 3),
+                "s",
+                {"Bucket": bucket, "Cache": cache},
+            )
         if state.shared_cache:
             outcome = str(state.shared_cache["outcome"])
             self._sink("counter", "preheat_shared_cache_total", 1, "count", {"Outcome": outcome})
@@ -107,7 +120,8 @@ class Metrics:
         self._count("preheat_incidents_total", answer.incident)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)
         self._count("preheat_planned_eager_total", answer.is_planned_eager)
-        # A size that is no bucket is a client's own: as a label it would be one more time series each.
+        # A size that is no bucket is a client's own: as a label it would be one more time series
+        # each.
         bucket = answer.bucket if answer.bucket in self._buckets else "none"
         self._count("preheat_requests_total", 1, {"Bucket": bucket, "Engine": answer.engine})
         self._count("preheat_pixels_painted_total", answer.num_painted)
@@ -115,7 +129,9 @@ class Metrics:
         self._count("preheat_flagged_total", answer.num_flagged)
 
     def refused(self, field: str | None) -> None:
-        """One request that was not legal. An unknown field's name is a client's text: neither label nor log line."""
+        """One request that was not legal. An unknown field's name is a client's text: neither label
+        nor log line.
+        """
         name = field if field in self._fields else "other"
         self._count("preheat_refused_total", 1, {"Field": name})
         logger.info("refused a request for its field %s", name)
@@ -126,7 +142,9 @@ class Metrics:
 
     def state(self, state: ServerState) -> None:
         """After a batch: what the watch has seen, and the memory peak."""
-        self._count("preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told)
+        self._count(
+            "preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told
+        )
         self._compiles_told = state.compiles_since_ready
         self._sink("gauge", "preheat_peak_memory_bytes", state.peak_memory_bytes, "B", {})
 

@@ -1,7 +1,9 @@
-"""What a worker says about itself: the state that `GET /models/{name}?customized=true` returns, and the file that shows warm-up.
+"""What a worker says about itself: the state that `GET /models/{name}?customized=true` returns, and
+the file that shows warm-up.
 
-Both are plain data. The state answers "is it hot, and has it stayed hot"; the status file lets `preheat ready` draw progress
-while `initialize()` runs, when TorchServe itself can only say "not ready".
+Both are plain data. The state answers "is it hot, and has it stayed hot"; the status file lets
+`preheat ready` draw progress while `initialize()` runs, when TorchServe itself can only say "not
+ready".
 """
 
 from __future__ import annotations
@@ -22,13 +24,16 @@ class ServerState:
     state: Phase = "loading"
     fingerprint: str = ""
     shared_cache: Mapping[str, Any] = field(default_factory=dict)
-    """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without `pt2.cache.shared`."""
+    """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without
+    `pt2.cache.shared`.
+    """
     buckets: list[Mapping[str, Any]] = field(default_factory=list)
-    """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes, for a module), batch_size, target,
-    engine, warm_seconds, cache, reason, seconds_per_step (as estimated now; of a module, of a run)."""
+    """One row per bucket, batch size and target: height, width (pixels; `dims`, names and sizes,
+    for a module), batch_size, target, engine, warm_seconds, cache, reason, seconds_per_step (as
+    estimated now; of a module, of a run)."""
     unfit: Mapping[str, int] = field(default_factory=dict)
-    """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did not fit into memory. Such runs are
-    split into smaller ones."""
+    """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did
+    not fit into memory. Such runs are split into smaller ones."""
     padding: Mapping[str, Any] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word; empty for a pipeline."""

@@ -1,6 +1,7 @@
 """One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
 
-The same for every family of models; what differs is behind `work.Work`. Knows nothing of TorchServe; `preheat_handler` adapts it.
+The same for every family of models; what differs is behind `work.Work`. Knows nothing of
+TorchServe; `preheat_handler` adapts it.
 """
 
 from __future__ import annotations
@@ -92,14 +93,17 @@ class Service:
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        trust = Trust.resolve(config.pt2.cache.trust)  # a key that cannot be used shows before anything is loaded
+        # a key that cannot be used shows before anything is loaded
+        trust = Trust.resolve(config.pt2.cache.trust)
         imported = load_files(config.pt2.imports, model_dir)
         self._work = load_work(config, model_dir, manifest or {}, device)
         self._shapes = self._work.shapes
         self.state.strategy = self._shapes.strategy
         _refuse_dynamic_cuda_graphs(config, device)
         if not computes(self._work.dtype, device):
-            logger.warning("this CPU has no instructions for %s: float32 would be faster", self._work.dtype)
+            logger.warning(
+                "this CPU has no instructions for %s: float32 would be faster", self._work.dtype
+            )
         self._routers = self._build_routers(imported)
         self._budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
         self._loads: dict[tuple[str, int], Load] = {}
@@ -117,11 +121,16 @@ class Service:
         self._metrics.ready(self.current_state())
         status.finish(phase, self.state.buckets)
         logger.info(
-            "%s after %.1f s: %d compile events", self.state.state, self.state.ready_seconds, self._events_at_ready
+            "%s after %.1f s: %d compile events",
+            self.state.state,
+            self.state.ready_seconds,
+            self._events_at_ready,
         )
 
     def begin_call(self) -> None:
-        """A batch has come: `responseTimeout` runs from now on, until its answers go back together."""
+        """A batch has come: `responseTimeout` runs from now on, until its answers go back
+        together.
+        """
         self._budget.end()
         self._budget.begin()
 
@@ -133,7 +142,8 @@ class Service:
     ) -> Any:
         """A TorchServe input row, which came with these headers (names in lower case), as a job.
 
-        A request that streams gives the parts of its answer to `send`, from now on; None keeps them for the end.
+        A request that streams gives the parts of its answer to `send`, from now on; None keeps them
+        for the end.
 
         Raises:
             RequestError: anything about it that cannot be served.
@@ -172,16 +182,27 @@ class Service:
         for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
             for target in targets.values():
                 install(target)
-        return {name: build_router(name, target, pt2, work.dtype, self._device) for name, target in targets.items()}
+        return {
+            name: build_router(name, target, pt2, work.dtype, self._device)
+            for name, target in targets.items()
+        }
 
     def _fingerprint(self, model_dir: Path) -> str:
-        compiled = self.config.pt2.model_dump(mode="json", exclude={"cache", "export", "on_failure", "debug"})
+        compiled = self.config.pt2.model_dump(
+            mode="json", exclude={"cache", "export", "on_failure", "debug"}
+        )
         compiled["batchSize"] = self.config.batchSize
-        compiled |= {**self._work.settings(), "imports": self.config.pt2.imports, "sources": imported_from(model_dir)}
+        compiled |= {
+            **self._work.settings(),
+            "imports": self.config.pt2.imports,
+            "sources": imported_from(model_dir),
+        }
         return fingerprint(self._device, compiled, self._work.structure())
 
     def _attach_packages(self, folder: Path, trust: Trust) -> None:
-        """Give the routers what was compiled when the archive was built; what cannot be used leaves a reason there."""
+        """Give the routers what was compiled when the archive was built; what cannot be used leaves
+        a reason there.
+        """
         modules = {name: self._work.target(name) for name in self._routers}
         aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
@@ -189,7 +210,8 @@ class Service:
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
-        compiles = any(router.compiles for router in self._routers.values())  # not with a package for everything
+        # not with a package for everything
+        compiles = any(router.compiles for router in self._routers.values())
         if not compiles or self._shapes.strategy == "exact":
             yield None
             return
@@ -198,7 +220,9 @@ class Service:
             with self._headers():
                 yield None
             return
-        shared = SharedCache(Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes)
+        shared = SharedCache(
+            Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes
+        )
         # Half of the time, so that a worker that has waited in vain can still compile.
         patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
@@ -207,7 +231,8 @@ class Service:
             with self._headers():
                 yield use
             fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
-            # Who found nothing shares what did compile. The others, who fail as it did, do not replace it at every start.
+            # Who found nothing shares what did compile. The others, who fail as it did, do not
+            # replace it at every start.
             if fallen and use.digest:
                 use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
         self.state.shared_cache = use.document()
@@ -227,7 +252,11 @@ class Service:
         if (
             self._shapes.strategy == "exact"
         ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
-            why = "strategy exact" if self.config.pt2.shapes.strategy == "exact" else "module.inputs is not declared"
+            why = (
+                "strategy exact"
+                if self.config.pt2.shapes.strategy == "exact"
+                else "module.inputs is not declared"
+            )
             logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self._routers.values():
@@ -246,11 +275,14 @@ class Service:
             own_folder=sharing.folder if sharing is not None else None,
         )
         warmup.observe(plan.observe)
-        covers = self._compiles() and warmup.shows_nothing_new(plan.probe, self._work.covering(plan.probe))
+        covers = self._compiles() and warmup.shows_nothing_new(
+            plan.probe, self._work.covering(plan.probe)
+        )
         plan = self._plan(covers=covers)
         self._status.plan(Counter(str(variant.bucket) for variant in plan.warm))
         warmup.warm(plan.warm)
-        # That a package fails shows in its first run only: then what was warmed has compiled after all, without a probe.
+        # That a package fails shows in its first run only: then what was warmed has compiled after
+        # all, without a probe.
         proven = self._plan(covers=covers).verify
         num_faults = warmup.prove(proven)
         self.state.buckets = [_row(record) for record in warmup.records]
@@ -286,7 +318,8 @@ class Service:
             self._work,
             served_sizes(self._shapes, self.config.batchSize),
             self._warmed_sizes(),
-            graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,  # blocks share theirs in a target
+            # blocks share theirs in a target
+            graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,
             compiles=self._compiles(),
             idle=all(router.idle for router in self._routers.values()),
             covers=covers,
@@ -316,13 +349,22 @@ class Service:
 
 
 def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> None:
-    """CUDA graphs are recorded per size, so with any size allowed they would be recorded inside requests."""
-    if config.pt2.shapes.strategy == "dynamic" and uses_cuda_graphs(config.pt2.compile.kwargs, device):
-        raise ConfigError("records CUDA graphs, which strategy: dynamic cannot; use mode: default", "pt2.compile.mode")
+    """CUDA graphs are recorded per size, so with any size allowed they would be recorded inside
+    requests.
+    """
+    if config.pt2.shapes.strategy == "dynamic" and uses_cuda_graphs(
+        config.pt2.compile.kwargs, device
+    ):
+        raise ConfigError(
+            "records CUDA graphs, which strategy: dynamic cannot; use mode: default",
+            "pt2.compile.mode",
+        )
 
 
 def _row(record: Record) -> dict[str, Any]:
-    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in words."""
+    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
+    words.
+    """
     return {
         **record.bucket.document(),
         "batch_size": record.batch_size,

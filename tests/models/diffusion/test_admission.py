@@ -11,7 +11,9 @@ from preheat.models.diffusion.admission import check_cost
 
 
 @given(st.integers(1, 100), st.integers(1, 4), st.integers(1, 64), st.integers(1, 10**6))
-def test_the_limit_is_met_to_the_pixel_step(steps: int, num_images: int, side: int, max_cost: int) -> None:
+def test_the_limit_is_met_to_the_pixel_step(
+    steps: int, num_images: int, side: int, max_cost: int
+) -> None:
     request = make_request(num_inference_steps=steps, num_images=num_images)
     bucket = Bucket(8 * side, 8)
     fits = bucket.area * steps * num_images <= max_cost
@@ -32,7 +34,9 @@ def test_the_limit_is_met_to_the_pixel_step(steps: int, num_images: int, side: i
         ({"num_inference_steps": 2, "num_images": 2}, Bucket(64, 640), "height"),
     ],
 )
-def test_the_factor_that_weighs_most_is_at_fault(asked: dict[str, int], bucket: Bucket, at_fault: str) -> None:
+def test_the_factor_that_weighs_most_is_at_fault(
+    asked: dict[str, int], bucket: Bucket, at_fault: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         request = make_request(**asked)
         check_cost(request, bucket, steps=request.num_run_steps, least_area=64 * 64, max_cost=1)

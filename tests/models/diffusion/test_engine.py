@@ -25,7 +25,9 @@ BUCKETS = (Bucket(64, 64), Bucket(96, 48), Bucket(48, 96))
 
 
 class Canvas:
-    """Paints every pixel from its place and its row's seed, so that a picture shows where and whose it is."""
+    """Paints every pixel from its place and its row's seed, so that a picture shows where and whose
+    it is.
+    """
 
     multiple = 8
     grid = 16
@@ -36,7 +38,9 @@ class Canvas:
         self.checks = False
 
     def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
-        """Cells of 8x8 pixels show the seed before the picture does. Memory is short in the last step only."""
+        """Cells of 8x8 pixels show the seed before the picture does. Memory is short in the last
+        step only.
+        """
         self.batches.append(batch)
         for number in range(1, batch.num_inference_steps + 1):
             after_step(Step(number, batch.num_inference_steps, lambda row: _cells(batch, row)))
@@ -51,7 +55,9 @@ class Canvas:
 
 
 def _cells(batch: Batch, row: int) -> NDArray[np.uint8]:
-    return np.full((batch.bucket.height // 8, batch.bucket.width // 8, 3), batch.rows[row].seed % 251, np.uint8)
+    return np.full(
+        (batch.bucket.height // 8, batch.bucket.width // 8, 3), batch.rows[row].seed % 251, np.uint8
+    )
 
 
 def make_request(**changes: Any) -> ImageRequest:
@@ -82,13 +88,22 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 class Bench:
     def __init__(self, **shapes: Any) -> None:
         self.canvas, self.reports = Canvas(), list[RunReport]()
-        config = ShapesConfig.model_validate({"buckets": BUCKETS, "batch_sizes": (1, 2, 4)} | shapes)
+        config = ShapesConfig.model_validate(
+            {"buckets": BUCKETS, "batch_sizes": (1, 2, 4)} | shapes
+        )
         self.engine = Engine(
-            self.canvas, {}, config, max_rows=4, device=torch.device("cpu"), report=self.reports.append
+            self.canvas,
+            {},
+            config,
+            max_rows=4,
+            device=torch.device("cpu"),
+            report=self.reports.append,
         )
 
     def job(self, **changes: Any) -> Job:
-        return self.engine.prepare(make_request(**changes), limits=LimitsConfig(min_side=1), default=BUCKETS[0])
+        return self.engine.prepare(
+            make_request(**changes), limits=LimitsConfig(min_side=1), default=BUCKETS[0]
+        )
 
 
 REQUESTS = st.fixed_dictionaries(
@@ -121,13 +136,17 @@ def test_everybody_gets_their_own_pictures_in_order_at_their_size_whatever_the_c
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(REQUESTS, min_size=1, max_size=8))
-def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(wishes: list[dict[str, Any]]) -> None:
+def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(
+    wishes: list[dict[str, Any]],
+) -> None:
     bench = Bench()
     bench.engine.run([bench.job(**wish) for wish in wishes])
     for batch, report in zip(bench.canvas.batches, bench.reports, strict=True):
         assert len(batch.rows) in (1, 2, 4) and report.num_real_rows <= len(batch.rows)
         assert len({row.negative_prompt is None for row in batch.rows}) == 1
-    assert sum(report.num_real_rows for report in bench.reports) == sum(wish["num_images"] for wish in wishes)
+    assert sum(report.num_real_rows for report in bench.reports) == sum(
+        wish["num_images"] for wish in wishes
+    )
 
 
 def test_requests_that_agree_share_a_run_and_filler_rows_carry_nobodys_text() -> None:
@@ -146,7 +165,9 @@ def test_with_dynamic_batch_sizes_nothing_is_filled_up() -> None:
 
 def test_a_group_that_fails_takes_only_its_own_requests_with_it() -> None:
     bench = Bench()
-    answers = bench.engine.run([bench.job(), bench.job(prompt="explode", num_inference_steps=1), bench.job(seed=8)])
+    answers = bench.engine.run(
+        [bench.job(), bench.job(prompt="explode", num_inference_steps=1), bench.job(seed=8)]
+    )
     assert [type(answer.error) for answer in answers] == [type(None), PipelineFailure, type(None)]
     assert all(answer.pictures for answer in (answers[0], answers[2]))
 
@@ -161,7 +182,9 @@ def test_who_makes_a_run_fail_fails_alone_but_not_in_warm_up() -> None:
 
 
 @pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
-def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(most_rows: int, runs: list[int]) -> None:
+def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(
+    most_rows: int, runs: list[int]
+) -> None:
     bench = Bench()
     bench.canvas.most_rows = most_rows
     answers = bench.engine.run([bench.job(seed=seed) for seed in range(4)])
@@ -176,7 +199,9 @@ def test_what_does_not_fit_alone_is_a_507_and_its_neighbours_live() -> None:
     bench = Bench()
     bench.canvas.most_rows = 0
     (answer,) = bench.engine.run([bench.job()])
-    assert isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
+    assert (
+        isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
+    )
     bench.canvas.most_rows = 1000
     assert bench.engine.run([bench.job()])[0].error is None
 
@@ -192,7 +217,10 @@ def test_a_request_whose_deadline_has_passed_is_not_painted() -> None:
 def test_the_image_sets_the_size_that_the_request_leaves_out() -> None:
     job = Bench().job(image=png(33, 21), height=None, width=None)
     assert (job.plan.height, job.plan.width) == (21, 33)
-    assert job.image is not None and job.image.size == (job.plan.bucket.width, job.plan.bucket.height)
+    assert job.image is not None and job.image.size == (
+        job.plan.bucket.width,
+        job.plan.bucket.height,
+    )
     assert (job.plan.crop.top, job.plan.crop.left) == (0, 0)
 
 
@@ -238,7 +266,10 @@ def test_exact_and_dynamic_paint_the_asked_size_rounded_to_the_models_grid() -> 
 def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:
     bench = Bench(batch_sizes=(1, 4))
     bench.canvas.checks, bench.canvas.most_rows = True, 3
-    wishes = [{"prompt": prompt, "num_images": 3, "response_format": "b64_json"} for prompt in ("nude", "a", "nude")]
+    wishes = [
+        {"prompt": prompt, "num_images": 3, "response_format": "b64_json"}
+        for prompt in ("nude", "a", "nude")
+    ]
     answers = bench.engine.run([bench.job(**wish) for wish in wishes])
     assert [answer.flagged for answer in answers] == [[True] * 3, [False] * 3, [True] * 3]
     assert [answer.num_flagged for answer in answers] == [3, 0, 3]
@@ -256,7 +287,10 @@ def test_a_panic_of_a_library_in_rust_fails_its_request_alone() -> None:
     with patch.object(bench.canvas, "paint", side_effect=_panic):
         (answer,) = bench.engine.run([bench.job()])
     assert isinstance(answer.error, PipelineFailure)
-    with patch.object(bench.canvas, "paint", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+    with (
+        patch.object(bench.canvas, "paint", side_effect=KeyboardInterrupt),
+        pytest.raises(KeyboardInterrupt),
+    ):
         bench.engine.run([bench.job()])
 
 

@@ -1,4 +1,6 @@
-"""What one failed allocation leaves behind: nothing. In every stage of every task and in every dtype."""
+"""What one failed allocation leaves behind: nothing. In every stage of every task and in every
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -31,19 +33,30 @@ TASKS: dict[str, dict[str, Any]] = {
 STEPS = 3
 STAGES = {"encode": "vae.encoder", "step": "unet", "decode": "vae.decoder"}
 """By stage, the target that runs in it; encoding comes first, and not in every task."""
-IN_STAGES = [(task, stage) for task in TASKS for stage in STAGES if (task, stage) != ("text-to-image", "encode")]
+IN_STAGES = [
+    (task, stage)
+    for task in TASKS
+    for stage in STAGES
+    if (task, stage) != ("text-to-image", "encode")
+]
 ERRORS: dict[str, Exception] = {
-    "encode": RuntimeError("[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"),
+    "encode": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:124] . DefaultCPUAllocator: can't allocate memory"
+    ),
     "step": MemoryError(),
     "decode": torch.OutOfMemoryError("CUDA out of memory (simulated)"),
 }
 TOLERANCE = {"float32": 1, "float16": 1, "bfloat16": 8}
-"""Of 255: what another batch size changes; one step of bfloat16 is 1 at a grey of 255, and there are many."""
+"""Of 255: what another batch size changes; one step of bfloat16 is 1 at a grey of 255, and there
+are many.
+"""
 
 
 @dataclass(slots=True)
 class Faults:
-    """A stage that fails half-way in runs of more than `most_rows` rows, and the runs that there were: (rows, steps that ended)."""
+    """A stage that fails half-way in runs of more than `most_rows` rows, and the runs that there
+    were: (rows, steps that ended).
+    """
 
     stage: str | None = None
     most_rows: int = 1000
@@ -56,7 +69,11 @@ class Faults:
         def failing(router: Router, args: Any, kwargs: Any) -> Any:
             result = run_fast(router, args, kwargs)
             rows = self.runs[-1][0]
-            if self.stage is not None and router.name == STAGES[self.stage] and rows > self.most_rows:
+            if (
+                self.stage is not None
+                and router.name == STAGES[self.stage]
+                and rows > self.most_rows
+            ):
                 self.calls += 1
                 if self.calls >= min(2, rows):
                     self.calls = 0
@@ -86,7 +103,11 @@ class Bench:
 
 def half_served(folder: Path, dtype: str = "bfloat16", **keys: Any) -> Service:
     shapes = {"batch_sizes": [1, 2, 4]} | keys.pop("shapes", {})
-    pipeline = {"dtype": dtype, "guidance": "on", "defaults": {"num_inference_steps": STEPS, "guidance_scale": 5.0}}
+    pipeline = {
+        "dtype": dtype,
+        "guidance": "on",
+        "defaults": {"num_inference_steps": STEPS, "guidance_scale": 5.0},
+    }
     return start(
         folder,
         batchSize=4,
@@ -135,7 +156,9 @@ def hot(bench: Bench) -> Iterator[Bench]:
     bench.faults.stage = None
     for task in TASKS:
         answers = ask(bench.service, *bodies(task, 1))
-        assert np.abs(pictures(answers)[0] - bench.expected[task][0]).max() <= TOLERANCE[bench.dtype]
+        assert (
+            np.abs(pictures(answers)[0] - bench.expected[task][0]).max() <= TOLERANCE[bench.dtype]
+        )
         assert {answer.engine for answer in answers} == {"compiled"}
     state = bench.service.current_state()
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (0, 0, 0)
@@ -147,7 +170,9 @@ def assert_like(bench: Bench, task: str, answers: list[Answer]) -> None:
 
 
 @pytest.mark.parametrize(("task", "stage"), IN_STAGES)
-def test_what_does_not_fit_is_split_or_a_507_and_never_painted_twice_again(hot: Bench, task: str, stage: str) -> None:
+def test_what_does_not_fit_is_split_or_a_507_and_never_painted_twice_again(
+    hot: Bench, task: str, stage: str
+) -> None:
     faults = hot.faults
     faults.stage, faults.most_rows, faults.runs = stage, 1, []
     assert_like(hot, task, ask(hot.service, *bodies(task)))
@@ -158,8 +183,12 @@ def test_what_does_not_fit_is_split_or_a_507_and_never_painted_twice_again(hot: 
     steps = faults.runs[0][1]
     assert faults.runs == [[1, steps], [1, steps]], "row-steps are those of two pictures"
     faults.most_rows = 0
-    (answer,) = hot.service.run([hot.service.parse({"body": {"prompt": "a cat"} | bodies(task)[0]})])
-    assert isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
+    (answer,) = hot.service.run(
+        [hot.service.parse({"body": {"prompt": "a cat"} | bodies(task)[0]})]
+    )
+    assert (
+        isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -176,7 +205,8 @@ def test_a_picture_that_cannot_be_encoded_is_that_requests_507(
     monkeypatch.setattr(images, "encode", failing)
     forms = ["png", "webp"]
     answers = ask(
-        hot.service, *(body | {"output_format": form} for body, form in zip(bodies(task), forms, strict=True))
+        hot.service,
+        *(body | {"output_format": form} for body, form in zip(bodies(task), forms, strict=True)),
     )
     responses = hot.service.respond(answers)
     assert [response.code for response in responses] == [200, 507]
@@ -190,7 +220,9 @@ def test_the_vae_keeps_the_dtype_and_the_weights_that_it_has(hot: Bench) -> None
     ask(hot.service, *(body for task in TASKS for body in bodies(task, 1)))
     after = dict(hot.service._work.target("vae").named_parameters())
     assert before == {name: (weight.dtype, weight.data_ptr()) for name, weight in after.items()}
-    assert {dtype for dtype, _ in before.values()} == {torch.bfloat16 if hot.dtype == "bfloat16" else torch.float32}
+    assert {dtype for dtype, _ in before.values()} == {
+        torch.bfloat16 if hot.dtype == "bfloat16" else torch.float32
+    }
 
 
 @pytest.mark.parametrize(("batch_sizes", "stage"), [([1, 2, 4], "decode"), ("dynamic", "step")])
@@ -207,7 +239,9 @@ def test_a_batch_size_that_does_not_fit_in_warm_up_is_not_served_and_nothing_tur
     assert {(row["engine"], row["reason"]) for row in state.buckets} == {("compiled", "")}
     faults.runs.clear()
     answers = ask(service, *bodies("text-to-image", 4))
-    assert [rows for rows, _ in faults.runs] == [2, 2] and {answer.engine for answer in answers} == {"compiled"}
+    assert [rows for rows, _ in faults.runs] == [2, 2] and {
+        answer.engine for answer in answers
+    } == {"compiled"}
 
 
 def test_where_no_batch_is_smaller_what_eager_can_hold_is_served_eagerly(

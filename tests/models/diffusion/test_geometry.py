@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from preheat.buckets import Bucket, covering, nearest_aspect, round_up
 from preheat.errors import RequestError
-from preheat.models.diffusion.geometry import Box, Plan, cover_size, inner_size, pad_into, plan, resize_into
+from preheat.models.diffusion.geometry import (
+    Box,
+    Plan,
+    cover_size,
+    inner_size,
+    pad_into,
+    plan,
+    resize_into,
+)
 
 MULTIPLE = 8
 SDXL = (Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152))
@@ -22,7 +30,9 @@ SHRUNK_AND_RESIZED: tuple[tuple[Fit, Oversize], ...] = (("pad", "downscale"), ("
 
 sides = st.integers(1, 4096)
 bucket_sets = st.lists(
-    st.builds(Bucket, st.integers(1, 256).map(lambda n: 8 * n), st.integers(1, 256).map(lambda n: 8 * n)),
+    st.builds(
+        Bucket, st.integers(1, 256).map(lambda n: 8 * n), st.integers(1, 256).map(lambda n: 8 * n)
+    ),
     min_size=1,
     max_size=8,
     unique=True,
@@ -32,9 +42,22 @@ oversizes: st.SearchStrategy[Oversize] = st.sampled_from(get_args(Oversize))
 
 
 def planned(
-    height: int, width: int, fit: Fit = "pad", oversize: Oversize = "reject", *, has_image: bool = False
+    height: int,
+    width: int,
+    fit: Fit = "pad",
+    oversize: Oversize = "reject",
+    *,
+    has_image: bool = False,
 ) -> Plan:
-    return plan(height, width, buckets=SDXL, fit=fit, oversize=oversize, multiple=MULTIPLE, has_image=has_image)
+    return plan(
+        height,
+        width,
+        buckets=SDXL,
+        fit=fit,
+        oversize=oversize,
+        multiple=MULTIPLE,
+        has_image=has_image,
+    )
 
 
 @settings(max_examples=2000, deadline=None)
@@ -43,7 +66,15 @@ def test_every_plan_gives_exactly_the_asked_size_from_inside_what_was_painted(
     height: int, width: int, buckets: list[Bucket], fit: Fit, oversize: Oversize, has_image: bool
 ) -> None:
     try:
-        made = plan(height, width, buckets=buckets, fit=fit, oversize=oversize, multiple=MULTIPLE, has_image=has_image)
+        made = plan(
+            height,
+            width,
+            buckets=buckets,
+            fit=fit,
+            oversize=oversize,
+            multiple=MULTIPLE,
+            has_image=has_image,
+        )
     except RequestError as error:
         assert fit == "pad" and oversize == "reject" and covering(buckets, height, width) is None
         assert error.code == 400 and error.field in ("height", "width")
@@ -68,9 +99,19 @@ def test_pad_paints_the_least_covering_bucket_and_resamples_nothing(
     holding = [bucket for bucket in buckets if bucket.height >= height and bucket.width >= width]
     if not holding:
         return
-    made = plan(height, width, buckets=buckets, fit="pad", oversize="reject", multiple=MULTIPLE, has_image=has_image)
+    made = plan(
+        height,
+        width,
+        buckets=buckets,
+        fit="pad",
+        oversize="reject",
+        multiple=MULTIPLE,
+        has_image=has_image,
+    )
     assert made.bucket in holding
-    assert made.bucket.height * made.bucket.width == min(bucket.height * bucket.width for bucket in holding)
+    assert made.bucket.height * made.bucket.width == min(
+        bucket.height * bucket.width for bucket in holding
+    )
     assert not made.resampled and made.engine_hint == "bucket"
 
 
@@ -78,20 +119,39 @@ def test_pad_paints_the_least_covering_bucket_and_resamples_nothing(
 def test_with_pad_the_cut_lies_where_the_image_was_laid(
     height: int, width: int, buckets: list[Bucket], has_image: bool
 ) -> None:
-    made = plan(height, width, buckets=buckets, fit="pad", oversize="eager", multiple=MULTIPLE, has_image=has_image)
+    made = plan(
+        height,
+        width,
+        buckets=buckets,
+        fit="pad",
+        oversize="eager",
+        multiple=MULTIPLE,
+        has_image=has_image,
+    )
     assert made.image_at == (made.crop.top, made.crop.left)
     assert made.image_size == (made.crop.height, made.crop.width)
     if has_image:
         assert made.image_at == (0, 0)
-    else:  # centred: the margins differ by no more than the odd pixel, which goes below and to the right
+    # centred: the margins differ by no more than the odd pixel, which goes below and to the right
+    else:
         assert made.bucket.height - made.crop.bottom - made.crop.top in (0, 1)
         assert made.bucket.width - made.crop.right - made.crop.left in (0, 1)
 
 
 @settings(max_examples=2000, deadline=None)
 @given(sides, sides, bucket_sets)
-def test_resize_scales_both_sides_alike_and_only_just_covers(height: int, width: int, buckets: list[Bucket]) -> None:
-    made = plan(height, width, buckets=buckets, fit="resize", oversize="reject", multiple=MULTIPLE, has_image=False)
+def test_resize_scales_both_sides_alike_and_only_just_covers(
+    height: int, width: int, buckets: list[Bucket]
+) -> None:
+    made = plan(
+        height,
+        width,
+        buckets=buckets,
+        fit="resize",
+        oversize="reject",
+        multiple=MULTIPLE,
+        has_image=False,
+    )
     bucket, (tall, wide) = made.bucket, made.scaled
     assert bucket == nearest_aspect(buckets, height, width)
     assert tall >= height and wide >= width and (tall == height or wide == width)
@@ -107,10 +167,32 @@ def test_resize_scales_both_sides_alike_and_only_just_covers(height: int, width:
 def test_resize_lays_the_image_where_the_output_map_brings_it_back(
     height: int, width: int, buckets: list[Bucket]
 ) -> None:
-    made = plan(height, width, buckets=buckets, fit="resize", oversize="reject", multiple=MULTIPLE, has_image=True)
+    made = plan(
+        height,
+        width,
+        buckets=buckets,
+        fit="resize",
+        oversize="reject",
+        multiple=MULTIPLE,
+        has_image=True,
+    )
     for start, stop, at, size, scaled, side in (
-        (made.crop.top, made.crop.bottom, made.image_at[0], made.image_size[0], made.scaled[0], made.bucket.height),
-        (made.crop.left, made.crop.right, made.image_at[1], made.image_size[1], made.scaled[1], made.bucket.width),
+        (
+            made.crop.top,
+            made.crop.bottom,
+            made.image_at[0],
+            made.image_size[0],
+            made.scaled[0],
+            made.bucket.height,
+        ),
+        (
+            made.crop.left,
+            made.crop.right,
+            made.image_at[1],
+            made.image_size[1],
+            made.scaled[1],
+            made.bucket.width,
+        ),
     ):
         # Within half a bucket pixel at both ends, or a single pixel where less than one was left.
         slack = scaled if size > 1 else 2 * scaled
@@ -119,20 +201,34 @@ def test_resize_lays_the_image_where_the_output_map_brings_it_back(
 
 
 @given(sides, sides, bucket_sets)
-def test_downscale_is_resize_once_nothing_covers(height: int, width: int, buckets: list[Bucket]) -> None:
+def test_downscale_is_resize_once_nothing_covers(
+    height: int, width: int, buckets: list[Bucket]
+) -> None:
     if covering(buckets, height, width) is not None:
         return
     shrunk, resized = (
-        plan(height, width, buckets=buckets, fit=fit, oversize=oversize, multiple=MULTIPLE, has_image=True)
+        plan(
+            height,
+            width,
+            buckets=buckets,
+            fit=fit,
+            oversize=oversize,
+            multiple=MULTIPLE,
+            has_image=True,
+        )
         for fit, oversize in SHRUNK_AND_RESIZED
     )
     assert shrunk == resized and shrunk.engine_hint == "bucket"
 
 
 @given(sides, sides, sides, sides)
-def test_cover_size_is_the_smallest_that_covers(height: int, width: int, over_height: int, over_width: int) -> None:
+def test_cover_size_is_the_smallest_that_covers(
+    height: int, width: int, over_height: int, over_width: int
+) -> None:
     tall, wide = cover_size(height, width, over_height, over_width)
-    assert tall >= over_height and wide >= over_width and (tall == over_height or wide == over_width)
+    assert (
+        tall >= over_height and wide >= over_width and (tall == over_height or wide == over_width)
+    )
     assert cover_size(width, height, over_width, over_height) == (wide, tall)
 
 
@@ -144,7 +240,8 @@ def test_inner_size_is_the_largest_inside_to_the_nearest_pixel(
 ) -> None:
     tall, wide = inner_size(height, width, like_height, like_width)
     assert 1 <= tall <= height and 1 <= wide <= width and (tall == height or wide == width)
-    off = abs(tall * like_width - wide * like_height) * 2  # in halves of a pixel of the side that was rounded
+    # in halves of a pixel of the side that was rounded
+    off = abs(tall * like_width - wide * like_height) * 2
     assert min(tall, wide) == 1 or off <= (like_height if tall == height else like_width)
     assert inner_size(width, height, like_width, like_height) == (wide, tall)
 
@@ -153,7 +250,11 @@ def test_a_size_that_is_a_bucket_is_painted_as_it_is() -> None:
     for fit in get_args(Fit):
         made = planned(1152, 896, fit)
         assert made.bucket == Bucket(1152, 896) and made.padding == 0.0 and not made.resampled
-        assert made.crop == Box(0, 0, 1152, 896) and made.image_at == (0, 0) and made.image_size == (1152, 896)
+        assert (
+            made.crop == Box(0, 0, 1152, 896)
+            and made.image_at == (0, 0)
+            and made.image_size == (1152, 896)
+        )
 
 
 def test_pad_by_example() -> None:
@@ -164,7 +265,8 @@ def test_pad_by_example() -> None:
 
 
 def test_resize_by_example() -> None:
-    made = planned(512, 300, "resize")  # 0.586 wide as tall: 1152x896 is nearest; it covers at 512 x 399
+    # 0.586 wide as tall: 1152x896 is nearest; it covers at 512 x 399
+    made = planned(512, 300, "resize")
     assert made.bucket == Bucket(1152, 896) and made.scaled == (512, 399) and made.resampled
     assert made.crop == Box(0, 49, 512, 300)
     assert made.image_at == (0, 110) and made.image_size == (1152, 674)
@@ -179,9 +281,17 @@ def test_a_hair_of_a_picture_still_keeps_a_pixel_of_its_image() -> None:
 
 @pytest.mark.parametrize(
     ("height", "width", "field"),
-    [(100, 1153, "width"), (1153, 100, "height"), (2000, 3000, "width"), (1152, 1152, "width"), (1152, 1000, "height")],
+    [
+        (100, 1153, "width"),
+        (1153, 100, "height"),
+        (2000, 3000, "width"),
+        (1152, 1152, "width"),
+        (1152, 1000, "height"),
+    ],
 )
-def test_a_refusal_names_the_side_and_the_largest_buckets(height: int, width: int, field: str) -> None:
+def test_a_refusal_names_the_side_and_the_largest_buckets(
+    height: int, width: int, field: str
+) -> None:
     with pytest.raises(RequestError) as caught:
         planned(height, width)
     assert caught.value.field == field
@@ -194,7 +304,15 @@ def test_a_refusal_names_the_side_and_the_largest_buckets(height: int, width: in
 def test_a_refusal_leaves_out_buckets_that_lie_inside_others() -> None:
     small, large = Bucket(256, 256), Bucket(512, 512)
     with pytest.raises(RequestError) as caught:
-        plan(600, 100, buckets=[small, large], fit="pad", oversize="reject", multiple=8, has_image=False)
+        plan(
+            600,
+            100,
+            buckets=[small, large],
+            fit="pad",
+            oversize="reject",
+            multiple=8,
+            has_image=False,
+        )
     assert "512x512" in caught.value.message and "256x256" not in caught.value.message
 
 

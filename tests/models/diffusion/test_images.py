@@ -55,7 +55,11 @@ def refused(data: bytes, max_pixels: int = MAX_PIXELS) -> RequestError:
     for reader in (decode, decode_mask):
         with pytest.raises(RequestError) as caught:
             reader(data, field="mask_image", max_pixels=max_pixels)
-        assert caught.value.field == "mask_image" and caught.value.code == 400 and str(caught.value).isprintable()
+        assert (
+            caught.value.field == "mask_image"
+            and caught.value.code == 400
+            and str(caught.value).isprintable()
+        )
     return caught.value
 
 
@@ -63,17 +67,30 @@ def refused(data: bytes, max_pixels: int = MAX_PIXELS) -> RequestError:
 
 
 @settings(max_examples=400, deadline=None)
-@given(sides, sides, st.sampled_from(get_args(Fit)), st.sampled_from(get_args(Oversize)), st.booleans())
+@given(
+    sides, sides, st.sampled_from(get_args(Fit)), st.sampled_from(get_args(Oversize)), st.booleans()
+)
 def test_the_output_is_exactly_what_was_asked_for(
     height: int, width: int, fit: Fit, oversize: Oversize, has_image: bool
 ) -> None:
     try:
-        made = plan(height, width, buckets=BUCKETS, fit=fit, oversize=oversize, multiple=8, has_image=has_image)
+        made = plan(
+            height,
+            width,
+            buckets=BUCKETS,
+            fit=fit,
+            oversize=oversize,
+            multiple=8,
+            has_image=has_image,
+        )
     except RequestError:
         assert fit == "pad" and oversize == "reject"
         return
     if has_image:
-        for image in (Image.fromarray(noise(height, width, 3)), Image.fromarray(noise(height, width))):
+        for image in (
+            Image.fromarray(noise(height, width, 3)),
+            Image.fromarray(noise(height, width)),
+        ):
             laid = lay(image, made)
             assert laid.size == (made.bucket.width, made.bucket.height) and laid.mode == image.mode
     picture = finish(noise(made.bucket.height, made.bucket.width, 3), made)
@@ -82,9 +99,13 @@ def test_the_output_is_exactly_what_was_asked_for(
 
 @settings(max_examples=400, deadline=None)
 @given(sides, sides, st.integers(0, 99), st.booleans())
-def test_cutting_undoes_laying_to_the_byte(height: int, width: int, seed: int, has_image: bool) -> None:
+def test_cutting_undoes_laying_to_the_byte(
+    height: int, width: int, seed: int, has_image: bool
+) -> None:
     image = Image.fromarray(noise(height, width, 3, seed=seed))
-    made = plan(height, width, buckets=BUCKETS, fit="pad", oversize="eager", multiple=8, has_image=has_image)
+    made = plan(
+        height, width, buckets=BUCKETS, fit="pad", oversize="eager", multiple=8, has_image=has_image
+    )
     back = finish(np.asarray(lay(image, made)), made)
     assert back.size == image.size and back.tobytes() == image.tobytes()
 
@@ -99,7 +120,9 @@ def test_a_picture_of_its_buckets_size_is_neither_moved_nor_resampled() -> None:
 
 def test_edges_are_continued_to_the_right_and_down() -> None:
     pixels = noise(40, 30, 3)
-    laid = np.asarray(lay(Image.fromarray(pixels), pad_into(Bucket(64, 64), 40, 30, has_image=True)))
+    laid = np.asarray(
+        lay(Image.fromarray(pixels), pad_into(Bucket(64, 64), 40, 30, has_image=True))
+    )
     assert np.array_equal(laid[:40, :30], pixels)
     assert np.array_equal(laid[:40, 30:], np.repeat(pixels[:, -1:], 34, axis=1))
     assert np.array_equal(laid[40:], np.repeat(laid[39:40], 24, axis=0))
@@ -114,15 +137,20 @@ def test_edges_are_continued_to_all_sides_where_the_image_lies_in_the_middle() -
 
 
 def cut_after_resampling(pixels: NDArray[np.uint8], made: Plan) -> NDArray[np.uint8]:
-    scaled = Image.fromarray(pixels).resize((made.scaled[1], made.scaled[0]), Image.Resampling.LANCZOS)
+    scaled = Image.fromarray(pixels).resize(
+        (made.scaled[1], made.scaled[0]), Image.Resampling.LANCZOS
+    )
     return np.asarray(scaled)[made.crop.top : made.crop.bottom, made.crop.left : made.crop.right]
 
 
 @settings(max_examples=200, deadline=None)
 @given(sides, sides, st.sampled_from(BUCKETS))
-def test_finish_is_resampling_to_scaled_and_cutting_the_crop(height: int, width: int, bucket: Bucket) -> None:
+def test_finish_is_resampling_to_scaled_and_cutting_the_crop(
+    height: int, width: int, bucket: Bucket
+) -> None:
     made = resize_into(bucket, height, width)
-    # Mid greys, since Pillow clips between its two passes and takes them in whichever order is cheaper for the box.
+    # Mid greys, since Pillow clips between its two passes and takes them in whichever order is
+    # cheaper for the box.
     pixels = noise(bucket.height, bucket.width, 3) // 4 + 96
     difference = np.asarray(finish(pixels, made)).astype(int) - cut_after_resampling(pixels, made)
     assert np.abs(difference).max() <= 2
@@ -130,12 +158,15 @@ def test_finish_is_resampling_to_scaled_and_cutting_the_crop(height: int, width:
 
 @settings(max_examples=200, deadline=None)
 @given(st.integers(24, 150), st.integers(24, 150), st.sampled_from(BUCKETS))
-def test_what_is_painted_over_an_image_comes_out_where_it_was(height: int, width: int, bucket: Bucket) -> None:
+def test_what_is_painted_over_an_image_comes_out_where_it_was(
+    height: int, width: int, bucket: Bucket
+) -> None:
     made = resize_into(bucket, height, width)
     ramps = np.zeros((height, width, 3))  # green tells the row, red the column
     ramps[..., 0], ramps[..., 1] = np.arange(width), np.arange(height)[:, None]
     back = np.asarray(finish(np.asarray(lay(Image.fromarray(ramps.astype(np.uint8)), made)), made))
-    # Both ends of the laid rectangle are rounded by half a bucket pixel at most; that is what an inner pixel may move.
+    # Both ends of the laid rectangle are rounded by half a bucket pixel at most; that is what an
+    # inner pixel may move.
     moved = np.abs(back.astype(int) - ramps)[4:-4, 4:-4]
     for channel, (scaled, side) in enumerate(
         ((made.scaled[1], made.bucket.width), (made.scaled[0], made.bucket.height))
@@ -154,7 +185,9 @@ def test_lay_and_finish_take_only_what_the_plan_is_for() -> None:
 
 @settings(max_examples=300, deadline=None)
 @given(sides, sides, sides, sides, st.sampled_from(["RGB", "L"]))
-def test_fit_to_gives_exactly_the_size(height: int, width: int, to_height: int, to_width: int, mode: str) -> None:
+def test_fit_to_gives_exactly_the_size(
+    height: int, width: int, to_height: int, to_width: int, mode: str
+) -> None:
     fitted = fit_to(Image.new(mode, (width, height), "white"), to_height, to_width)
     assert fitted.size == (to_width, to_height) and fitted.mode == mode
     assert fitted.getextrema() == (((255, 255),) * 3 if mode == "RGB" else (255, 255))
@@ -171,7 +204,8 @@ def test_fit_to_keeps_the_middle_and_the_proportions() -> None:
 
 @pytest.mark.parametrize("size", [(1, 900_000), (900_000, 1)])
 def test_a_sliver_is_not_blown_up_on_its_way(size: tuple[int, int]) -> None:
-    assert fit_to(Image.new("RGB", size), 512, 512).size == (512, 512)  # scaled to cover it would have 10**11 pixels
+    # scaled to cover it would have 10**11 pixels
+    assert fit_to(Image.new("RGB", size), 512, 512).size == (512, 512)
 
 
 # --- files in
@@ -184,9 +218,13 @@ def test_lossless_files_are_read_to_the_byte(format: str) -> None:
     assert image.mode == "RGB" and same(image, pixels)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"])
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "LAB", "I;16"]
+)
 @pytest.mark.parametrize("format", ["PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF"])
-def test_every_mode_that_a_file_can_hold_is_read_as_rgb_and_as_a_mask(mode: str, format: str) -> None:
+def test_every_mode_that_a_file_can_hold_is_read_as_rgb_and_as_a_mask(
+    mode: str, format: str
+) -> None:
     try:
         data = file_of(Image.new(mode, (5, 3)), format)
     except (OSError, ValueError):
@@ -201,15 +239,25 @@ def test_every_mode_that_a_file_can_hold_is_read_as_rgb_and_as_a_mask(mode: str,
 def test_what_is_transparent_is_white(mode: str, format: str) -> None:
     image = Image.new("RGBA", (2, 1), (0, 0, 0, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
-    data = file_of(image.convert(mode), format, **({"lossless": True, "exact": True} if format == "WEBP" else {}))
+    data = file_of(
+        image.convert(mode),
+        format,
+        **({"lossless": True, "exact": True} if format == "WEBP" else {}),
+    )
     assert [read(data).getpixel((x, 0)) for x in (0, 1)] == [(0, 0, 0), WHITE]
 
 
 def test_half_transparent_is_half_white() -> None:
-    assert read(file_of(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0)) == (127, 127, 127)
+    assert read(file_of(Image.new("RGBA", (1, 1), (0, 0, 0, 128)))).getpixel((0, 0)) == (
+        127,
+        127,
+        127,
+    )
 
 
-@pytest.mark.parametrize(("mode", "key"), [("L", 0), ("RGB", (0, 0, 0)), ("P", 0), ("P", b"\0")], ids=str)
+@pytest.mark.parametrize(
+    ("mode", "key"), [("L", 0), ("RGB", (0, 0, 0)), ("P", 0), ("P", b"\0")], ids=str
+)
 def test_a_transparent_colour_is_white(mode: str, key: Any) -> None:
     image = Image.new(mode, (2, 1), 0)
     image.putpixel((1, 0), RED if mode == "RGB" else 1)
@@ -225,7 +273,8 @@ def test_sixteen_bits_are_scaled_and_not_clipped(format: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "samples", [np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32), np.ones((2, 2), np.float32)]
+    "samples",
+    [np.full((2, 2), 70000, np.int32), np.full((2, 2), -1, np.int32), np.ones((2, 2), np.float32)],
 )
 def test_samples_without_a_known_white_are_refused(samples: Any) -> None:
     assert "16 bits" in refused(file_of(Image.fromarray(samples), "TIFF")).message
@@ -239,7 +288,8 @@ def test_cmyk_is_read_in_its_colours() -> None:
 
 
 UPRIGHT = np.array([[RED, (0, 255, 0), (0, 0, 255)], [WHITE, (0, 0, 0), (99, 99, 99)]], np.uint8)
-STORED: dict[int, Callable[[Any], Any]] = {  # how a camera stores a picture that is UPRIGHT once turned
+# how a camera stores a picture that is UPRIGHT once turned
+STORED: dict[int, Callable[[Any], Any]] = {
     1: lambda p: p,
     2: lambda p: p[:, ::-1],
     3: lambda p: p[::-1, ::-1],
@@ -270,7 +320,9 @@ def test_a_jpeg_from_a_phone_is_turned() -> None:
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
-@pytest.mark.parametrize("exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff"])
+@pytest.mark.parametrize(
+    "exif", [b"Exif\0\0nonsense", b"Exif\0\0II*\0", b"Exif\0\0II*\0\xff\xff\xff\xff"]
+)
 def test_broken_exif_says_nothing_against_the_pixels(exif: bytes, format: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -297,7 +349,11 @@ def test_metadata_stays_behind() -> None:
     image = read(file_of(Image.new("RGB", (8, 8)), icc_profile=profile, dpi=(72, 72)))
     assert image.info == {}
     for output_format in OUTPUT_FORMATS:
-        assert not set(Image.open(BytesIO(encode(image, output_format))).info) & {"icc_profile", "exif", "dpi"}
+        assert not set(Image.open(BytesIO(encode(image, output_format))).info) & {
+            "icc_profile",
+            "exif",
+            "dpi",
+        }
 
 
 # --- hostile files
@@ -307,25 +363,42 @@ def png(height: int, width: int) -> bytes:
     """A PNG whose header says height x width, and nothing behind it."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100)) + chunk(b"IEND", b"")
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(b"\0" * 100))
+        + chunk(b"IEND", b"")
     )
 
 
 def tiff_with_tiles_of(side: int) -> bytes:
     """A 16x16 TIFF, deflated, in tiles of side x side."""
     data = zlib.compress(bytes(256))
-    tags = {256: 16, 257: 16, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side, 324: 0, 325: len(data)}
+    tags = {
+        256: 16,
+        257: 16,
+        258: 8,
+        259: 8,
+        262: 1,
+        277: 1,
+        322: side,
+        323: side,
+        324: 0,
+        325: len(data),
+    }
     tags[324] = 8 + 2 + 12 * len(tags) + 4
     entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
     return b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + struct.pack("<I", 0) + data
 
 
 @pytest.mark.parametrize(
-    ("height", "width"), [(50_000, 50_000), (10_000, 10_000), (1001, 1000), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1)]
+    ("height", "width"),
+    [(50_000, 50_000), (10_000, 10_000), (1001, 1000), (1, 2**31 - 1), (2**31 - 1, 2**31 - 1)],
 )
 def test_a_bomb_is_refused_by_its_header(height: int, width: int) -> None:
     with warnings.catch_warnings():
@@ -384,13 +457,19 @@ def test_formats_that_are_not_offered_are_refused() -> None:
 @pytest.mark.parametrize(
     "error", [MemoryError(), RecursionError("deep"), KeyError(7), struct.error("a\nb\x1b[31m" * 99)]
 )
-def test_whatever_a_reader_raises_is_said_on_one_short_line(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whatever_a_reader_raises_is_said_on_one_short_line(
+    error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail(image: Image.Image) -> None:
         raise error
 
     monkeypatch.setattr("PIL.PngImagePlugin.PngImageFile.load", fail)
     message = refused(file_of(Image.new("RGB", (8, 8)))).message
-    assert message.startswith("cannot be decoded: ") and len(message) <= 120 and not message.endswith(" ")
+    assert (
+        message.startswith("cannot be decoded: ")
+        and len(message) <= 120
+        and not message.endswith(" ")
+    )
 
 
 SEEDS = [
@@ -406,13 +485,20 @@ SEEDS = [
         ("TIFF", 3, {"compression": "tiff_lzw"}),
         ("TIFF", 4, {"compression": "tiff_deflate"}),
     )
-] + [png(9, 11), tiff_with_tiles_of(16), file_of(Image.new("I;16", (9, 9)), "TIFF"), file_of(Image.new("P", (9, 9)))]
+] + [
+    png(9, 11),
+    tiff_with_tiles_of(16),
+    file_of(Image.new("I;16", (9, 9)), "TIFF"),
+    file_of(Image.new("P", (9, 9))),
+]
 
 
 @st.composite
 def damaged(draw: st.DrawFn) -> bytes:
     data = bytearray(draw(st.sampled_from(SEEDS)))
-    for at, value in draw(st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=6)):
+    for at, value in draw(
+        st.lists(st.tuples(st.integers(0, len(data) - 1), st.integers(0, 255)), max_size=6)
+    ):
         data[at] = value
     start = draw(st.just(0) | st.integers(0, len(data)))
     return bytes(data[: len(data) - start]) + draw(st.binary(max_size=8))
@@ -455,8 +541,12 @@ def test_png_keeps_every_byte(height: int, width: int) -> None:
 @pytest.mark.parametrize("output_format", ["jpeg", "webp"])
 def test_lossy_formats_stay_close(output_format: OutputFormat) -> None:
     down, across = np.mgrid[:128, :128]
-    smooth = np.stack([across * 2, down * 2, 255 - across - down], axis=-1).clip(0, 255).astype(np.uint8)
-    difference = np.asarray(read(encode(Image.fromarray(smooth), output_format))).astype(int) - smooth
+    smooth = (
+        np.stack([across * 2, down * 2, 255 - across - down], axis=-1).clip(0, 255).astype(np.uint8)
+    )
+    difference = (
+        np.asarray(read(encode(Image.fromarray(smooth), output_format))).astype(int) - smooth
+    )
     assert np.abs(difference).mean() < 2
 
 

@@ -25,7 +25,8 @@ from worker.test_service import FAMILY_NAMES
 @given(st.sampled_from([4, 16]), st.integers(0, 1000))
 def test_a_vae_that_is_linear_in_colour_is_read_back(num_channels: int, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    directions = torch.linalg.qr(torch.randn(num_channels, 3, generator=generator)).Q.T  # (3, channels)
+    # (3, channels)
+    directions = torch.linalg.qr(torch.randn(num_channels, 3, generator=generator)).Q.T
     there = (0.5 + torch.rand(3, 1, generator=generator)) * directions
     offset = torch.randn(num_channels, generator=generator)
     colours = LatentColours.fit(plain_colours() @ there + offset, plain_colours())
@@ -36,12 +37,17 @@ def test_a_vae_that_is_linear_in_colour_is_read_back(num_channels: int, seed: in
 
 
 def test_channels_that_say_nothing_of_colour_are_not_blown_up() -> None:
-    quiet = torch.cat([plain_colours(), 1e-6 * torch.randn(27, 13, generator=torch.Generator().manual_seed(0))], dim=1)
+    quiet = torch.cat(
+        [plain_colours(), 1e-6 * torch.randn(27, 13, generator=torch.Generator().manual_seed(0))],
+        dim=1,
+    )
     assert LatentColours.fit(quiet, plain_colours()).weight.abs().max() < 2
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
-def test_every_family_tells_its_steps_and_shows_them(family: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_every_family_tells_its_steps_and_shows_them(
+    family: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     folder = tiny.build(family, tmp_path_factory.mktemp(family) / "model")
     pipeline = DiffusionPipeline.load(folder, PipelineConfig(), torch.device("cpu"))
     seen: list[tuple[int, int]] = []
@@ -58,7 +64,9 @@ def test_every_family_tells_its_steps_and_shows_them(family: str, tmp_path_facto
     assert (shown[0] != shown[1]).any(), "two seeds look alike"
     alone: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
     pipeline.paint(_batch(seeds=(2, 2)), lambda step: alone.append(step.sketch(0)))
-    assert np.abs(alone[0].astype(int) - shown[1]).max() <= 1, "a row's sketch depends on its neighbour"
+    assert np.abs(alone[0].astype(int) - shown[1]).max() <= 1, (
+        "a row's sketch depends on its neighbour"
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -84,16 +92,27 @@ def test_a_preview_is_the_asked_part_of_the_bucket(height: int, width: int, resi
 
 def _batch(seeds: Sequence[int]) -> Batch:
     rows = [Row("a cat", None, seed) for seed in seeds]
-    return Batch(rows, "text-to-image", Bucket(96, 48), num_inference_steps=3, guidance_scale=4.0, strength=1.0)
+    return Batch(
+        rows,
+        "text-to-image",
+        Bucket(96, 48),
+        num_inference_steps=3,
+        guidance_scale=4.0,
+        strength=1.0,
+    )
 
 
 def test_a_tiny_autoencoder_is_fitted_too(tmp_path: Path) -> None:
-    """TAESD, which people put in an SDXL's place to save memory: its encoder gives latents, not a distribution."""
+    """TAESD, which people put in an SDXL's place to save memory: its encoder gives latents, not a
+    distribution.
+    """
     pipe = StableDiffusionXLPipeline.from_pretrained(tiny.build("sdxl", tmp_path / "model"))
     blocks = {"encoder_block_out_channels": (8,) * 4, "decoder_block_out_channels": (8,) * 4}
     pipe.vae = AutoencoderTiny(**blocks, num_encoder_blocks=(1,) * 4, num_decoder_blocks=(1,) * 4)
     pipe.save_pretrained(tmp_path / "taesd")
     pipeline = DiffusionPipeline.load(tmp_path / "taesd", PipelineConfig(), torch.device("cpu"))
     shown: list[tuple[int, ...]] = []
-    pixels = pipeline.paint(_batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape)).pixels
+    pixels = pipeline.paint(
+        _batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape)
+    ).pixels
     assert pixels.shape[0] == 2 and set(shown) == {(12, 6, 3)}

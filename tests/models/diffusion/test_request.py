@@ -17,7 +17,9 @@ from preheat.errors import RequestError
 from preheat.models.diffusion.request import FIELDS, NUM_SEEDS, ImageRequest, parse_row
 
 LIMITS = LimitsConfig(max_steps=50, max_prompt_chars=100, max_image_bytes=300, max_images=4)
-DEFAULTS = DefaultsConfig(num_inference_steps=7, guidance_scale=4.5, strength=0.5, output_format="webp")
+DEFAULTS = DefaultsConfig(
+    num_inference_steps=7, guidance_scale=4.5, strength=0.5, output_format="webp"
+)
 FILE = bytes(range(200))  # request does not look inside an image
 CODED = base64.b64encode(FILE).decode()
 
@@ -51,8 +53,16 @@ def test_a_prompt_is_enough_and_the_rest_is_the_default() -> None:
     request = of()
     assert request.prompt == "a cat" and request.negative_prompt is None
     assert (request.height, request.width) == (None, None)
-    assert request.num_inference_steps == 7 and request.guidance_scale == 4.5 and request.strength == 0.5
-    assert request.output_format == "webp" and request.response_format == "image" and request.num_images == 1
+    assert (
+        request.num_inference_steps == 7
+        and request.guidance_scale == 4.5
+        and request.strength == 0.5
+    )
+    assert (
+        request.output_format == "webp"
+        and request.response_format == "image"
+        and request.num_images == 1
+    )
     assert request.task == "text-to-image" and 0 <= request.seed < NUM_SEEDS
 
 
@@ -102,9 +112,20 @@ def parts(**more: bytes) -> dict[str, object]:
         {"data": json.dumps(FULL).encode(), "image": FILE},
         {"body": FULL, "image": bytearray(FILE)},
         parts(image=FILE),
-        {name: value.decode() if name != "image" else value for name, value in parts(image=FILE).items()},  # type: ignore[attr-defined]
+        {
+            name: value.decode() if name != "image" else value
+            for name, value in parts(image=FILE).items()
+        },  # type: ignore[attr-defined]
     ],
-    ids=["json", "unparsed json", "grpc", "grpc with file", "json with file", "multipart", "multipart as text"],
+    ids=[
+        "json",
+        "unparsed json",
+        "grpc",
+        "grpc with file",
+        "json with file",
+        "multipart",
+        "multipart as text",
+    ],
 )
 def test_every_shape_of_a_row_means_the_same(row: dict[str, object]) -> None:
     assert parse(row) == ImageRequest(**{**FULL, "image": FILE, "mask_image": None})  # type: ignore[arg-type]
@@ -120,7 +141,9 @@ PLAIN = "text/plain; charset=utf-8"
 
 @pytest.mark.parametrize("body", [b"a cat", bytearray(b"a cat"), "a cat"])
 @pytest.mark.parametrize("content_type", [PLAIN, "TEXT/Plain"])
-def test_text_is_a_prompt_whether_torchserve_decodes_it_or_not(body: object, content_type: str) -> None:
+def test_text_is_a_prompt_whether_torchserve_decodes_it_or_not(
+    body: object, content_type: str
+) -> None:
     assert parse({"body": body}, content_type=content_type).prompt == "a cat"
 
 
@@ -132,7 +155,11 @@ def test_text_that_is_none_is_refused(body: bytes, says: str) -> None:
 
 def test_null_is_as_good_as_absent_and_an_empty_prompt_is_a_prompt() -> None:
     request = of(**dict.fromkeys(set(FIELDS) - {"prompt"}), prompt="")
-    assert request.prompt == "" and request.num_inference_steps == 7 and request.task == "text-to-image"
+    assert (
+        request.prompt == ""
+        and request.num_inference_steps == 7
+        and request.task == "text-to-image"
+    )
 
 
 def test_the_row_is_left_as_it_was() -> None:
@@ -144,7 +171,17 @@ def test_the_row_is_left_as_it_was() -> None:
 
 @pytest.mark.parametrize(
     "row",
-    [{}, None, [], "a cat", {"body": None}, {"body": b""}, {"body": bytearray()}, {"body": ""}, {"data": b""}],
+    [
+        {},
+        None,
+        [],
+        "a cat",
+        {"body": None},
+        {"body": b""},
+        {"body": bytearray()},
+        {"body": ""},
+        {"data": b""},
+    ],
 )
 def test_an_empty_row_says_how_to_send_one(row: object) -> None:
     error = refused(row)
@@ -209,7 +246,18 @@ def test_an_unknown_name_is_quoted_short_and_printable(name: str) -> None:
 def test_whole_numbers_keep_to_their_range(name: str, low: int, high: int) -> None:
     for edge in (low, high):
         assert getattr(of(**{name: edge, "response_format": "b64_json"}), name) == edge
-    wrong = [low - 1, high + 1, -1, 10**4000, -(10**4000), 32.0, 32.5, math.nan, math.inf, -math.inf]
+    wrong = [
+        low - 1,
+        high + 1,
+        -1,
+        10**4000,
+        -(10**4000),
+        32.0,
+        32.5,
+        math.nan,
+        math.inf,
+        -math.inf,
+    ]
     for value in (*wrong, True, "32", "", [32], {"a": 1}, [[]]):
         error = refused_of(**{name: value})
         assert error.field == name and f"from {low} to {high}" in error.message
@@ -226,18 +274,33 @@ def test_numbers_keep_to_their_range(name: str, legal: list[float], wrong: list[
     for value in legal:
         got = getattr(of(**{name: value}), name)
         assert got == value and type(got) is float
-    for hostile in (*wrong, 10**4000, -(10**4000), math.nan, math.inf, -math.inf, True, False, "1", [1], {}):
+    for hostile in (
+        *wrong,
+        10**4000,
+        -(10**4000),
+        math.nan,
+        math.inf,
+        -math.inf,
+        True,
+        False,
+        "1",
+        [1],
+        {},
+    ):
         assert refused_of(**{name: hostile}).field == name
 
 
-@pytest.mark.parametrize("literal", ["1" * 5000, "9" * 1_000_000, "-" + "9" * 41, "1e999", "NaN", "-Infinity", "1.5"])
+@pytest.mark.parametrize(
+    "literal", ["1" * 5000, "9" * 1_000_000, "-" + "9" * 41, "1e999", "NaN", "-Infinity", "1.5"]
+)
 def test_numbers_that_json_can_write_but_nobody_means_name_their_field(literal: str) -> None:
     assert refused({"data": f'{{"prompt": "a", "width": {literal}}}'.encode()}).field == "width"
     assert refused({"prompt": b"a", "width": literal.encode()}).field == "width"
 
 
 @pytest.mark.parametrize(
-    "part", [b"", b"abc", b"[1]", b"null1", b"0x20", b"true", b"[" * 100_000, b'{"a":1,"a":2}', b"\xff"]
+    "part",
+    [b"", b"abc", b"[1]", b"null1", b"0x20", b"true", b"[" * 100_000, b'{"a":1,"a":2}', b"\xff"],
 )
 def test_a_part_that_is_no_number_is_refused(part: bytes) -> None:
     with pytest.raises(RequestError) as caught:
@@ -248,7 +311,17 @@ def test_a_part_that_is_no_number_is_refused(part: bytes) -> None:
 @pytest.mark.parametrize("name", ["prompt", "negative_prompt"])
 def test_texts_keep_to_their_length_and_are_text(name: str) -> None:
     assert getattr(of(**{name: "x" * 100}), name) == "x" * 100
-    for value in ("x" * 101, "x" * 1_000_000, 7, True, ["a"], {"a": "b"}, "a\0b", "\ud800", "a\udfff"):
+    for value in (
+        "x" * 101,
+        "x" * 1_000_000,
+        7,
+        True,
+        ["a"],
+        {"a": "b"},
+        "a\0b",
+        "\ud800",
+        "a\udfff",
+    ):
         assert refused_of(**{name: value}).field == name
     assert refused({"prompt": b"a", name: b"\xff"}).field == name
 
@@ -267,9 +340,16 @@ def test_words_are_of_their_list(name: str, value: object) -> None:
 
 def test_a_refusal_never_quotes_a_prompt_or_an_image() -> None:
     secret = "the-merger-with-" + "x" * 300
-    for fields in ({"prompt": secret}, {"prompt": [secret]}, {"image": secret}, {"image": [secret]}):
+    for fields in (
+        {"prompt": secret},
+        {"prompt": [secret]},
+        {"image": secret},
+        {"image": [secret]},
+    ):
         assert "merger" not in str(refused_of(**fields))
-    assert "a cat" not in repr(of(negative_prompt="a cat", image=CODED)) and "x01" not in repr(of(image=CODED))
+    assert "a cat" not in repr(of(negative_prompt="a cat", image=CODED)) and "x01" not in repr(
+        of(image=CODED)
+    )
 
 
 # --- images
@@ -318,7 +398,10 @@ def test_what_is_no_image_is_refused(value: object) -> None:
 @given(st.integers(1, 320))
 def test_an_image_is_allowed_up_to_its_limit_to_the_byte(size: int) -> None:
     data = b"\1" * size
-    for row in ({"body": {"prompt": "", "image": base64.b64encode(data).decode()}}, {"prompt": b"", "image": data}):
+    for row in (
+        {"body": {"prompt": "", "image": base64.b64encode(data).decode()}},
+        {"prompt": b"", "image": data},
+    ):
         if size <= LIMITS.max_image_bytes:
             assert parse(row).image == data
         else:
@@ -347,17 +430,24 @@ def test_a_task_that_is_not_served_is_refused() -> None:
 
 
 def test_guidance_keeps_to_the_variant_that_is_warm() -> None:
-    low, high = {"body": {"prompt": "", "guidance_scale": 1}}, {"body": {"prompt": "", "guidance_scale": 1.01}}
+    low, high = (
+        {"body": {"prompt": "", "guidance_scale": 1}},
+        {"body": {"prompt": "", "guidance_scale": 1.01}},
+    )
     assert refused(low, guidance="on").field == "guidance_scale"
     assert refused(high, guidance="off").field == "guidance_scale"
-    assert parse(high, guidance="on").guidance_scale == 1.01 and parse(low, guidance="off").guidance_scale == 1.0
+    assert (
+        parse(high, guidance="on").guidance_scale == 1.01
+        and parse(low, guidance="off").guidance_scale == 1.0
+    )
 
 
 def test_strength_must_leave_a_step() -> None:
     assert refused_of(image=CODED, num_inference_steps=2, strength=0.49).field == "strength"
     assert refused_of(image=CODED, strength=5e-324).field == "strength"
     assert of(image=CODED, num_inference_steps=2, strength=0.5).strength == 0.5
-    assert of(num_inference_steps=2, strength=0.49).strength == 0.49  # no image, so it means nothing
+    # no image, so it means nothing
+    assert of(num_inference_steps=2, strength=0.49).strength == 0.49
 
 
 def test_a_stream_is_asked_for_in_json_or_in_a_part_of_its_own() -> None:
@@ -384,7 +474,9 @@ JSON = st.recursive(
     | st.floats()
     | st.text(max_size=20)
     | st.text(st.characters(categories=("Cs", "Cc")), max_size=3),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=5,
 )
 LIKELY: dict[str, st.SearchStrategy[Any]] = {
@@ -406,17 +498,22 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
 }
 assert set(LIKELY) == set(FIELDS)
 LEGAL_OR_NEARLY = st.fixed_dictionaries(
-    {"prompt": st.text(max_size=30)}, optional={name: likely for name, likely in LIKELY.items() if name != "prompt"}
+    {"prompt": st.text(max_size=30)},
+    optional={name: likely for name, likely in LIKELY.items() if name != "prompt"},
 )
 HOSTILE = st.fixed_dictionaries(
     {}, optional={name: JSON | likely for name, likely in LIKELY.items()}
 ) | st.dictionaries(st.sampled_from(FIELDS) | st.text(max_size=8), JSON, max_size=4)
-BYTES = st.binary(max_size=60) | st.text(max_size=30).map(lambda text: text.encode("utf-8", "surrogatepass"))
+BYTES = st.binary(max_size=60) | st.text(max_size=30).map(
+    lambda text: text.encode("utf-8", "surrogatepass")
+)
 ROWS = (
     (LEGAL_OR_NEARLY | HOSTILE).flatmap(
         lambda body: st.sampled_from([{"body": body}, {"data": json.dumps(body).encode()}, body])
     )
-    | st.dictionaries(st.sampled_from(("data", "body", *FIELDS)) | st.text(max_size=8), BYTES | JSON, max_size=5)
+    | st.dictionaries(
+        st.sampled_from(("data", "body", *FIELDS)) | st.text(max_size=8), BYTES | JSON, max_size=5
+    )
     | st.dictionaries(st.sampled_from(FIELDS), BYTES, max_size=6)
     | JSON
 )
@@ -444,7 +541,9 @@ LEGAL = st.fixed_dictionaries(
 @given(LEGAL)
 def test_a_legal_request_is_never_refused_and_never_changed(sent: dict[str, Any]) -> None:
     coded = {**sent, "image": base64.b64encode(sent["image"]).decode()} if "image" in sent else sent
-    by_part = {name: value if name == "image" else str(value).encode() for name, value in sent.items()}
+    by_part = {
+        name: value if name == "image" else str(value).encode() for name, value in sent.items()
+    }
     for row in ({"body": coded}, {"data": json.dumps(coded).encode()}, by_part):
         request = parse(row)
         assert {name: getattr(request, name) for name in sent} == sent
@@ -462,7 +561,11 @@ def test_whatever_the_row_it_is_a_legal_request_or_a_refusal_with_a_field(row: A
         assert error.code == 400 and error.field and error.message
         json.dumps(error.body()).encode()
         return
-    assert len(request.prompt) <= 100 and "\0" not in request.prompt and request.prompt.encode() is not None
+    assert (
+        len(request.prompt) <= 100
+        and "\0" not in request.prompt
+        and request.prompt.encode() is not None
+    )
     for side in (request.height, request.width):
         assert side is None or (type(side) is int and 16 <= side <= 4096)
     assert type(request.num_inference_steps) is int and 1 <= request.num_inference_steps <= 50
@@ -471,8 +574,15 @@ def test_whatever_the_row_it_is_a_legal_request_or_a_refusal_with_a_field(row: A
     assert type(request.strength) is float and 0 < request.strength <= 1
     assert type(request.num_images) is int and 1 <= request.num_images <= 4
     assert request.num_images == 1 or request.response_format == "b64_json" or request.stream
-    assert type(request.stream) is bool and type(request.preview_every) is int and 0 <= request.preview_every <= 50
-    assert request.output_format in ("png", "jpeg", "webp") and request.response_format in ("image", "b64_json")
+    assert (
+        type(request.stream) is bool
+        and type(request.preview_every) is int
+        and 0 <= request.preview_every <= 50
+    )
+    assert request.output_format in ("png", "jpeg", "webp") and request.response_format in (
+        "image",
+        "b64_json",
+    )
     assert request.mask_image is None or request.image is not None
     for file in (request.image, request.mask_image):
         assert file is None or (type(file) is bytes and 1 <= len(file) <= 300)

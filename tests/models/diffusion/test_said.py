@@ -1,4 +1,6 @@
-"""What diffusers decides about a picture reaches its reader: blackened pictures, cut prompts, a scheduler's own steps."""
+"""What diffusers decides about a picture reaches its reader: blackened pictures, cut prompts, a
+scheduler's own steps.
+"""
 
 from __future__ import annotations
 
@@ -33,13 +35,19 @@ Built = Callable[[str], Path]
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """A tiny pipeline's archive by its family; `black` and `clean` are SD 1.5 with a safety checker."""
+    """A tiny pipeline's archive by its family; `black` and `clean` are SD 1.5 with a safety
+    checker.
+    """
     root, makers = tmp_path_factory.mktemp("said"), {"black": True, "clean": False}
 
     def folder(name: str) -> Path:
         model = root / name / "model"
         if not model.exists():
-            (old_folders.sd15(model, flagged=makers[name]) if name in makers else tiny.build(name, model))
+            (
+                old_folders.sd15(model, flagged=makers[name])
+                if name in makers
+                else tiny.build(name, model)
+            )
         return root / name
 
     return folder
@@ -50,16 +58,21 @@ class Desk:
 
     def __init__(self, archive: Path, **limits: Any) -> None:
         self.counted: dict[str, float] = {}
-        shapes = {"buckets": [[64, 64]], "batch_sizes": [2]}  # a lone picture has a filler beside it
+        # a lone picture has a filler beside it
+        shapes = {"buckets": [[64, 64]], "batch_sizes": [2]}
         data = {
             "batchSize": 4,
             "pt2": {"compile": {"enable": False}, "shapes": shapes},
             "pipeline": {"defaults": {"num_inference_steps": 2}, "limits": limits},
         }
         config = ModelConfig.parse(data)
-        self.service = Service(config, archive, CPU, status=StatusFile(None, "tiny"), metrics=Metrics(self._count))
+        self.service = Service(
+            config, archive, CPU, status=StatusFile(None, "tiny"), metrics=Metrics(self._count)
+        )
 
-    def _count(self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
+    def _count(
+        self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]
+    ) -> None:
         self.counted[name] = self.counted.get(name, 0) + value
 
     def ask(self, **body: Any) -> Response:
@@ -79,7 +92,9 @@ def test_a_picture_that_the_safety_checker_blackens_is_said_to_be(built: Built) 
     assert desk.counted["preheat_flagged_total"] == 5, "warm-up and fillers are not counted"
 
 
-def test_a_picture_that_was_checked_and_kept_says_so_and_one_that_nobody_checked_says_nothing(built: Built) -> None:
+def test_a_picture_that_was_checked_and_kept_says_so_and_one_that_nobody_checked_says_nothing(
+    built: Built,
+) -> None:
     desk = Desk(built("clean"))
     assert desk.ask().headers["x-preheat-flagged"] == "false"
     assert desk.counted["preheat_flagged_total"] == 0
@@ -114,7 +129,11 @@ def test_a_cut_prompt_says_in_every_answer_how_much_of_it_was_dropped(
 
 def test_what_is_cut_off_changes_nothing(built: Built) -> None:
     desk = Desk(built("sdxl"))
-    assert desk.ask(prompt=LONG).body == desk.ask(prompt=words(75)).body != desk.ask(prompt=words(74)).body
+    assert (
+        desk.ask(prompt=LONG).body
+        == desk.ask(prompt=words(75)).body
+        != desk.ask(prompt=words(74)).body
+    )
 
 
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
@@ -126,7 +145,9 @@ def test_a_long_prompt_can_be_refused_by_its_field(built: Built, field: str) -> 
     assert desk.ask(prompt=words(75)).code == 200
 
 
-@pytest.mark.parametrize(("family", "read"), [("sd15", 75), ("sdxl", 75), ("sd3", 254), ("flux", 510)])
+@pytest.mark.parametrize(
+    ("family", "read"), [("sd15", 75), ("sdxl", 75), ("sd3", 254), ("flux", 510)]
+)
 def test_dropped_is_what_no_encoder_of_a_family_reads(built: Built, family: str, read: int) -> None:
     pipeline = DiffusionPipeline.load(built(family) / "model", PipelineConfig(), CPU)
     for length in (0, read, read + 1, read + 40):
@@ -140,7 +161,8 @@ def test_a_tokenizer_that_panics_refuses_its_request_and_nobody_elses() -> None:
         model_max_length = 77
 
         def __call__(self, text: str, *, truncation: bool, verbose: bool) -> Any:
-            NormalizedString(text).filter(lambda _: 1 / 0)  # what filter gives may not raise: Rust panics
+            # what filter gives may not raise: Rust panics
+            NormalizedString(text).filter(lambda _: 1 / 0)
 
     with pytest.raises(RequestError) as caught:
         Reader([(Panicking(), 77)]).num_dropped("a cat", "negative_prompt")
@@ -149,7 +171,9 @@ def test_a_tokenizer_that_panics_refuses_its_request_and_nobody_elses() -> None:
 
 # --- schedulers
 
-SCHEDULERS = sorted({one.name for one in KarrasDiffusionSchedulers} | {"LCMScheduler", "TCDScheduler"})
+SCHEDULERS = sorted(
+    {one.name for one in KarrasDiffusionSchedulers} | {"LCMScheduler", "TCDScheduler"}
+)
 
 
 def _batch(task: Task, seed: int) -> Batch:
@@ -159,13 +183,21 @@ def _batch(task: Task, seed: int) -> Batch:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # numpy's, from diffusers' own code
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(built: Built, name: str) -> None:
-    """Schedulers that the pipelines take are served right, or refused in one line that names the key."""
+def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
+    built: Built, name: str
+) -> None:
+    """Schedulers that the pipelines take are served right, or refused in one line that names the
+    key.
+    """
     try:
-        pipeline = DiffusionPipeline.load(built("sdxl") / "model", PipelineConfig(scheduler=name), CPU)
+        pipeline = DiffusionPipeline.load(
+            built("sdxl") / "model", PipelineConfig(scheduler=name), CPU
+        )
     except PipelineError as error:
         assert str(error).startswith(f"pipeline.scheduler: {name}") and "\n" not in str(error)
-        assert name in {"DPMSolverSDEScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"}, "others need nothing"
+        assert name in {"DPMSolverSDEScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"}, (
+            "others need nothing"
+        )
         return
     calls: list[int] = []
     pipeline.target("unet").register_forward_hook(lambda *_: calls.append(1))
@@ -174,23 +206,33 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(buil
         seen: list[Step] = []
         torch.manual_seed(1)
         first = pipeline.paint(_batch(task, 5), seen.append).pixels
-        request = make_request(num_inference_steps=6, strength=0.5, image=None if task == "text-to-image" else b"i")
+        request = make_request(
+            num_inference_steps=6, strength=0.5, image=None if task == "text-to-image" else b"i"
+        )
         assert pipeline.num_calls(request) == len(calls)
         of = request.num_run_steps
-        assert [(step.number, step.of) for step in seen] == [(number, of) for number in range(1, of + 1)]
+        assert [(step.number, step.of) for step in seen] == [
+            (number, of) for number in range(1, of + 1)
+        ]
         torch.manual_seed(2)
         assert np.array_equal(pipeline.paint(_batch(task, 5)).pixels, first), "noise from elsewhere"
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])
 @pytest.mark.parametrize("strength", [0.35, 0.6, 1.0])
-def test_transformers_count_their_image_to_image_steps_as_they_run(built: Built, family: str, strength: float) -> None:
+def test_transformers_count_their_image_to_image_steps_as_they_run(
+    built: Built, family: str, strength: float
+) -> None:
     pipeline = DiffusionPipeline.load(built(family) / "model", PipelineConfig(), CPU)
     calls: list[int] = []
     pipeline.target("transformer").register_forward_hook(lambda *_: calls.append(1))
     image = Image.new("RGB", (64, 64), "red")
-    pipeline.paint(Batch([Row("a", None, 1, image)], "image-to-image", Bucket(64, 64), 10, 1.0, strength))
-    assert pipeline.num_calls(make_request(num_inference_steps=10, strength=strength, image=b"i")) == len(calls)
+    pipeline.paint(
+        Batch([Row("a", None, 1, image)], "image-to-image", Bucket(64, 64), 10, 1.0, strength)
+    )
+    assert pipeline.num_calls(
+        make_request(num_inference_steps=10, strength=strength, image=b"i")
+    ) == len(calls)
 
 
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
@@ -200,7 +242,9 @@ def test_schedulers_with_a_seed_of_their_own_are_refused(built: Built, name: str
 
 
 def test_more_steps_than_a_scheduler_can_do_are_refused_and_cost_nobody_else(built: Built) -> None:
-    pipeline = DiffusionPipeline.load(built("sdxl") / "model", PipelineConfig(scheduler="LCMScheduler"), CPU)
+    pipeline = DiffusionPipeline.load(
+        built("sdxl") / "model", PipelineConfig(scheduler="LCMScheduler"), CPU
+    )
     with pytest.raises(RequestError) as caught:
         pipeline.num_calls(make_request(num_inference_steps=60))
     assert caught.value.field == "num_inference_steps" and "LCMScheduler" in caught.value.message

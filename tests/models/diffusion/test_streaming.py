@@ -28,8 +28,12 @@ def events(lines: list[bytes]) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def streamed(bench: Bench, *wishes: dict[str, Any]) -> tuple[list[Answer], list[list[dict[str, Any]]]]:
-    """The answers to requests of one batch, and the events of each; none where `stream` was not asked for."""
+def streamed(
+    bench: Bench, *wishes: dict[str, Any]
+) -> tuple[list[Answer], list[list[dict[str, Any]]]]:
+    """The answers to requests of one batch, and the events of each; none where `stream` was not
+    asked for.
+    """
     jobs = [bench.job(**wish) for wish in wishes]
     parts: list[list[Response]] = [[] for _ in jobs]
     watched = [
@@ -45,8 +49,13 @@ def streamed(bench: Bench, *wishes: dict[str, Any]) -> tuple[list[Answer], list[
 
 def test_the_events_of_a_picture() -> None:
     bench = Bench()
-    (answer,), (told,) = streamed(bench, {"stream": True, "num_inference_steps": 3, "height": 30, "seed": 5})
-    assert told[:4] == [{"event": "queued"}, *({"event": "step", "step": k, "of": 3} for k in (1, 2, 3))]
+    (answer,), (told,) = streamed(
+        bench, {"stream": True, "num_inference_steps": 3, "height": 30, "seed": 5}
+    )
+    assert told[:4] == [
+        {"event": "queued"},
+        *({"event": "step", "step": k, "of": 3} for k in (1, 2, 3)),
+    ]
     assert told[4] == {
         "event": "image",
         "index": 0,
@@ -83,8 +92,10 @@ def test_steps_only_go_forward_through_every_split_and_neighbours_hear_nothing(
     wishes: list[dict[str, Any]], most_rows: int
 ) -> None:
     bench = Bench()
-    bench.canvas.most_rows = most_rows  # larger runs are painted up to their last step and then again in smaller ones
-    with patch("preheat.models.batching.release_memory"):  # it collects garbage, a third of a second each time
+    # larger runs are painted up to their last step and then again in smaller ones
+    bench.canvas.most_rows = most_rows
+    # it collects garbage, a third of a second each time
+    with patch("preheat.models.batching.release_memory"):
         answers, told = streamed(bench, *wishes)
     for wish, answer, own in zip(wishes, answers, told, strict=True):
         assert answer.error is None and len(answer.pictures) == wish["num_images"]
@@ -93,15 +104,27 @@ def test_steps_only_go_forward_through_every_split_and_neighbours_hear_nothing(
             continue
         steps = [event["step"] for event in own if event["event"] == "step"]
         assert steps == list(range(1, wish["num_inference_steps"] + 1))
-        assert [event["event"] for event in own[1 + len(steps) :]] == ["image"] * wish["num_images"] + ["done"]
-        assert [event["index"] for event in own if event["event"] == "image"] == list(range(wish["num_images"]))
+        assert [event["event"] for event in own[1 + len(steps) :]] == ["image"] * wish[
+            "num_images"
+        ] + ["done"]
+        assert [event["index"] for event in own if event["event"] == "image"] == list(
+            range(wish["num_images"])
+        )
 
 
 def test_previews_come_every_so_often_for_each_picture_and_are_its_own() -> None:
     bench = Bench(batch_sizes=(1,))
-    asked = {"stream": True, "preview_every": 2, "num_inference_steps": 5, "num_images": 2, "seed": 40}
+    asked = {
+        "stream": True,
+        "preview_every": 2,
+        "num_inference_steps": 5,
+        "num_images": 2,
+        "seed": 40,
+    }
     _, (told,) = streamed(bench, asked | {"width": 16, "height": 64})
-    shown = [(event["step"], event["index"], event["preview"]) for event in told if "preview" in event]
+    shown = [
+        (event["step"], event["index"], event["preview"]) for event in told if "preview" in event
+    ]
     assert [(step, index) for step, index, _ in shown] == [(1, 0), (2, 0), (3, 1), (4, 1)]
     for _, index, coded in shown:
         image = Image.open(io.BytesIO(base64.b64decode(coded)))
@@ -123,8 +146,13 @@ def test_what_was_painted_in_vain_is_told_once() -> None:
 
 def test_an_error_is_the_last_event_and_carries_what_an_answer_would() -> None:
     bench = Bench()
-    answers, (told, calm) = streamed(bench, {"stream": True, "prompt": "explode"}, {"num_inference_steps": 1})
-    assert answers[0].error is not None and told[-1] == {"event": "error", **answers[0].error.body()}
+    answers, (told, calm) = streamed(
+        bench, {"stream": True, "prompt": "explode"}, {"num_inference_steps": 1}
+    )
+    assert answers[0].error is not None and told[-1] == {
+        "event": "error",
+        **answers[0].error.body(),
+    }
     assert told[-1]["code"] == 500 and calm == [] and answers[1].pictures
 
 
@@ -136,4 +164,7 @@ def test_without_a_sender_all_events_are_the_answer() -> None:
     response = stream.finish(answer, [FILE])
     kinds = [event["event"] for event in events([response.body])]
     assert kinds == ["queued", "step", "step", "image", "done"]
-    assert response.headers["content-type"] == CONTENT_TYPE and response.headers["x-preheat-seed"] == "7"
+    assert (
+        response.headers["content-type"] == CONTENT_TYPE
+        and response.headers["x-preheat-seed"] == "7"
+    )

@@ -22,7 +22,11 @@ from preheat.models.diffusion.request import FIELDS
 def test_a_field_that_is_known_elsewhere_is_refused_with_what_there_is_instead(name: str) -> None:
     assert name not in FIELDS
     error = refused_of(**{name: 1})
-    assert error.field == name and unserved.FIELDS[name] in error.message and "unknown" not in error.message
+    assert (
+        error.field == name
+        and unserved.FIELDS[name] in error.message
+        and "unknown" not in error.message
+    )
     assert str(error.body()["message"]).startswith(f"{name} is not served: ")
 
 
@@ -36,11 +40,23 @@ INDEXES: list[tuple[str, dict[str, Any], str]] = [
     ("sdxl", {"_class_name": "StableDiffusionXLAdapterPipeline"}, "adapter"),
     (
         "sdxl",
-        {"_class_name": "StableDiffusionXLImg2ImgPipeline", "text_encoder": [None, None], "tokenizer": [None, None]},
+        {
+            "_class_name": "StableDiffusionXLImg2ImgPipeline",
+            "text_encoder": [None, None],
+            "tokenizer": [None, None],
+        },
         "refiner",
     ),
-    ("sdxl", {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True}, "refiner"),
-    ("sdxl", {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"}, "known: StableDiffusionXLPipeline"),
+    (
+        "sdxl",
+        {"_class_name": "StableDiffusionXLImg2ImgPipeline", "requires_aesthetics_score": True},
+        "refiner",
+    ),
+    (
+        "sdxl",
+        {"_class_name": "StableDiffusionXLInstructPix2PixPipeline"},
+        "known: StableDiffusionXLPipeline",
+    ),
     ("flux", {"_class_name": "FluxKontextPipeline"}, "known: "),
 ]
 DENOISERS: list[tuple[str, str, dict[str, Any], str]] = [
@@ -88,7 +104,9 @@ def test_a_denoiser_that_wants_more_than_noise_stops_the_load_before_its_weights
         ({"sd_xl_base_1.0.safetensors": ""}, "from_single_file"),
     ],
 )
-def test_a_folder_that_is_no_pipeline_is_called_what_it_is(files: dict[str, str], named: str, tmp_path: Path) -> None:
+def test_a_folder_that_is_no_pipeline_is_called_what_it_is(
+    files: dict[str, str], named: str, tmp_path: Path
+) -> None:
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert named in refused_folder(tmp_path)
@@ -98,12 +116,18 @@ def test_a_folder_that_is_no_pipeline_is_called_what_it_is(files: dict[str, str]
 def test_the_folders_that_are_served_are_not_refused(family: str, tmp_path: Path) -> None:
     folder = tiny.build(family, tmp_path / "model")
     assert unserved.folder_refusal(folder, FAMILIES) is None
-    for task in ("Img2Img", "Inpaint"):  # as a folder says that was saved by another task's pipeline
+    # as a folder says that was saved by another task's pipeline
+    for task in ("Img2Img", "Inpaint"):
         name = json.loads((folder / "model_index.json").read_text())["_class_name"]
-        _changed(folder / "model_index.json", _class_name=name.replace("Pipeline", f"{task}Pipeline"))
+        _changed(
+            folder / "model_index.json", _class_name=name.replace("Pipeline", f"{task}Pipeline")
+        )
         assert unserved.folder_refusal(folder, FAMILIES) is None
         _changed(folder / "model_index.json", _class_name=name)
 
 
 def test_a_refusal_reads_as_a_sentence_about_its_field() -> None:
-    assert str(RequestError("is missing", "prompt")) == RequestError("is missing", "prompt").body()["message"]
+    assert (
+        str(RequestError("is missing", "prompt"))
+        == RequestError("is missing", "prompt").body()["message"]
+    )

@@ -1,4 +1,6 @@
-"""The whole worker with a module and without TorchServe: tiny models of the real classes, cheap backends of Dynamo."""
+"""The whole worker with a module and without TorchServe: tiny models of the real classes, cheap
+backends of Dynamo.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,11 @@ EXAMPLE = Path(__file__).parents[3] / "examples" / "attention_op.py"
 BERT: dict[str, Any] = {
     "path": ".",
     "inputs": {
-        "input_ids": {"dtype": "int64", "shape": ["batch", "sequence"], "buckets": {"sequence": [16, 32]}},
+        "input_ids": {
+            "dtype": "int64",
+            "shape": ["batch", "sequence"],
+            "buckets": {"sequence": [16, 32]},
+        },
         "attention_mask": {"dtype": "int64", "shape": ["batch", "sequence"], "default": 1},
     },
     "outputs": {"last_hidden_state": {"crop": {1: "sequence"}}},
@@ -92,11 +98,20 @@ MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt
 
 
 def start(
-    folder: Path, module: dict[str, Any], *, backend: str = "eager", enable: bool = True, imports: Any = (), **pt2: Any
+    folder: Path,
+    module: dict[str, Any],
+    *,
+    backend: str = "eager",
+    enable: bool = True,
+    imports: Any = (),
+    **pt2: Any,
 ) -> Service:
     torch.compiler.set_stance("default")
     pt2["import"] = list(imports)
-    data = {"compile": {"enable": enable, "backend": backend}, "shapes": {"batch_sizes": [1, 2]}} | pt2
+    data = {
+        "compile": {"enable": enable, "backend": backend},
+        "shapes": {"batch_sizes": [1, 2]},
+    } | pt2
     config = ModelConfig.parse({"batchSize": 4, "pt2": data, "module": module})
     return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "m"))
 
@@ -124,8 +139,15 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
 ) -> None:
     service = start(models / "bert", BERT, shapes={"batch_sizes": batch_sizes})
     state = service.current_state()
-    assert state.state == "hot" and state.padding["exact"] == "rounding" and state.padding["max_error"] < 1e-4
-    assert {(row["dims"]["sequence"], row["engine"]) for row in state.buckets} == {(16, "compiled"), (32, "compiled")}
+    assert (
+        state.state == "hot"
+        and state.padding["exact"] == "rounding"
+        and state.padding["max_error"] < 1e-4
+    )
+    assert {(row["dims"]["sequence"], row["engine"]) for row in state.buckets} == {
+        (16, "compiled"),
+        (32, "compiled"),
+    }
     rng = random.Random(0)
     for _ in range(20):
         lengths = [rng.randint(1, 32) for _ in range(rng.randint(1, 4))]
@@ -160,7 +182,9 @@ def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
     assert len(steps) == written.total == 2 * len(written.buckets)
     for bucket, _, _, seconds in written.buckets:
         rows = [row for row in service.state.buckets if bucket_name(row) == bucket]
-        assert sum(row["warm_seconds"] for row in rows) == pytest.approx(seconds, abs=0.002 * len(rows))
+        assert sum(row["warm_seconds"] for row in rows) == pytest.approx(
+            seconds, abs=0.002 * len(rows)
+        )
 
 
 def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Path) -> None:
@@ -175,7 +199,9 @@ def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Pa
     assert {answer.exact for answer in answers} == {"padded"}
 
 
-def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: CompileWatch, models: Path) -> None:
+def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(
+    watch: CompileWatch, models: Path
+) -> None:
     service = start(models / "bert", BERT)
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
     assert [answer.bucket for answer in ask(service, ids(3), ids(16))] == ["sequence=16"] * 2
@@ -184,18 +210,24 @@ def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(watch: C
     assert headers["x-preheat-padding"] == "0.2500" and headers["x-preheat-exact"] == "rounding"
 
 
-def test_a_network_without_a_mask_says_that_its_padding_shows(watch: CompileWatch, models: Path) -> None:
+def test_a_network_without_a_mask_says_that_its_padding_shows(
+    watch: CompileWatch, models: Path
+) -> None:
     service = start(models / "resnet", RESNET)
     assert service.current_state().padding["exact"] == "padded"
     padded, whole = ask(service, noise(40, 20), noise(32, 32))
-    assert (padded.bucket, padded.exact) == ("height=48 width=32", "padded"), "its neighbour does not change its bucket"
+    assert (padded.bucket, padded.exact) == ("height=48 width=32", "padded"), (
+        "its neighbour does not change its bucket"
+    )
     assert (whole.bucket, whole.exact, whole.padding) == ("height=32 width=32", "rounding", 0.0)
     alone = service._work._engine.alone(whole.job)  # type: ignore[attr-defined]
     torch.testing.assert_close(whole.outputs, alone.outputs, atol=1e-4, rtol=0)
     image = io.BytesIO()
     Image.effect_noise((20, 40), 50).convert("RGB").save(image, "png")
     (answer,) = ask(service, image.getvalue())
-    assert answer.bucket == "height=48 width=32" and service.current_state().compiles_since_ready == 0
+    assert (
+        answer.bucket == "height=48 width=32" and service.current_state().compiles_since_ready == 0
+    )
 
 
 def test_answers_come_in_every_form(watch: CompileWatch, models: Path) -> None:
@@ -207,10 +239,16 @@ def test_answers_come_in_every_form(watch: CompileWatch, models: Path) -> None:
         assert response.code == 200 and response.headers["content-type"] == accept
         forms[accept] = response.body
     lists = json.loads(forms["application/json"])
-    assert lists["engine"] == "eager" and lists["bucket"] == "sequence=16" and lists["exact"] == "rounding"
+    assert (
+        lists["engine"] == "eager"
+        and lists["bucket"] == "sequence=16"
+        and lists["exact"] == "rounding"
+    )
     ours = torch.tensor(lists["outputs"]["last_hidden_state"])
     assert torch.equal(ours, torch.from_numpy(np.load(io.BytesIO(forms["application/x-npy"]))))
-    assert torch.equal(ours, safetensors.torch.load(forms["application/safetensors"])["last_hidden_state"])
+    assert torch.equal(
+        ours, safetensors.torch.load(forms["application/safetensors"])["last_hidden_state"]
+    )
 
 
 def test_text_goes_through_the_folders_tokenizer(watch: CompileWatch, models: Path) -> None:
@@ -243,19 +281,28 @@ def test_what_no_bucket_holds_is_refused_or_run_as_it_is(watch: CompileWatch, mo
 
 
 def test_an_output_that_grows_with_padding_must_be_cut(watch: CompileWatch, models: Path) -> None:
-    with pytest.raises(ConfigError, match=r"module.outputs.last_hidden_state.crop: .*crop: {1: ...} with sequence"):
+    with pytest.raises(
+        ConfigError, match=r"module.outputs.last_hidden_state.crop: .*crop: {1: ...} with sequence"
+    ):
         start(models / "bert", BERT | {"outputs": {}})
     with pytest.raises(ConfigError, match=r"module.inputs.pixels: .*takes no pixels"):
         start(models / "resnet", RESNET | {"inputs": {"pixels": {"shape": ["batch", 3]}}})
 
 
-def started(folder: Path, answer: str, outputs: dict[str, Any], limits: Any = None, **pt2: Any) -> Service:
+def started(
+    folder: Path, answer: str, outputs: dict[str, Any], limits: Any = None, **pt2: Any
+) -> Service:
     """A module of x, (batch, n), that answers with this expression."""
     name = f"net_{uuid.uuid4().hex}"
     net = "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return "
     (folder / f"{name}.py").write_text(f"{net}{answer}\n\ndef make():\n    return Net()\n")
     inputs = {"x": {"shape": ["batch", "n"], "buckets": {"n": [8]}}}
-    module = {"factory": f"{name}:make", "inputs": inputs, "outputs": outputs, "limits": limits or {}}
+    module = {
+        "factory": f"{name}:make",
+        "inputs": inputs,
+        "outputs": outputs,
+        "limits": limits or {},
+    }
     return start(folder, module, enable=False, **pt2)
 
 
@@ -278,14 +325,19 @@ def test_an_output_that_is_not_rows_is_refused_at_start(
         assert caught.value.path == "module.outputs.output"
 
 
-def test_rows_that_are_not_the_requests_fail_rather_than_leak(watch: CompileWatch, tmp_path: Path) -> None:
+def test_rows_that_are_not_the_requests_fail_rather_than_leak(
+    watch: CompileWatch, tmp_path: Path
+) -> None:
     service = started(tmp_path, "x if x.max() < 100 else x[:1]", {"output": {"crop": {1: "n"}}})
     ask(service, [1.0, 2], [3.0])
     answers = service.run([service.parse({"body": [value]}) for value in (200.0, 201.0)])
     # Alone each of them has a row of its own.
     assert [answer.outputs["output"].tolist() for answer in answers] == [[[200.0]], [[201.0]]]
     service = started(
-        tmp_path, "x if x.max() < 100 else x[:1]", {"output": {"crop": {1: "n"}}}, shapes={"batch_sizes": [2]}
+        tmp_path,
+        "x if x.max() < 100 else x[:1]",
+        {"output": {"crop": {1: "n"}}},
+        shapes={"batch_sizes": [2]},
     )
     for answer in service.run([service.parse({"body": [value]}) for value in (200.0, 201.0)]):
         assert answer.error is not None and not answer.outputs
@@ -307,14 +359,18 @@ def test_what_is_not_finite_is_not_measured_as_exact(
     json.dumps(padding, allow_nan=False)
 
 
-def test_a_cut_that_is_wrong_for_odd_sizes_alone_is_found(watch: CompileWatch, tmp_path: Path) -> None:
+def test_a_cut_that_is_wrong_for_odd_sizes_alone_is_found(
+    watch: CompileWatch, tmp_path: Path
+) -> None:
     cut = {"output": {"crop": {1: "n/2"}}}
     with pytest.raises(ConfigError, match=r"module.outputs.output.crop: .*\(1, 3\).*\(1, 2\)"):
         started(tmp_path, "x[:, 1::2]", cut)
     assert started(tmp_path, "x[:, ::2]", cut).state.padding["exact"] == "rounding"
 
 
-def test_a_file_of_one_tensor_is_refused_where_a_model_answers_two(watch: CompileWatch, tmp_path: Path) -> None:
+def test_a_file_of_one_tensor_is_refused_where_a_model_answers_two(
+    watch: CompileWatch, tmp_path: Path
+) -> None:
     service = started(tmp_path, "{'a': x[:, 0], 'b': x[:, 0]}", {})
     with pytest.raises(RequestError, match="answers a, b") as caught:
         service.parse({"body": [1.0]}, {"accept": "application/x-npy"})
@@ -333,14 +389,18 @@ def test_padding_that_shows_is_said_as_a_share_of_the_largest_magnitude(
 ) -> None:
     service = started(tmp_path, "x.mean(-1, keepdim=True)", {})
     share = service.state.padding["max_share"]
-    assert 0.1 < share < 1 and f"padding changes answers by up to {share:.2g} of the largest magnitude" in caplog.text
+    assert (
+        0.1 < share < 1
+        and f"padding changes answers by up to {share:.2g} of the largest magnitude" in caplog.text
+    )
     caplog.clear()
     assert started(tmp_path, "x.sum(-1, keepdim=True)", {}).state.padding["exact"] == "rounding"
     assert "padding changes" not in caplog.text
 
 
 @pytest.mark.parametrize(
-    ("most", "codes"), [(100_000, (200, 200, 200)), (50_000, (406, 200, 200)), (1_000, (413, 413, 413))]
+    ("most", "codes"),
+    [(100_000, (200, 200, 200)), (50_000, (406, 200, 200)), (1_000, (413, 413, 413))],
 )
 def test_an_answer_too_large_for_torchserve_is_refused_before_it_is_encoded(
     watch: CompileWatch, tmp_path: Path, most: int, codes: tuple[int, ...]
@@ -348,17 +408,24 @@ def test_an_answer_too_large_for_torchserve_is_refused_before_it_is_encoded(
     """A larger one than max_response_size would end the worker."""
     limits = {"max_response_bytes": most}
     service = started(tmp_path, "torch.rand(x.shape[0], 4000)", {}, limits=limits)
-    for accept, code in zip(("application/json", "application/safetensors", "application/x-npy"), codes, strict=True):
+    for accept, code in zip(
+        ("application/json", "application/safetensors", "application/x-npy"), codes, strict=True
+    ):
         (answer,) = service.run([service.parse({"body": [1.0]}, {"accept": accept})])
         (response,) = service.respond([answer])
         assert response.code == code
         if code == 406:
-            assert "ask for application/safetensors, 16000 bytes" in json.loads(response.body)["message"]
+            assert (
+                "ask for application/safetensors, 16000 bytes"
+                in json.loads(response.body)["message"]
+            )
         if code == 200:
             assert len(response.body) <= most
 
 
-def test_encoding_is_warmed_too(watch: CompileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_encoding_is_warmed_too(
+    watch: CompileWatch, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     called: list[str] = []
     for name in ("dumps", "to_npy", "to_safetensors"):
         encode = getattr(tensors, name)
@@ -381,7 +448,9 @@ def test_a_target_inside_the_module_is_compiled_alone(watch: CompileWatch, model
 
 
 @pytest.mark.parametrize("family", ["module", "pipeline"])
-def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path, tmp_path: Path, family: str) -> None:
+def test_an_imported_op_leaves_the_graph_whole(
+    watch: CompileWatch, models: Path, tmp_path: Path, family: str
+) -> None:
     pt2 = {"compile": {"enable": True, "backend": "eager", "fullgraph": True}}
     own: dict[str, Any] = {"module": BERT, "pt2": pt2}
     folder, body = models / "bert", ids(5)
@@ -391,7 +460,11 @@ def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path
         folder, body = tmp_path, {"prompt": "a cat", "seed": 1}
         shapes = {"buckets": [[64, 64]]}
         own = {
-            "pipeline": {"tasks": ["text-to-image"], "guidance": "on", "defaults": {"num_inference_steps": 2}},
+            "pipeline": {
+                "tasks": ["text-to-image"],
+                "guidance": "on",
+                "defaults": {"num_inference_steps": 2},
+            },
             "pt2": pt2 | {"shapes": shapes},
         }
 
@@ -405,7 +478,9 @@ def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path
         assert answer.engine == "compiled" and not torch._dynamo.utils.counters["graph_break"]
         ran = any(event.key == "preheat_example::attention" for event in profile.key_averages())
         assert ran == bool(changes)
-        pictures = [np.asarray(picture).astype(float) / 255 for picture in getattr(answer, "pictures", ())]
+        pictures = [
+            np.asarray(picture).astype(float) / 255 for picture in getattr(answer, "pictures", ())
+        ]
         return pictures or [answer.outputs["last_hidden_state"].numpy()], service.state.fingerprint
 
     (with_op,), print_with = served(**{"import": ["attention_op.py"]})
@@ -413,7 +488,9 @@ def test_an_imported_op_leaves_the_graph_whole(watch: CompileWatch, models: Path
     assert np.abs(with_op - without).max() <= 1.01 / 255 and print_with != print_without
 
 
-def test_what_may_not_be_imported_is_refused(watch: CompileWatch, models: Path, tmp_path: Path) -> None:
+def test_what_may_not_be_imported_is_refused(
+    watch: CompileWatch, models: Path, tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=r"pt2.import\[0\]: the archive holds no file 'other.py'"):
         start(models / "bert", BERT, imports=["other.py"])
     (tmp_path / "json.py").touch()
@@ -430,13 +507,23 @@ def test_a_factory_in_the_archive_makes_the_module(watch: CompileWatch, tmp_path
     inputs = {"x": {"shape": ["batch", 4]}}
     service = start(tmp_path, {"factory": "made_here:make", "inputs": inputs})
     (answer,) = ask(service, [1.0, 2, 3, 4])
-    assert (answer.bucket, answer.engine, answer.outputs["output"].shape) == ("fixed", "compiled", (1, 3))
-    for factory, words in (("made_here:none", "returns a int"), ("made_here:gone", "no function"), ("a.b:c", "import")):
+    assert (answer.bucket, answer.engine, answer.outputs["output"].shape) == (
+        "fixed",
+        "compiled",
+        (1, 3),
+    )
+    for factory, words in (
+        ("made_here:none", "returns a int"),
+        ("made_here:gone", "no function"),
+        ("a.b:c", "import"),
+    ):
         with pytest.raises(ConfigError, match=f"module.factory: .*{words}"):
             start(tmp_path, {"factory": factory, "inputs": inputs})
 
 
-def test_a_factory_that_is_no_file_of_the_archive_is_refused(watch: CompileWatch, tmp_path: Path) -> None:
+def test_a_factory_that_is_no_file_of_the_archive_is_refused(
+    watch: CompileWatch, tmp_path: Path
+) -> None:
     inputs = {"x": {"shape": ["batch", 4]}}
     for name in ("torch.nn:Identity", "sys:exit"):  # installed; built in
         with pytest.raises(ConfigError, match="module.factory: .* is not a file of the archive"):
@@ -454,13 +541,17 @@ def test_compiled_code_depends_on_every_file_that_the_model_imports(
         folder.mkdir()
         monkeypatch.chdir(folder)  # as TorchServe's workers do
         called = MODEL_FILE.replace("self.layer(x).relu()", "steps_of_two.act(self.layer(x))")
-        (folder / "net_of_two.py").write_text(f"import steps_of_two\n{called}\n\ndef make():\n    return Net()\n")
+        (folder / "net_of_two.py").write_text(
+            f"import steps_of_two\n{called}\n\ndef make():\n    return Net()\n"
+        )
         (folder / "steps_of_two.py").write_text(f"from torch import {forward} as act\n")
         (folder / "unused_of_two.py").write_text("")
         for name in ("net_of_two", "steps_of_two"):
             sys.modules.pop(name, None)
         config = ModelConfig.parse({"module": {"factory": "net_of_two:make"} if by_factory else {}})
-        work = ModuleWork.load(config, folder, {"model": {"modelFile": "net_of_two.py"}}, torch.device("cpu"))
+        work = ModuleWork.load(
+            config, folder, {"model": {"modelFile": "net_of_two.py"}}, torch.device("cpu")
+        )
         seen.append((imported_from(folder), work.structure()))
         sys.path.remove(str(folder.resolve()))
     (first, structure), (second, same) = seen
@@ -471,19 +562,28 @@ def test_compiled_code_depends_on_every_file_that_the_model_imports(
 def served_plainly(folder: Path, text: str) -> Service:
     torch.compiler.set_stance("default")
     config = ModelConfig.parse(yaml.safe_load(text))
-    return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "p"), manifest=MANIFEST)
+    return Service(
+        config, folder, torch.device("cpu"), status=StatusFile(None, "p"), manifest=MANIFEST
+    )
 
 
-# shapes and targets are no words of TorchServe's. openvino never reaches torch.compile here, with which it fails: it is exported
-# for shapes that the YAML names. An export is a library instead of a model file.
-THEIRS = [form for form in FORMS if not any(word in form for word in ("shapes", "targets", "export", "openvino"))]
+# shapes and targets are no words of TorchServe's. openvino never reaches torch.compile here, with
+# which it fails: it is exported for shapes that the YAML names. An export is a library instead of a
+# model file.
+THEIRS = [
+    form
+    for form in FORMS
+    if not any(word in form for word in ("shapes", "targets", "export", "openvino"))
+]
 
 
 @pytest.mark.parametrize("form", THEIRS)
 def test_torchserves_own_forms_choose_as_basehandler_does(
     watch: CompileWatch, plain: Path, form: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same model file, state dict and YAML through both; compiling itself is another test's matter."""
+    """The same model file, state dict and YAML through both; compiling itself is another test's
+    matter.
+    """
     chosen: list[Any] = []
 
     def compiling(model: Any, **kwargs: Any) -> Any:
@@ -496,7 +596,9 @@ def test_torchserves_own_forms_choose_as_basehandler_does(
     theirs = base_handler.BaseHandler()
     data = yaml.safe_load(form)
     context = SimpleNamespace(
-        model_yaml_config=copy.deepcopy(data), system_properties={"model_dir": str(plain)}, manifest=MANIFEST
+        model_yaml_config=copy.deepcopy(data),
+        system_properties={"model_dir": str(plain)},
+        manifest=MANIFEST,
     )
     monkeypatch.setattr(base_handler, "IPEX_AVAILABLE", False, raising=False)
     theirs.initialize(context)
@@ -506,7 +608,9 @@ def test_torchserves_own_forms_choose_as_basehandler_does(
     assert chosen == by_them and service.state.state == "cold"
     (answer,) = ask(service, [[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]])
     expected = theirs.inference(torch.tensor([[1.0, 2.0, 3.0, 4.0], [4.0, 3.0, 2.0, 1.0]]))
-    assert torch.equal(answer.outputs["output"], expected), "a request is one call as it is, its batch included"
+    assert torch.equal(answer.outputs["output"], expected), (
+        "a request is one call as it is, its batch included"
+    )
 
 
 def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
@@ -514,16 +618,25 @@ def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
 ) -> None:
     pytest.importorskip("openvino")
     (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
-    assert answer.engine == "eager" and answer.fell_back and "shapes that the YAML names" in caplog.text
+    assert (
+        answer.engine == "eager"
+        and answer.fell_back
+        and "shapes that the YAML names" in caplog.text
+    )
 
 
-@pytest.mark.parametrize("form", ["pt2: aot_eager", "pt2: {compile: {enable: true, backend: eager}}"])
+@pytest.mark.parametrize(
+    "form", ["pt2: aot_eager", "pt2: {compile: {enable: true, backend: eager}}"]
+)
 def test_plain_yamls_compile_in_the_first_request_and_say_so(
     watch: CompileWatch, plain: Path, form: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
         service = served_plainly(plain, form)
-    assert service.state.state == "cold" and "nothing is warmed (module.inputs is not declared)" in caplog.text
+    assert (
+        service.state.state == "cold"
+        and "nothing is warmed (module.inputs is not declared)" in caplog.text
+    )
     (answer,) = ask(service, {"x": [[1.0, 2, 3, 4]]})
     assert answer.engine == "compiled" and service.current_state().compiles_since_ready > 0
 
@@ -553,12 +666,16 @@ def test_a_compile_that_fails_in_a_request_falls_back_once_and_loudly(
     for num_fallbacks in (1, 2):
         (answer,) = ask(service, [[1.0, 2.0, 3.0, 4.0]])
         assert answer.engine == "eager" and service.current_state().eager_fallbacks == num_fallbacks
-    assert caplog.text.count("served eagerly from now on") == 1 and "no lowering" in str(router.reason)
+    assert caplog.text.count("served eagerly from now on") == 1 and "no lowering" in str(
+        router.reason
+    )
     (broken,) = service.run([service.parse({"body": [[1.0, 2.0]]})])
     assert broken.error is not None and broken.error.code == 500
 
 
-def test_weights_that_are_more_than_tensors_are_refused(watch: CompileWatch, plain: Path, tmp_path: Path) -> None:
+def test_weights_that_are_more_than_tensors_are_refused(
+    watch: CompileWatch, plain: Path, tmp_path: Path
+) -> None:
     shutil.copy(plain / "plain_net.py", tmp_path)
     cases: list[tuple[Any, str]] = [
         ({"layer.weight": SimpleNamespace()}, "no state dict that can be read safely"),
@@ -571,7 +688,9 @@ def test_weights_that_are_more_than_tensors_are_refused(watch: CompileWatch, pla
             served_plainly(tmp_path, "minWorkers: 1")
 
 
-def test_a_transformers_folder_with_pickled_weights_is_refused(models: Path, tmp_path: Path) -> None:
+def test_a_transformers_folder_with_pickled_weights_is_refused(
+    models: Path, tmp_path: Path
+) -> None:
     shutil.copytree(models / "bert", tmp_path, dirs_exist_ok=True)
     weights = tmp_path / "model" / "model.safetensors"
     torch.save(safetensors.torch.load_file(weights), tmp_path / "model" / "pytorch_model.bin")

@@ -52,11 +52,20 @@ def roberta() -> Any:
     return make("Roberta", **SMALL, type_vocab_size=1)
 
 
-NAMES = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids", "attention_mask", "labels")
+NAMES = (
+    "input_ids",
+    "decoder_input_ids",
+    "token_type_ids",
+    "position_ids",
+    "attention_mask",
+    "labels",
+)
 
 
 def config_of(**inputs: Any) -> Any:
-    shaped = {name: {"dtype": "int64", "shape": ["batch", 4]} | more for name, more in inputs.items()}
+    shaped = {
+        name: {"dtype": "int64", "shape": ["batch", 4]} | more for name, more in inputs.items()
+    }
     return ModelConfig.parse({"module": {"inputs": shaped}}).module
 
 
@@ -66,12 +75,18 @@ def config_of(**inputs: Any) -> Any:
         (make("Bert", **SMALL), {"input_ids": 49, "token_type_ids": 1, "position_ids": 39}, 40),
         (roberta(), {"input_ids": 49, "token_type_ids": 0, "position_ids": 39}, 38),
         (bart(), {"input_ids": 49, "decoder_input_ids": 49, "position_ids": 39}, 40),
-        (make("T5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2), {"input_ids": 49}, None),
+        (
+            make("T5", vocab_size=50, d_model=16, d_kv=8, d_ff=16, num_layers=1, num_heads=2),
+            {"input_ids": 49},
+            None,
+        ),
         (nn.Linear(2, 2), {}, None),
     ],
     ids=["bert", "roberta", "bart", "t5", "no transformer"],
 )
-def test_a_transformers_config_tells_the_ranges(module: Any, spans: dict[str, int], longest: int | None) -> None:
+def test_a_transformers_config_tells_the_ranges(
+    module: Any, spans: dict[str, int], longest: int | None
+) -> None:
     own = ModelConfig.parse({"module": {}}).module
     assert own is not None
     found = ranges.ranges(NAMES, module, own)
@@ -80,7 +95,9 @@ def test_a_transformers_config_tells_the_ranges(module: Any, spans: dict[str, in
     assert ranges.lengths(NAMES, module).get("input_ids") == ((-1, longest) if longest else None)
 
 
-@pytest.mark.parametrize("module", [make("Bert", **SMALL), roberta(), bart()], ids=["bert", "roberta", "bart"])
+@pytest.mark.parametrize(
+    "module", [make("Bert", **SMALL), roberta(), bart()], ids=["bert", "roberta", "bart"]
+)
 def test_the_longest_sequence_is_what_the_module_really_takes(module: Any) -> None:
     (_, longest) = ranges.lengths(NAMES, module)["input_ids"]
     module(input_ids=torch.full((1, longest), 5))
@@ -91,7 +108,11 @@ def test_the_longest_sequence_is_what_the_module_really_takes(module: Any) -> No
 @pytest.mark.parametrize(
     ("inputs", "path", "words"),
     [
-        ({"labels": {"range": [-100, 49]}, "input_ids": {"range": [0, 50]}}, "input_ids.range", r"within \[0, 49\]"),
+        (
+            {"labels": {"range": [-100, 49]}, "input_ids": {"range": [0, 50]}},
+            "input_ids.range",
+            r"within \[0, 49\]",
+        ),
         ({"token_type_ids": {"range": [-1, 1]}}, "token_type_ids.range", r"within \[0, 1\]"),
         ({"input_ids": {"pad": -1}}, "input_ids.pad", r"-1 is outside .*\[0, 49\]"),
         ({"labels": {"range": [0, 3], "pad": -100}}, "labels.pad", "-100 is outside"),
@@ -109,15 +130,25 @@ def test_what_a_yaml_says_has_to_lie_within_the_modules_own(
     with pytest.raises(ConfigError, match=words) as caught:
         ranges.ranges(tuple(inputs), module, config_of(**inputs))
     assert caught.value.path == f"module.inputs.{path}"
-    with pytest.raises(ConfigError, match="is missing; say the least") as caught:  # nobody tells of this one
+    # nobody tells of this one
+    with pytest.raises(ConfigError, match="is missing; say the least") as caught:
         ranges.ranges(("input_ids",), nn.Linear(2, 2), config_of(input_ids={}))
     assert caught.value.path == "module.inputs.input_ids.range"
 
 
 def test_a_bucket_without_positions_is_refused_at_start() -> None:
-    ids = {"input_ids": {"dtype": "int64", "shape": ["batch", "n"], "buckets": {"n": [8, 39]}, "pad": 1}}
+    ids = {
+        "input_ids": {
+            "dtype": "int64",
+            "shape": ["batch", "n"],
+            "buckets": {"n": [8, 39]},
+            "pad": 1,
+        }
+    }
     config = ModelConfig.parse({"module": {"inputs": ids}})
-    with pytest.raises(ConfigError, match=r"module.inputs.input_ids: 39 is more .* positions for, 38"):
+    with pytest.raises(
+        ConfigError, match=r"module.inputs.input_ids: 39 is more .* positions for, 38"
+    ):
         ModuleWork(roberta(), None, config, torch.device("cpu"))
 
 
@@ -130,7 +161,9 @@ def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_e
     most = module.config.max_position_embeddings
     (answer,) = ask(service, [5] * most)
     assert answer.engine == "eager" and answer.bucket == "none"
-    with pytest.raises(RequestError, match=f"input_ids: is {most + 1} long, .* positions for {most}"):
+    with pytest.raises(
+        RequestError, match=f"input_ids: is {most + 1} long, .* positions for {most}"
+    ):
         service.parse({"body": [5] * (most + 1)})
 
 
@@ -156,7 +189,9 @@ def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Serv
     torch.compiler.set_stance("default")
     shapes = {"batch_sizes": [1]} if inputs else {}
     pt2 = {"compile": {"enable": True, "backend": backend}, "shapes": shapes}
-    config = ModelConfig.parse({"pt2": pt2, "module": {"factory": f"{name}:make", "inputs": inputs}})
+    config = ModelConfig.parse(
+        {"pt2": pt2, "module": {"factory": f"{name}:make", "inputs": inputs}}
+    )
     return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "n"))
 
 
@@ -167,8 +202,12 @@ X = {"shape": ["batch", 3], "default": 0.0}
 def test_a_range_that_the_module_does_not_take_is_found_at_start(
     watch: CompileWatch, tmp_path: Path, wrong: list[int]
 ) -> None:
-    with pytest.raises(ConfigError, match=r"module.inputs.index.range: (4|-1) is more than it takes"):
-        served(tmp_path, {"index": {"dtype": "int64", "shape": ["batch", 3], "range": wrong}, "x": X})
+    with pytest.raises(
+        ConfigError, match=r"module.inputs.index.range: (4|-1) is more than it takes"
+    ):
+        served(
+            tmp_path, {"index": {"dtype": "int64", "shape": ["batch", 3], "range": wrong}, "x": X}
+        )
 
 
 def test_undeclared_whole_numbers_are_served_eagerly_and_it_is_said(
@@ -183,7 +222,9 @@ def test_undeclared_whole_numbers_are_served_eagerly_and_it_is_said(
 
 
 def test_openvino_answers_zeros_where_eager_raises() -> None:
-    """Why a request is held against the range on every road, whether the process would survive or not."""
+    """Why a request is held against the range on every road, whether the process would survive or
+    not.
+    """
     pytest.importorskip("openvino")
     table = nn.Embedding(4, 2).eval()
     model = openvino.Model("table", table, ((torch.tensor([[0, 1]]),), {}), DynamicDims(), {})
@@ -227,9 +268,17 @@ def test_on_two_threads_an_index_outside_its_table_ends_the_process_that_does_no
 ) -> None:
     """Inductor's check throws inside an OpenMP region, which no exception can leave: SIGABRT."""
     tests = Path(__file__).parent
-    env = {**os.environ, "PYTHONPATH": f"{tests.parent / 'handler'}:{tests}", "OMP_NUM_THREADS": "2"}
+    env = {
+        **os.environ,
+        "PYTHONPATH": f"{tests.parent / 'handler'}:{tests}",
+        "OMP_NUM_THREADS": "2",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", IN_TWO_THREADS, str(tmp_path), how], env=env, capture_output=True, text=True, check=False
+        [sys.executable, "-c", IN_TWO_THREADS, str(tmp_path), how],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == status, done.stderr[-2000:]
     assert ("about to run" in done.stdout) == (how == "unchecked")

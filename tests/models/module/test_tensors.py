@@ -1,4 +1,6 @@
-"""Tensors out of hostile bytes, and back: nothing but a RequestError that names the input, and pad then cut is identity."""
+"""Tensors out of hostile bytes, and back: nothing but a RequestError that names the input, and pad
+then cut is identity.
+"""
 
 from __future__ import annotations
 
@@ -32,12 +34,18 @@ LIMITS = ModuleLimits(max_elements=1000)
 
 
 def reader(
-    specs: dict[str, InputConfig] | None, *, largest: dict[str, int] | None = None, names: Any = (), **more: Any
+    specs: dict[str, InputConfig] | None,
+    *,
+    largest: dict[str, int] | None = None,
+    names: Any = (),
+    **more: Any,
 ) -> Reader:
     """A reader; with the `largest` buckets it rejects what is larger."""
     bounds = tensors.Bounds(largest or {}, bool(largest), LIMITS.max_elements)
     computed = more.pop("computed", torch.float32)
-    return Reader(names or tuple(specs or ()), specs, LIMITS, bounds, computed, more.pop("ranges", {}), **more)
+    return Reader(
+        names or tuple(specs or ()), specs, LIMITS, bounds, computed, more.pop("ranges", {}), **more
+    )
 
 
 TEXTS = reader({"ids": IDS, "mask": MASK}, largest={"n": 8})
@@ -53,7 +61,9 @@ def npy_header(shape: str, dtype: str = "<f4", data: bytes = b"") -> bytes:
 
 
 def safetensors_header(dtype: str, shape: list[int], data: bytes = b"") -> bytes:
-    header = json.dumps({"ids": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    header = json.dumps(
+        {"ids": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}
+    ).encode()
     return len(header).to_bytes(8, "little") + header + data
 
 
@@ -64,7 +74,9 @@ def npy(array: Any, **options: Any) -> bytes:
 
 
 def read(reader: Reader, body: object, **headers: str) -> dict[str, torch.Tensor]:
-    return reader.read({"body": body}, {name.replace("_", "-"): text for name, text in headers.items()})[0]
+    return reader.read(
+        {"body": body}, {name.replace("_", "-"): text for name, text in headers.items()}
+    )[0]
 
 
 def field_of(reader: Reader, row: object, headers: dict[str, str] | None = None) -> str | None:
@@ -78,7 +90,9 @@ SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
 @given(SHAPES, st.data(), st.sampled_from(["edge", 0.0, -3.0]))
-def test_what_is_padded_and_cut_again_is_what_it_was(shape: list[int], data: st.DataObject, pad: float | str) -> None:
+def test_what_is_padded_and_cut_again_is_what_it_was(
+    shape: list[int], data: st.DataObject, pad: float | str
+) -> None:
     tensor = torch.arange(torch.tensor(shape).prod().item()).reshape(shape)
     larger = [size + data.draw(st.integers(0, 3)) for size in shape]
     padded = tensors.pad_to(tensor, larger, pad)
@@ -89,10 +103,16 @@ def test_what_is_padded_and_cut_again_is_what_it_was(shape: list[int], data: st.
     assert (padded.numpy() == np.pad(tensor.numpy(), margins, **how)).all()
 
 
-@given(npst.arrays(st.sampled_from(["<f4", "<i8", "u1", "?"]), npst.array_shapes(max_dims=3, max_side=4)))
+@given(
+    npst.arrays(
+        st.sampled_from(["<f4", "<i8", "u1", "?"]), npst.array_shapes(max_dims=3, max_side=4)
+    )
+)
 def test_json_npy_and_safetensors_give_back_what_went_in(array: Any) -> None:
     tensor, dtype = torch.from_numpy(array), str(array.dtype)
-    assert torch.equal(torch.nan_to_num(tensors.from_npy(npy(array), "x")), torch.nan_to_num(tensor))
+    assert torch.equal(
+        torch.nan_to_num(tensors.from_npy(npy(array), "x")), torch.nan_to_num(tensor)
+    )
     assert tensors.to_npy(tensor) == npy(array)
     (back,) = tensors.from_safetensors(tensors.to_safetensors({"x": tensor}, {})).values()
     assert torch.equal(torch.nan_to_num(back), torch.nan_to_num(tensor))
@@ -120,9 +140,15 @@ def test_a_request_is_one_row_in_any_of_its_forms() -> None:
     ]
     for form in forms:
         found = read(TEXTS, form)
-        assert torch.equal(found["ids"], ids) and torch.equal(found["mask"], torch.ones(1, 3, dtype=torch.int64))
-    part_by_part = TEXTS.read({"ids": npy(ids.numpy()), "mask": b"[1, 0, 0]", "accept": b"application/x-npy"}, {})
-    assert part_by_part[0]["mask"].tolist() == [[1, 0, 0]] and part_by_part[1] == "application/x-npy"
+        assert torch.equal(found["ids"], ids) and torch.equal(
+            found["mask"], torch.ones(1, 3, dtype=torch.int64)
+        )
+    part_by_part = TEXTS.read(
+        {"ids": npy(ids.numpy()), "mask": b"[1, 0, 0]", "accept": b"application/x-npy"}, {}
+    )
+    assert (
+        part_by_part[0]["mask"].tolist() == [[1, 0, 0]] and part_by_part[1] == "application/x-npy"
+    )
 
 
 BAD: list[tuple[str, Reader, object]] = [
@@ -153,7 +179,13 @@ BAD: list[tuple[str, Reader, object]] = [
     ("ids", TEXTS, npy(np.ones(2, np.float32))),
     (
         "small",
-        reader({"small": InputConfig.model_validate({"dtype": "int8", "shape": ["batch", 2], "range": [0, 9]})}),
+        reader(
+            {
+                "small": InputConfig.model_validate(
+                    {"dtype": "int8", "shape": ["batch", 2], "range": [0, 9]}
+                )
+            }
+        ),
         npy(np.array([256, 0])),
     ),
     ("pixels", IMAGES, npy(np.zeros((4, 2, 2), np.float32))),
@@ -192,8 +224,12 @@ BAD: list[tuple[str, Reader, object]] = [
 ]
 
 
-@pytest.mark.parametrize(("field", "reader", "body"), BAD, ids=[f"{f}-{str(b)[:24]!r}" for f, _, b in BAD])
-def test_bad_input_is_a_refusal_that_names_the_input(field: str, reader: Reader, body: object) -> None:
+@pytest.mark.parametrize(
+    ("field", "reader", "body"), BAD, ids=[f"{f}-{str(b)[:24]!r}" for f, _, b in BAD]
+)
+def test_bad_input_is_a_refusal_that_names_the_input(
+    field: str, reader: Reader, body: object
+) -> None:
     # An empty JSON object has no input at all; of the two, the one without a default is missed.
     assert field_of(reader, {"body": body}) == (field if body != {} else "ids")
 
@@ -204,7 +240,10 @@ def test_a_float_that_overflows_in_the_modules_dtype_is_refused() -> None:
             {"x": torch.full((1, 1), 1e38 if computed is torch.float16 else 1e300, dtype=wide)}
         )
         spec = InputConfig.model_validate({"dtype": str(wide)[6:], "shape": ["batch", 1]})
-        for each in (reader({"x": spec}, computed=computed), reader(None, names=("x",), computed=computed)):
+        for each in (
+            reader({"x": spec}, computed=computed),
+            reader(None, names=("x",), computed=computed),
+        ):
             assert field_of(each, {"body": data}) == "x"
 
 
@@ -213,11 +252,15 @@ def test_numbers_in_files_are_cast_as_those_of_json_are(sent: Any) -> None:
     array = (np.arange(12) % 7).reshape(3, 2, 2).astype(sent)
     for body in (npy(array), safetensors.torch.save({"pixels": torch.from_numpy(array)})):
         found = read(IMAGES, body)["pixels"]
-        assert found.dtype == torch.float32 and torch.equal(found, read(IMAGES, array.tolist())["pixels"])
+        assert found.dtype == torch.float32 and torch.equal(
+            found, read(IMAGES, array.tolist())["pixels"]
+        )
 
 
 def test_whole_numbers_are_cast_to_a_smaller_dtype_that_holds_them() -> None:
-    spec = InputConfig.model_validate({"dtype": "int8", "shape": ["batch", 2], "range": [-128, 127]})
+    spec = InputConfig.model_validate(
+        {"dtype": "int8", "shape": ["batch", 2], "range": [-128, 127]}
+    )
     found = read(reader({"x": spec}), npy(np.array([-128, 127])))["x"]
     assert found.dtype == torch.int8 and found.tolist() == [[-128, 127]]
 
@@ -243,7 +286,9 @@ def test_json_of_more_numbers_than_a_model_takes_is_not_read(
     assert field_of(of, {"body": body}) == "body" and field_of(of, {"ids": body}) == "ids"
 
 
-@pytest.mark.parametrize("content_type", ["application/json", "application/json; charset=utf-8", ""])
+@pytest.mark.parametrize(
+    "content_type", ["application/json", "application/json; charset=utf-8", ""]
+)
 def test_json_that_torchserve_has_not_decoded_is_read(content_type: str) -> None:
     """As with TS_DECODE_INPUT_REQUEST=false, where every body comes as bytes."""
     body = json.dumps({"inputs": {"ids": [1, 2], "mask": [1, 0]}}).encode()
@@ -260,8 +305,12 @@ def test_a_number_outside_its_range_is_refused() -> None:
     assert field_of(reader(None, names=("ids",), ranges={"ids": (0, 9)}), {"body": [10]}) == "ids"
 
 
-def test_nothing_is_filled_or_converted_before_its_size_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small part may ask for a large one: a default as large as two other inputs, an image that no bucket holds."""
+def test_nothing_is_filled_or_converted_before_its_size_is_known(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A small part may ask for a large one: a default as large as two other inputs, an image that
+    no bucket holds.
+    """
     specs = {
         "a": InputConfig.model_validate({"shape": ["batch", "n"], "buckets": {"n": [8]}}),
         "b": InputConfig.model_validate({"shape": ["batch", "m"], "buckets": {"m": [8]}}),
@@ -283,10 +332,13 @@ def test_a_text_that_the_tokenizer_fails_on_is_refused() -> None:
         raise KeyError(text)
 
     def panicking(text: str, *, return_tensors: str) -> Any:
-        NormalizedString(text).filter(lambda _: 1 / 0)  # what filter gives may not raise: Rust panics
+        # what filter gives may not raise: Rust panics
+        NormalizedString(text).filter(lambda _: 1 / 0)
 
     for tokenizer in (failing, panicking):
-        assert field_of(reader({"ids": IDS}, tokenizer=tokenizer), {"body": {"text": "a"}}) == "text"
+        assert (
+            field_of(reader({"ids": IDS}, tokenizer=tokenizer), {"body": {"text": "a"}}) == "text"
+        )
 
 
 def test_a_pickle_in_any_input_is_refused_before_it_is_read() -> None:
@@ -303,14 +355,19 @@ def test_an_answer_nobody_can_give_is_406() -> None:
     with pytest.raises(RequestError) as caught:
         TEXTS.read({"body": {"ids": [1]}}, {"accept": "image/png"})
     assert (caught.value.field, caught.value.code) == ("accept", 406)
-    assert TEXTS.read({"body": {"ids": [1]}}, {"accept": "text/html, */*;q=0.1"})[1] == "application/json"
+    assert (
+        TEXTS.read({"body": {"ids": [1]}}, {"accept": "text/html, */*;q=0.1"})[1]
+        == "application/json"
+    )
 
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
     lambda each: st.lists(each, max_size=3),
 )
-BYTES = st.binary(max_size=60) | st.sampled_from([b for _, _, b in BAD if isinstance(b, bytes) and len(b) < 1000])
+BYTES = st.binary(max_size=60) | st.sampled_from(
+    [b for _, _, b in BAD if isinstance(b, bytes) and len(b) < 1000]
+)
 
 
 @given(
@@ -319,13 +376,17 @@ BYTES = st.binary(max_size=60) | st.sampled_from([b for _, _, b in BAD if isinst
     st.sampled_from([TEXTS, IMAGES]),
     st.sampled_from(["application/json", "application/x-npy", "application/safetensors", "image/png", "text/plain", ""]),
 )  # fmt: skip
-def test_whatever_comes_is_a_request_or_a_refusal(row: dict[str, Any], reader: Reader, content_type: str) -> None:
+def test_whatever_comes_is_a_request_or_a_refusal(
+    row: dict[str, Any], reader: Reader, content_type: str
+) -> None:
     try:
         found, _ = reader.read(row, {"content-type": content_type})
     except RequestError as error:
         assert error.field is None or error.field in NAMES or error.field.isascii()
     else:
-        assert set(found) == set(reader.names) and all(tensor.shape[0] == 1 for tensor in found.values())
+        assert set(found) == set(reader.names) and all(
+            tensor.shape[0] == 1 for tensor in found.values()
+        )
 
 
 @given(BYTES)
@@ -339,7 +400,9 @@ def test_mutilated_files_are_refused_or_read(data: bytes) -> None:
 
 BERT_LIKE = reader(
     {
-        "input_ids": InputConfig.model_validate({"dtype": "int64", "shape": ["batch", "n"], "buckets": {"n": [8]}}),
+        "input_ids": InputConfig.model_validate(
+            {"dtype": "int64", "shape": ["batch", "n"], "buckets": {"n": [8]}}
+        ),
         "mask": MASK,
     },
     largest={"n": 8},
@@ -353,13 +416,44 @@ MADE_UP = (
         lambda shape, dtype, data: npy_header(str(tuple(shape)), dtype, data),
         ANY_SHAPE,
         st.sampled_from(
-            ["<f4", "<f8", "<f2", "<i8", "<i4", "<u2", "<u8", "|u1", "|b1", ">i8", "<c8", "|O", "<U2", "M8"]
+            [
+                "<f4",
+                "<f8",
+                "<f2",
+                "<i8",
+                "<i4",
+                "<u2",
+                "<u8",
+                "|u1",
+                "|b1",
+                ">i8",
+                "<c8",
+                "|O",
+                "<U2",
+                "M8",
+            ]
         ),
         PAYLOAD,
     )
     | st.builds(
         safetensors_header,
-        st.sampled_from(["F32", "F64", "F16", "BF16", "I64", "I8", "U8", "U16", "U64", "BOOL", "F8_E5M2", "C64", "X"]),
+        st.sampled_from(
+            [
+                "F32",
+                "F64",
+                "F16",
+                "BF16",
+                "I64",
+                "I8",
+                "U8",
+                "U16",
+                "U64",
+                "BOOL",
+                "F8_E5M2",
+                "C64",
+                "X",
+            ]
+        ),
         ANY_SHAPE,
         PAYLOAD,
     )
@@ -378,12 +472,16 @@ def mutated(draw: st.DrawFn) -> bytes:
 
 
 @given(
-    mutated() | VALUES | st.dictionaries(st.sampled_from(["inputs", "input_ids", "mask", "pixels", "ids"]), VALUES),
+    mutated()
+    | VALUES
+    | st.dictionaries(st.sampled_from(["inputs", "input_ids", "mask", "pixels", "ids"]), VALUES),
     st.sampled_from([BERT_LIKE, IMAGES, OPEN]),
     st.booleans(),
 )
 @settings(max_examples=300)
-def test_made_up_files_and_lists_are_requests_or_refusals(body: object, of: Reader, named: bool) -> None:
+def test_made_up_files_and_lists_are_requests_or_refusals(
+    body: object, of: Reader, named: bool
+) -> None:
     try:
         found, _ = of.read({of.names[0] if named else "body": body}, {})
     except RequestError as error:

@@ -1,8 +1,10 @@
-"""Packages made by AOTInductor when the archive is built: planned from real calls, exported, compiled, and loaded without Dynamo.
+"""Packages made by AOTInductor when the archive is built: planned from real calls, exported,
+compiled, and loaded without Dynamo.
 
-One package serves one target in one bucket at every batch size that was seen. It holds code and no weights: it is given the
-loaded module's own. A package is run only if the index that names it may be trusted, was made for this fingerprint, and holds
-its digest; what it computes is compared with eager before it serves (`Package.fault`).
+One package serves one target in one bucket at every batch size that was seen. It holds code and no
+weights: it is given the loaded module's own. A package is run only if the index that names it may
+be trusted, was made for this fingerprint, and holds its digest; what it computes is compared with
+eager before it serves (`Package.fault`).
 """
 
 from __future__ import annotations
@@ -81,16 +83,20 @@ class Package:
 
     engine: EngineName = "aot"
 
-    def __init__(self, entry: Entry, content: bytes, module: nn.Module, device: torch.device) -> None:
+    def __init__(
+        self, entry: Entry, content: bytes, module: nn.Module, device: torch.device
+    ) -> None:
         self.name, self.dims, self._key = entry.file, entry.dims, entry.key
         self._loader = _load(content, device)
         self._returns = pytree.treespec_loads(self._loader.get_call_spec()[1])
-        self._constants = _constants(module, self._loader.get_constant_fqns())  # not copied, so kept alive here
+        # not copied, so kept alive here
+        self._constants = _constants(module, self._loader.get_constant_fqns())
         self.use_constants()
 
     def use_constants(self) -> None:
         """Compute with the tensors in `_constants` from now on."""
-        self._loader.load_constants(self._constants, False, True, True)  # active ones, all of them, user-managed
+        # active ones, all of them, user-managed
+        self._loader.load_constants(self._constants, False, True, True)
 
     def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
         return call_key(args, kwargs, self.dims) == self._key
@@ -105,11 +111,15 @@ class Package:
 
 
 def _load(content: bytes, device: torch.device) -> Any:
-    """What `torch._inductor.aoti_load_package` gives, less what that costs: it imports the compiler and runs g++ to learn which
-    instructions the CPU has, a second that the fingerprint has made needless, and none of it works without a compiler.
+    """What `torch._inductor.aoti_load_package` gives, less what that costs: it imports the compiler
+    and runs g++ to learn which instructions the CPU has, a second that the fingerprint has made
+    needless, and none of it works without a compiler.
     """
     index = -1 if device.index is None else device.index
-    with _unpacking_in(_unpacked()) as folder, tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file:
+    with (
+        _unpacking_in(_unpacked()) as folder,
+        tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file,
+    ):
         file.write(content)
         file.flush()
         # One runner, on one thread: otherwise each call waits on the GPU for the call before it.
@@ -118,13 +128,17 @@ def _load(content: bytes, device: torch.device) -> Any:
 
 @cache
 def _unpacked() -> Path:
-    """Where this process's packages lie unpacked; CUDA kernels are read from there at their first launch."""
+    """Where this process's packages lie unpacked; CUDA kernels are read from there at their first
+    launch.
+    """
     return own_folder("aot")
 
 
 @contextmanager
 def _unpacking_in(folder: Path) -> Iterator[Path]:
-    """The loader unpacks to TMPDIR and removes it when it is destroyed, which a worker that is killed never comes to."""
+    """The loader unpacks to TMPDIR and removes it when it is destroyed, which a worker that is
+    killed never comes to.
+    """
     before = os.environ.get("TMPDIR")
     os.environ["TMPDIR"] = str(folder)
     try:
@@ -144,7 +158,9 @@ def attach(
     trust: Trust,
     device: torch.device,
 ) -> None:
-    """Load the packages in `folder` into the routers of their targets. What cannot be used is logged, and the router told why."""
+    """Load the packages in `folder` into the routers of their targets. What cannot be used is
+    logged, and the router told why.
+    """
     try:
         entries = _read_index(folder, fingerprint, trust)
     except (OSError, Untrusted, ValueError, LookupError, TypeError) as error:
@@ -155,7 +171,9 @@ def attach(
     for name, router in routers.items():
         for entry in (entry for entry in entries if entry.target == name):
             try:
-                router.ahead.append(Package(entry, _read(folder, entry, trust), modules[name], device))
+                router.ahead.append(
+                    Package(entry, _read(folder, entry, trust), modules[name], device)
+                )
             except (OSError, Untrusted, RuntimeError, LookupError) as error:
                 router.ahead_reason = f"aot: {entry.file}: {_said(error)}"
                 logger.error("aot: %s is not used: %s", entry.file, _said(error))
@@ -163,7 +181,9 @@ def attach(
 
 
 def plan(examples: Sequence[Inputs]) -> list[Plan]:
-    """The packages that serve these calls of one target: one for all that differ in the batch alone."""
+    """The packages that serve these calls of one target: one for all that differ in the batch
+    alone.
+    """
     families: dict[str, list[Inputs]] = {}
     for inputs in examples:
         families.setdefault(_kind(*inputs), []).append(inputs)
@@ -181,7 +201,8 @@ def plan(examples: Sequence[Inputs]) -> list[Plan]:
 
 def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str, Any]) -> None:
     """Export and compile one package of `module` to `path`."""
-    from torch._inductor import config as inductor_config  # the compiler, which a worker on packages never imports
+    # the compiler, which a worker on packages never imports
+    from torch._inductor import config as inductor_config
 
     exported = export(module, made.inputs, made.dims)
     # torch 2.8 leaves what it notes there, and with it another key for every later compile.
@@ -223,7 +244,9 @@ def describe(path: Path, target: str, buckets: Sequence[str], made: Plan) -> Ent
 
 
 def write_index(folder: Path, fingerprint: str, entries: Sequence[Entry], trust: Trust) -> None:
-    """Name the packages in `folder`, and sign: the index holds their digests, so its signature covers them."""
+    """Name the packages in `folder`, and sign: the index holds their digests, so its signature
+    covers them.
+    """
     document = {
         "format": FORMAT,
         "fingerprint": fingerprint,
@@ -269,30 +292,42 @@ def _read(folder: Path, entry: Entry, trust: Trust) -> bytes:
 def _said(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"no file {Path(str(error.filename)).name}; was the archive built with --aot?"
-    return str(error) if isinstance(error, Untrusted) else f"{type(error).__name__}: {error}".strip()
+    return (
+        str(error) if isinstance(error, Untrusted) else f"{type(error).__name__}: {error}".strip()
+    )
 
 
 def _kind(args: Sequence[Any], kwargs: Mapping[str, Any]) -> str:
     """What calls must have in common to share a package: everything but the batch size."""
-    first = {path: {0: (0, shape[0])} for path, shape in tensor_shapes(args, kwargs).items() if shape}
+    first = {
+        path: {0: (0, shape[0])} for path, shape in tensor_shapes(args, kwargs).items() if shape
+    }
     return call_key(args, kwargs, DynamicDims(first, least=0))
 
 
 def _one_dimension(dims: DynamicDims, shapes: Sequence[Mapping[str, tuple[int, ...]]]) -> bool:
     """Whether all that varies is one and the same number."""
-    sizes = {tuple(each[path][dim] for each in shapes) for path, spans in dims.ranges.items() for dim in spans}
+    sizes = {
+        tuple(each[path][dim] for each in shapes)
+        for path, spans in dims.ranges.items()
+        for dim in spans
+    }
     return len(sizes) <= 1
 
 
 def _options(compile_kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Inductor's settings for a package: those of `pt2.compile`, and the weights left out of it."""
-    options: dict[str, Any] = dict(torch._inductor.list_mode_options(compile_kwargs.get("mode") or "default"))
+    options: dict[str, Any] = dict(
+        torch._inductor.list_mode_options(compile_kwargs.get("mode") or "default")
+    )
     options |= dict(compile_kwargs.get("options") or {})
     options.pop("triton.cudagraphs", None)  # AOTInductor records none
     return options | {
-        "freezing": False,  # the environment can ask for it too (TORCHINDUCTOR_FREEZING), and no package holds weights
+        # the environment can ask for it too (TORCHINDUCTOR_FREEZING), and no package holds weights
+        "freezing": False,
         "aot_inductor.package_constants_in_so": False,
-        "always_keep_tensor_constants": True,  # else weights of eight numbers or fewer are written into the code
+        # else weights of eight numbers or fewer are written into the code
+        "always_keep_tensor_constants": True,
         "cpp.dynamic_threads": True,  # the worker's number of threads, not the builder's
     }
 

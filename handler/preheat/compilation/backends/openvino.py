@@ -1,7 +1,9 @@
-"""OpenVINO models made in warm-up from `torch.export`: one per target and bucket, for every batch size of it.
+"""OpenVINO models made in warm-up from `torch.export`: one per target and bucket, for every batch
+size of it.
 
-The package `openvino` does the compiling (`pt2.compile.backend: openvino`); Dynamo is never entered. As with a package of `aot`, a
-model serves only the calls that it `matches`, and only after its result was compared with eager.
+The package `openvino` does the compiling (`pt2.compile.backend: openvino`); Dynamo is never
+entered. As with a package of `aot`, a model serves only the calls that it `matches`, and only after
+its result was compared with eager.
 """
 
 from __future__ import annotations
@@ -24,22 +26,24 @@ PRECISION = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 
 
 class Model:
-    """A compiled model, called as the module is that it was made from. Weights that it lays out anew are copies of its own, the others the
-    module's.
+    """A compiled model, called as the module is that it was made from. Weights that it lays out
+    anew are copies of its own, the others the module's.
 
-    Args:
-        name: for the log.
-        module: the target.
-        inputs: a call of it.
-        dims: the dimensions that vary; static where that is more than a batch size, or where it is 1 in `inputs`, which
-            torch.export would hold to be the only one.
-        properties: of OpenVINO's CPU plugin; see `cpu_properties`. The precision is added: that of the module's weights now.
+    Args: name: for the log. module: the target. inputs: a call of it. dims: the dimensions that
+      vary; static where that is more than a batch size, or where it is 1 in `inputs`, which
+      torch.export would hold to be the only one. properties: of OpenVINO's CPU plugin; see
+      `cpu_properties`. The precision is added: that of the module's weights now.
     """
 
     engine: EngineName = "openvino"
 
     def __init__(
-        self, name: str, module: nn.Module, inputs: Inputs, dims: DynamicDims, properties: Mapping[str, Any]
+        self,
+        name: str,
+        module: nn.Module,
+        inputs: Inputs,
+        dims: DynamicDims,
+        properties: Mapping[str, Any],
     ) -> None:
         self._openvino = openvino = import_openvino()
         self.name, self.dims = name, _batch_alone(dims, inputs)
@@ -51,11 +55,14 @@ class Model:
         shapes = [self._bounds(path, shape) for path, shape in tensor_shapes(*inputs).items()]
         model.reshape(dict(enumerate(shapes)))
         self._num_outputs = len(model.outputs)
-        # Their memory is the model's too. `Module.to` gives a parameter other memory, so the parameter itself would not keep it.
+        # Their memory is the model's too. `Module.to` gives a parameter other memory, so the
+        # parameter itself would not keep it.
         self._weights = [weight.detach() for weight in exported.state_dict.values()]
         self._converted = model
         self._request = (
-            openvino.Core().compile_model(model, "CPU", {**_precision(module), **properties}).create_infer_request()
+            openvino.Core()
+            .compile_model(model, "CPU", {**_precision(module), **properties})
+            .create_infer_request()
         )
 
     def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
@@ -65,7 +72,9 @@ class Model:
         for index, tensor in enumerate(tensors(args, kwargs)):
             self._request.set_input_tensor(index, self._lent(tensor))
         self._request.infer()
-        outputs = [_taken(self._request.get_output_tensor(index)) for index in range(self._num_outputs)]
+        outputs = [
+            _taken(self._request.get_output_tensor(index)) for index in range(self._num_outputs)
+        ]
         return pytree.tree_unflatten(outputs, self._returns)
 
     def fault(self, result: Any, expected: Any) -> str | None:
@@ -74,7 +83,10 @@ class Model:
     def _bounds(self, path: str, shape: tuple[int, ...]) -> Any:
         """The converter leaves every size open; those that are known make faster code."""
         spans = self.dims.ranges.get(path, {})
-        sizes = [self._openvino.Dimension(*spans.get(dim, (size, size))) for dim, size in enumerate(shape)]
+        sizes = [
+            self._openvino.Dimension(*spans.get(dim, (size, size)))
+            for dim, size in enumerate(shape)
+        ]
         return self._openvino.PartialShape(sizes)
 
     def _lent(self, tensor: torch.Tensor) -> Any:
@@ -82,15 +94,16 @@ class Model:
         openvino = self._openvino
         if tensor.dtype != torch.bfloat16:
             return openvino.Tensor(tensor.numpy(), shared_memory=True)
-        return openvino.Tensor(tensor.view(torch.int16).numpy(), openvino.Shape(tensor.shape), openvino.Type.bf16)
+        return openvino.Tensor(
+            tensor.view(torch.int16).numpy(), openvino.Shape(tensor.shape), openvino.Type.bf16
+        )
 
 
 def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
     """OpenVINO's properties for a model on this worker's share of the cores.
 
-    Args:
-        options: `pt2.compile.options` as OpenVINO documents them for torch.compile: `device` (CPU), `config` (properties, which go
-            over ours), `model_caching` and `cache_dir`.
+    Args: options: `pt2.compile.options` as OpenVINO documents them for torch.compile: `device`
+      (CPU), `config` (properties, which go over ours), `model_caching` and `cache_dir`.
 
     Raises:
         ValueError: an option that has no meaning here.
@@ -104,39 +117,56 @@ def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
         raise ValueError(f"option device is {options['device']}, and only CPU is served")
     config = options.get("config") or {}
     if not isinstance(config, Mapping):
-        raise ValueError(f"option config is no mapping of properties: {config!r}")  # noqa: TRY004  as every option
-    cached = {"CACHE_DIR": str(options.get("cache_dir", "cache"))} if options.get("model_caching") else {}
+        raise ValueError(f"option config is no mapping of properties: {config!r}")
+    cached = (
+        {"CACHE_DIR": str(options.get("cache_dir", "cache"))}
+        if options.get("model_caching")
+        else {}
+    )
     return {
-        "PERFORMANCE_HINT": "LATENCY",  # one stream with all threads: a worker runs one batch at a time
+        # one stream with all threads: a worker runs one batch at a time
+        "PERFORMANCE_HINT": "LATENCY",
         "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-        "ENABLE_CPU_PINNING": False,  # each of several workers would pin its threads to the same first cores
+        # each of several workers would pin its threads to the same first cores
+        "ENABLE_CPU_PINNING": False,
         **cached,
         **config,
     }
 
 
 def _precision(module: nn.Module) -> dict[str, Any]:
-    """Said outright: on a CPU with bfloat16 instructions OpenVINO computes in bfloat16 whatever the model's dtype is."""
+    """Said outright: on a CPU with bfloat16 instructions OpenVINO computes in bfloat16 whatever the
+    model's dtype is.
+    """
     dtypes = {weight.dtype for weight in module.parameters()}
-    return {"INFERENCE_PRECISION_HINT": next((hint for dtype, hint in PRECISION.items() if dtype in dtypes), "f32")}
+    return {
+        "INFERENCE_PRECISION_HINT": next(
+            (hint for dtype, hint in PRECISION.items() if dtype in dtypes), "f32"
+        )
+    }
 
 
 def _batch_alone(dims: DynamicDims, inputs: Inputs) -> DynamicDims:
     shapes = tensor_shapes(*inputs)
     spans = {path: dims.ranges[path] for path in shapes if path in dims.ranges}
-    varying = {(span, shapes[path][dim]) for path, by_dim in spans.items() for dim, span in by_dim.items()}
+    varying = {
+        (span, shapes[path][dim]) for path, by_dim in spans.items() for dim, span in by_dim.items()
+    }
     if len(varying) != 1 or any(size == 1 for _, size in varying):
         return DynamicDims()
     return DynamicDims(spans, least=1)
 
 
 def _keep_tensors(model: Any, exported: torch.export.ExportedProgram) -> None:
-    """Drop the parameters of plain values, such as `return_dict=False`: the export has settled what they are.
+    """Drop the parameters of plain values, such as `return_dict=False`: the export has settled what
+    they are.
 
     Raises:
         RuntimeError: the converter made other parameters than the export has inputs.
     """
-    specs = [spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT]
+    specs = [
+        spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT
+    ]
     parameters = model.get_parameters()
     if len(specs) != len(parameters):
         raise RuntimeError(f"OpenVINO made {len(parameters)} parameters of {len(specs)} inputs")
@@ -146,7 +176,9 @@ def _keep_tensors(model: Any, exported: torch.export.ExportedProgram) -> None:
 
 
 def _taken(tensor: Any) -> torch.Tensor:
-    """A copy: the next inference writes over OpenVINO's own. Its numpy view of bfloat16 calls itself float16."""
+    """A copy: the next inference writes over OpenVINO's own. Its numpy view of bfloat16 calls
+    itself float16.
+    """
     array = tensor.data
     if tensor.element_type.get_type_name() == "bf16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).clone()

@@ -1,4 +1,6 @@
-"""Whether a request may be painted at all, by what it costs: pixels of the bucket x denoising steps x pictures."""
+"""Whether a request may be painted at all, by what it costs: pixels of the bucket x denoising steps
+x pictures.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,8 @@ from preheat.models.diffusion.request import ImageRequest
 
 
 def check_time(request: ImageRequest, bucket: Bucket, seconds: float, timeout: float) -> None:
-    """Refuse what takes longer by itself than an answer has (TorchServe's `responseTimeout`); both in seconds.
+    """Refuse what takes longer by itself than an answer has (TorchServe's `responseTimeout`); both
+    in seconds.
 
     Raises:
         RequestError: it does.
@@ -18,13 +21,21 @@ def check_time(request: ImageRequest, bucket: Bucket, seconds: float, timeout: f
     steps = request.num_run_steps
     painted = f"{request.num_images} x {bucket} x {steps} steps"
     field = "num_images" if request.num_images > steps else "num_inference_steps"
-    raise RequestError(f"{painted} take {seconds:.0f} s here, and an answer has {timeout:.0f} (responseTimeout)", field)
+    raise RequestError(
+        f"{painted} take {seconds:.0f} s here, and an answer has {timeout:.0f} (responseTimeout)",
+        field,
+    )
 
 
-def check_cost(request: ImageRequest, bucket: Bucket, *, steps: int, least_area: int, max_cost: int | None) -> None:
-    """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing does).
+def check_cost(
+    request: ImageRequest, bucket: Bucket, *, steps: int, least_area: int, max_cost: int | None
+) -> None:
+    """Refuse what costs more than `max_cost` pixel-steps (`pipeline.limits.max_cost`; None: nothing
+    does).
 
-    `steps` are calls of the denoiser for one picture, which a scheduler may make more of than were asked for. `least_area` is that of the smallest bucket, in pixels: how much of the cost lies in the size.
+    `steps` are calls of the denoiser for one picture, which a scheduler may make more of than were
+    asked for. `least_area` is that of the smallest bucket, in pixels: how much of the cost lies in
+    the size.
 
     Raises:
         RequestError: it costs more; at fault is the factor that weighs most.
@@ -39,4 +50,7 @@ def check_cost(request: ImageRequest, bucket: Bucket, *, steps: int, least_area:
     }
     at_fault = max(factors, key=lambda name: factors[name])  # of equals the first
     painted = f"{request.num_images} x {bucket} x {steps} steps"
-    raise RequestError(f"asks for too much: {painted} are {cost} pixel-steps, at most {max_cost} are allowed", at_fault)
+    raise RequestError(
+        f"asks for too much: {painted} are {cost} pixel-steps, at most {max_cost} are allowed",
+        at_fault,
+    )

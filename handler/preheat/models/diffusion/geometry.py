@@ -1,8 +1,8 @@
 """Geometry: how a picture of the asked size is laid in a bucket and cut out of it again.
 
-A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked size. The output's
-way is bucket -> resampled to `scaled` -> cut to `crop`; an input image goes the same way backwards, so that what was
-painted over it comes out where it was.
+A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked
+size. The output's way is bucket -> resampled to `scaled` -> cut to `crop`; an input image goes the
+same way backwards, so that what was painted over it comes out where it was.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Box:
-    """A rectangle of pixels; `top` and `left` count from the upper left corner of what it is cut from."""
+    """A rectangle of pixels; `top` and `left` count from the upper left corner of what it is cut
+    from.
+    """
 
     top: int
     left: int
@@ -83,7 +85,8 @@ def plan(
 ) -> Plan:
     """The plan for a picture of `height` x `width` pixels.
 
-    `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket are rounded to it.
+    `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket
+    are rounded to it.
 
     Raises:
         RequestError: no bucket covers the size, and `oversize` is `reject`.
@@ -116,15 +119,17 @@ def pad_into(
 ) -> Plan:
     """The plan that paints more than asked for and cuts the surplus off, resampling nothing.
 
-    An input image lies at the upper left, continued to the right and down; without one the cut is centred, where a
-    model puts its subject.
+    An input image lies at the upper left, continued to the right and down; without one the cut is
+    centred, where a model puts its subject.
 
     Raises:
         ValueError: the bucket does not cover the size.
     """
     if not bucket.covers(height, width):
         raise ValueError(f"bucket {bucket} does not cover {height}x{width}")
-    top, left = (0, 0) if has_image else ((bucket.height - height) // 2, (bucket.width - width) // 2)
+    top, left = (
+        (0, 0) if has_image else ((bucket.height - height) // 2, (bucket.width - width) // 2)
+    )
     return Plan(
         height=height,
         width=width,
@@ -138,7 +143,9 @@ def pad_into(
 
 
 def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
-    """The plan that resamples the painted bucket until it just covers the size, and cuts the middle out of it."""
+    """The plan that resamples the painted bucket until it just covers the size, and cuts the middle
+    out of it.
+    """
     scaled_height, scaled_width = cover_size(bucket.height, bucket.width, height, width)
     crop = Box((scaled_height - height) // 2, (scaled_width - width) // 2, height, width)
     top, image_height = _unscaled(crop.top, crop.bottom, scaled_height, bucket.height)
@@ -156,24 +163,29 @@ def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
 
 
 def cover_size(height: int, width: int, over_height: int, over_width: int) -> tuple[int, int]:
-    """(height, width) scaled by one factor, up or down, to the smallest size that covers the other (pixels)."""
+    """(height, width) scaled by one factor, up or down, to the smallest size that covers the other
+    (pixels).
+    """
     if over_height * width >= over_width * height:  # the height decides the factor
         return over_height, _ceil_div(width * over_height, height)
     return _ceil_div(height * over_width, width), over_width
 
 
 def inner_size(height: int, width: int, like_height: int, like_width: int) -> tuple[int, int]:
-    """The largest (height, width) inside the one size with the aspect ratio of the other, to the nearest pixel."""
+    """The largest (height, width) inside the one size with the aspect ratio of the other, to the
+    nearest pixel.
+    """
     if height * like_width <= width * like_height:  # the height is what there is least of
         return height, max(1, _round_div(height * like_width, like_height))
     return max(1, _round_div(width * like_height, like_width)), width
 
 
 def _unscaled(start: int, stop: int, scaled: int, side: int) -> tuple[int, int]:
-    """(start, length) of the stretch start..stop of a `scaled` side, taken back to a side of `side` pixels.
+    """(start, length) of the stretch start..stop of a `scaled` side, taken back to a side of `side`
+    pixels.
 
-    Both ends are rounded to the nearest pixel; at least one pixel is left. None lies outside, since a centred stretch
-    starts before the middle.
+    Both ends are rounded to the nearest pixel; at least one pixel is left. None lies outside, since
+    a centred stretch starts before the middle.
     """
     first = _round_div(start * side, scaled)
     last = max(_round_div(stop * side, scaled), first + 1)
@@ -189,7 +201,9 @@ def _round_div(numerator: int, denominator: int) -> int:
 
 
 def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
-    """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone would fit)."""
+    """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone
+    would fit).
+    """
     if all(bucket.width < width for bucket in buckets):
         field = "width"
     elif all(bucket.height < height for bucket in buckets):
@@ -208,6 +222,8 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
 def _largest(buckets: Sequence[Bucket]) -> list[Bucket]:
     """The buckets that no other one covers: the reach of the model."""
     outer = [
-        one for one in set(buckets) if not any(other.covers(one.height, one.width) for other in set(buckets) - {one})
+        one
+        for one in set(buckets)
+        if not any(other.covers(one.height, one.width) for other in set(buckets) - {one})
     ]
     return sorted(outer, key=lambda bucket: (-bucket.area, bucket.height))

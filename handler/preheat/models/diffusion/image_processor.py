@@ -10,23 +10,30 @@ from preheat.models.diffusion.geometry import Plan, inner_size
 
 
 def fit_to(image: Image.Image, height: int, width: int) -> Image.Image:
-    """`image` resampled (Lanczos) to cover `height` x `width` pixels, with the middle cut out: exactly that size."""
+    """`image` resampled (Lanczos) to cover `height` x `width` pixels, with the middle cut out:
+    exactly that size.
+    """
     if image.size == (width, height):
         return image
     # Cut first: a sliver scaled up to cover would be a thousand times what is left of it.
     rows, columns = inner_size(image.height, image.width, height, width)
     top, left = (image.height - rows) // 2, (image.width - columns) // 2
-    return image.resize((width, height), Image.Resampling.LANCZOS, box=(left, top, left + columns, top + rows))
+    return image.resize(
+        (width, height), Image.Resampling.LANCZOS, box=(left, top, left + columns, top + rows)
+    )
 
 
 def lay(image: Image.Image, plan: Plan) -> Image.Image:
-    """An input image of the asked size laid in its bucket, its edges continued to all sides as far as needed.
+    """An input image of the asked size laid in its bucket, its edges continued to all sides as far
+    as needed.
 
     Raises:
         ValueError: the image has not the plan's asked size.
     """
     if image.size != (plan.width, plan.height):
-        raise ValueError(f"the image is {image.height}x{image.width}, the plan is for {plan.height}x{plan.width}")
+        raise ValueError(
+            f"the image is {image.height}x{image.width}, the plan is for {plan.height}x{plan.width}"
+        )
     rows, columns = plan.image_size
     if image.size != (columns, rows):
         image = image.resize((columns, rows), Image.Resampling.LANCZOS)
@@ -45,19 +52,41 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
     """
     bucket, crop = plan.bucket, plan.crop
     if pixels.shape != (bucket.height, bucket.width, 3) or pixels.dtype != np.uint8:
-        raise ValueError(f"painted {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}")
+        raise ValueError(
+            f"painted {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}"
+        )
     if not plan.resampled:
-        return Image.fromarray(np.ascontiguousarray(pixels[crop.top : crop.bottom, crop.left : crop.right]))
-    # Resampling to `scaled` and cutting `crop` in one: the cut, seen from the bucket, whose parts outside are not made.
+        return Image.fromarray(
+            np.ascontiguousarray(pixels[crop.top : crop.bottom, crop.left : crop.right])
+        )
+    # Resampling to `scaled` and cutting `crop` in one: the cut, seen from the bucket, whose parts
+    # outside are not made.
     (tall, wide), (high, broad) = plan.scaled, (bucket.height, bucket.width)
     # Multiplied before divided: exact at the far edges, past which Pillow refuses a box.
-    box = (crop.left * broad / wide, crop.top * high / tall, crop.right * broad / wide, crop.bottom * high / tall)
-    return Image.fromarray(pixels).resize((plan.width, plan.height), Image.Resampling.LANCZOS, box=box)
+    box = (
+        crop.left * broad / wide,
+        crop.top * high / tall,
+        crop.right * broad / wide,
+        crop.bottom * high / tall,
+    )
+    return Image.fromarray(pixels).resize(
+        (plan.width, plan.height), Image.Resampling.LANCZOS, box=box
+    )
 
 
 def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
-    """The picture asked for, small, from a bucket painted with a pixel per latent cell: (latent height, latent width, 3)."""
+    """The picture asked for, small, from a bucket painted with a pixel per latent cell: (latent
+    height, latent width, 3).
+    """
     (tall, wide), crop, (high, broad) = plan.scaled, plan.crop, cells.shape[:2]
-    box = (crop.left * broad / wide, crop.top * high / tall, crop.right * broad / wide, crop.bottom * high / tall)
-    size = max(1, plan.width * broad // plan.bucket.width), max(1, plan.height * high // plan.bucket.height)
+    box = (
+        crop.left * broad / wide,
+        crop.top * high / tall,
+        crop.right * broad / wide,
+        crop.bottom * high / tall,
+    )
+    size = (
+        max(1, plan.width * broad // plan.bucket.width),
+        max(1, plan.height * high // plan.bucket.height),
+    )
     return Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR, box=box)

@@ -1,4 +1,6 @@
-"""Pipelines as a family: requests for pictures, the variants that they need, and the engine that paints them."""
+"""Pipelines as a family: requests for pictures, the variants that they need, and the engine that
+paints them.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ class _StepClock:
         self._ended.append(time.perf_counter())
 
     def timing(self, seconds: float) -> Timing:
-        """Of a run that took `seconds`; its last step counts, what is first about the first one does not."""
+        """Of a run that took `seconds`; its last step counts, what is first about the first one
+        does not.
+        """
         if len(self._ended) < 2:
             return Timing(seconds, 0.0)
         per_step = self._ended[-1] - self._ended[-2]
@@ -55,7 +59,9 @@ class PipelineWork:
 
     fields = FIELDS
 
-    def __init__(self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device
+    ) -> None:
         self._pipeline, self._config, self._device = pipeline, config, device
         self.shapes = _resolved_shapes(config, pipeline)
         # The model's own threads sleep meanwhile, so there is a core for each.
@@ -91,7 +97,9 @@ class PipelineWork:
     def structure(self) -> Mapping[str, Any]:
         return self._pipeline.structure()
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
+    def engage(
+        self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
+    ) -> None:
         self._budget = budget
         self._engine = Engine(
             self._pipeline,
@@ -106,7 +114,9 @@ class PipelineWork:
         )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
-        return plan_variants(self.shapes.buckets, batch_sizes, self._pipeline.guidance_variants, self._pipeline.tasks)
+        return plan_variants(
+            self.shapes.buckets, batch_sizes, self._pipeline.guidance_variants, self._pipeline.tasks
+        )
 
     def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
         return covering(variants)
@@ -114,10 +124,16 @@ class PipelineWork:
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
         largest, smallest = variants[0], variants[-1]
         if self.shapes.strategy == "dynamic":
-            sizes = {variant.bucket: variant for variant in variants if variant.guidance == largest.guidance}
+            sizes = {
+                variant.bucket: variant
+                for variant in variants
+                if variant.guidance == largest.guidance
+            }
             return [largest, *sizes.values(), self._between(largest)]
         if self.shapes.batch_sizes == "dynamic":
-            guided = [v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task]
+            guided = [
+                v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task
+            ]
             return [guided[0], guided[-1]]
         return []
 
@@ -127,13 +143,19 @@ class PipelineWork:
         return list({self._between(variant): None for variant in variants})
 
     def _between(self, variant: Variant) -> Variant:
-        """The variant at about half its size: what `strategy: dynamic` has to serve beside the buckets themselves."""
+        """The variant at about half its size: what `strategy: dynamic` has to serve beside the
+        buckets themselves.
+        """
         grid, bucket = self._pipeline.grid, variant.bucket
-        half = round_up(Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid)
+        half = round_up(
+            Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid
+        )
         return replace(variant, bucket=half)
 
     def serve_variant(self, variant: Variant) -> Timing:
-        """Run one variant as requests would: every limit, image decoder and encoder on the way is met too."""
+        """Run one variant as requests would: every limit, image decoder and encoder on the way is
+        met too.
+        """
         jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
         clock, began = _StepClock(), time.perf_counter()
         jobs[0] = replace(jobs[0], watcher=clock)
@@ -165,7 +187,10 @@ class PipelineWork:
         )
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
-        limits, most = self._config.pipeline.limits, max(bucket.area for bucket in self.shapes.buckets)
+        limits, most = (
+            self._config.pipeline.limits,
+            max(bucket.area for bucket in self.shapes.buckets),
+        )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
         seconds = self._config.batchSize * cost * per_cost
@@ -178,7 +203,9 @@ class PipelineWork:
         )
 
     def measure_padding(self) -> Mapping[str, Any]:
-        return {}  # the canvas that is painted is the bucket: there is no picture without padding to compare with
+        # the canvas that is painted is the bucket: there is no picture without padding to compare
+        # with
+        return {}
 
     def unfit(self) -> Mapping[str, int]:
         return self._engine.unfit
@@ -201,12 +228,21 @@ class PipelineWork:
         )
         family = self._pipeline.family
         if request.negative_prompt is not None and family.guidance == "embedded":
-            raise RequestError(f"is not taken by {family.name} models, which are guided without one", "negative_prompt")
+            raise RequestError(
+                f"is not taken by {family.name} models, which are guided without one",
+                "negative_prompt",
+            )
         dropped = self._dropped(request)
         job = replace(self._prepare(request, deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
         least_area = min(bucket.area for bucket in self.shapes.buckets)
-        check_cost(request, job.plan.bucket, steps=steps, least_area=least_area, max_cost=pipeline.limits.max_cost)
+        check_cost(
+            request,
+            job.plan.bucket,
+            steps=steps,
+            least_area=least_area,
+            max_cost=pipeline.limits.max_cost,
+        )
         if self._budget.timeout is not None:
             seconds = self._engine.seconds([Answer(job)], generous=True)
             check_time(request, job.plan.bucket, seconds, self._budget.timeout)
@@ -215,16 +251,24 @@ class PipelineWork:
     def _dropped(self, request: ImageRequest) -> dict[str, int]:
         """Tokens that are cut off, by the field that they stand in."""
         texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
-        counted = {field: self._pipeline.prompts.num_dropped(text, field) for field, text in texts.items() if text}
+        counted = {
+            field: self._pipeline.prompts.num_dropped(text, field)
+            for field, text in texts.items()
+            if text
+        }
         dropped = {field: number for field, number in counted.items() if number}
         if dropped and self._config.pipeline.limits.long_prompts == "reject":
             field, number = next(iter(dropped.items()))
-            raise RequestError(f"is too long: the text encoders would not read its last {number} tokens", field)
+            raise RequestError(
+                f"is too long: the text encoders would not read its last {number} tokens", field
+            )
         return dropped
 
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
         limits = self._config.pipeline.limits
-        return self._engine.prepare(request, limits=limits, default=self.shapes.buckets[0], deadline=deadline)
+        return self._engine.prepare(
+            request, limits=limits, default=self.shapes.buckets[0], deadline=deadline
+        )
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
@@ -241,7 +285,9 @@ class PipelineWork:
 
 
 def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
-    """The shapes with buckets filled in and checked against what the pipeline needs and the limits allow."""
+    """The shapes with buckets filled in and checked against what the pipeline needs and the limits
+    allow.
+    """
     shapes, limits = config.pt2.shapes, config.pipeline.limits
     buckets = shapes.buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
@@ -251,14 +297,18 @@ def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> Shapes
                     f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
-        if max(bucket.height, bucket.width) > limits.max_side or bucket.area > limits.max_image_pixels:
+        if (
+            max(bucket.height, bucket.width) > limits.max_side
+            or bucket.area > limits.max_image_pixels
+        ):
             raise ConfigError(
                 f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
                 f"pt2.shapes.buckets[{index}]",
             )
         if min(bucket.height, bucket.width) < limits.min_side:
             raise ConfigError(
-                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})", f"pt2.shapes.buckets[{index}]"
+                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})",
+                f"pt2.shapes.buckets[{index}]",
             )
     return shapes.model_copy(update={"buckets": tuple(buckets)})
 

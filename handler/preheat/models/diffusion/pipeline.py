@@ -1,7 +1,8 @@
-"""Diffusers pipelines behind one call: what a family needs is a row in a table, diffusers does the denoising.
+"""Diffusers pipelines behind one call: what a family needs is a row in a table, diffusers does the
+denoising.
 
-One loaded pipeline serves text-to-image, image-to-image and inpainting: diffusers' Auto pipelines share the components, so the
-compiled targets are shared too.
+One loaded pipeline serves text-to-image, image-to-image and inpainting: diffusers' Auto pipelines
+share the components, so the compiled targets are shared too.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ from typing import Any, Literal
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, AutoPipelineForText2Image
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+)
 from numpy.typing import NDArray
 from PIL.Image import Image
 from torch import nn
@@ -34,20 +39,21 @@ from preheat.models.diffusion.unserved import denoiser_refusal, folder_refusal
 logger = logging.getLogger(__name__)
 
 _COLOUR_CELLS = 8
-"""Latent cells a side of the plain pictures that previews are fitted to: 27 of 64x64 pixels are a tenth of one 1024x1024."""
+"""Latent cells a side of the plain pictures that previews are fitted to: 27 of 64x64 pixels are a
+tenth of one 1024x1024.
+"""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
     """What differs between pipeline families.
 
-    Args:
-        name: for logs and fingerprints.
-        denoiser: attribute of the module that runs once a step.
-        guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to the model as a number.
-        patch: latent cells a side that the denoiser packs into one token; a bucket must be a multiple of VAE scale x patch.
-        size_conditioning: the denoiser is told sizes (SDXL micro-conditioning, arXiv 2307.01952, section 2.2).
-        upcasts: its pipelines obey the VAE's `force_upcast`; diffusers' others ignore it.
+    Args: name: for logs and fingerprints. denoiser: attribute of the module that runs once a step.
+      guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to the
+      model as a number. patch: latent cells a side that the denoiser packs into one token; a bucket
+      must be a multiple of VAE scale x patch. size_conditioning: the denoiser is told sizes (SDXL
+      micro-conditioning, arXiv 2307.01952, section 2.2). upcasts: its pipelines obey the VAE's
+      `force_upcast`; diffusers' others ignore it.
     """
 
     name: str
@@ -59,7 +65,9 @@ class Family:
 
 
 FAMILIES: Mapping[str, Family] = {
-    "StableDiffusionXLPipeline": Family("sdxl", "unet", "cfg", patch=1, size_conditioning=True, upcasts=True),
+    "StableDiffusionXLPipeline": Family(
+        "sdxl", "unet", "cfg", patch=1, size_conditioning=True, upcasts=True
+    ),
     "StableDiffusionPipeline": Family("sd", "unet", "cfg", patch=1),
     "StableDiffusion3Pipeline": Family("sd3", "transformer", "cfg", patch=2),
     "FluxPipeline": Family("flux", "transformer", "embedded", patch=2),
@@ -93,7 +101,9 @@ class Batch:
     @property
     def num_run_steps(self) -> int:
         """See `ImageRequest.num_run_steps`."""
-        return run_steps(self.num_inference_steps, None if self.task == "text-to-image" else self.strength)
+        return run_steps(
+            self.num_inference_steps, None if self.task == "text-to-image" else self.strength
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +113,9 @@ class Step:
     number: int
     of: int
     sketch: Callable[[int], NDArray[np.uint8]]
-    """What a row of the batch looks like so far: a pixel per latent cell, (latent height, latent width, 3)."""
+    """What a row of the batch looks like so far: a pixel per latent cell, (latent height, latent
+    width, 3).
+    """
 
 
 AfterStep = Callable[[Step], None]
@@ -116,7 +128,9 @@ class Painted:
     pixels: NDArray[np.uint8]
     """(rows, height, width, 3), as large as the bucket."""
     flagged: Sequence[bool] | None = None
-    """Of each row, whether the safety checker has blackened it; None where the pipeline has no checker."""
+    """Of each row, whether the safety checker has blackened it; None where the pipeline has no
+    checker.
+    """
 
 
 class DiffusionPipeline:
@@ -131,7 +145,9 @@ class DiffusionPipeline:
             "image-to-image": AutoPipelineForImage2Image.from_pipe,
             "inpainting": AutoPipelineForInpainting.from_pipe,
         }
-        self._tasks: dict[Task, Any] = {task: make(pipe) for task, make in makers.items() if task in config.tasks}
+        self._tasks: dict[Task, Any] = {
+            task: make(pipe) for task, make in makers.items() if task in config.tasks
+        }
         for task_pipe in self._tasks.values():
             task_pipe.set_progress_bar_config(disable=True)
         self._accepted = {
@@ -143,12 +159,13 @@ class DiffusionPipeline:
         self._num_timesteps = lru_cache(maxsize=1000)(self._count_timesteps)
 
     @classmethod
-    def load(cls, folder: str | Path, config: PipelineConfig, device: torch.device) -> DiffusionPipeline:
+    def load(
+        cls, folder: str | Path, config: PipelineConfig, device: torch.device
+    ) -> DiffusionPipeline:
         """Load a pipeline folder (or hub id) from safetensors.
 
-        Raises:
-            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not safetensors.
-            HubError: the hub does not give it.
+        Raises: PipelineError: it is not a diffusers pipeline of a known family, or its weights are
+          not safetensors. HubError: the hub does not give it.
         """
         # diffusers warns with the text of a prompt that CLIP truncates; prompts are never logged.
         diffusers.utils.logging.set_verbosity_error()
@@ -163,13 +180,19 @@ class DiffusionPipeline:
                 local_files_only=Path(folder).is_dir(),
             )
         except (OSError, ValueError) as error:
-            # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that is not said here.
+            # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that
+            # is not said here.
             kind = PipelineError if Path(folder).is_dir() else HubError
-            raise kind(f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}") from None
+            raise kind(
+                f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}"
+            ) from None
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
-            raise PipelineError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
-        _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))  # a hub id's shows only now
+            raise PipelineError(
+                f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}"
+            )
+        # a hub id's shows only now
+        _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))
         _replace_scheduler(pipe, config.scheduler)
         if config.fused_lora is not None:
             _fuse_lora(pipe, config.fused_lora)
@@ -188,8 +211,12 @@ class DiffusionPipeline:
 
     @property
     def grid(self) -> int:
-        """Pixels that sizes are rounded to where one graph serves many: a UNet takes another road where a halving is uneven."""
-        levels = getattr(getattr(self._pipe, self.family.denoiser).config, "block_out_channels", (0,))
+        """Pixels that sizes are rounded to where one graph serves many: a UNet takes another road
+        where a halving is uneven.
+        """
+        levels = getattr(
+            getattr(self._pipe, self.family.denoiser).config, "block_out_channels", (0,)
+        )
         return self.multiple * int(2 ** (len(levels) - 1))
 
     @property
@@ -217,7 +244,9 @@ class DiffusionPipeline:
         return module
 
     def structure(self) -> dict[str, Any]:
-        """What compiled code depends on: every component's class and config, without the weights."""
+        """What compiled code depends on: every component's class and config, without the
+        weights.
+        """
         parts: dict[str, Any] = {"pipeline": type(self._pipe).__name__}
         for name, component in sorted(self._pipe.components.items()):
             if isinstance(component, nn.Module):
@@ -229,7 +258,8 @@ class DiffusionPipeline:
         return parts
 
     def num_calls(self, request: ImageRequest) -> int:
-        """Calls of the denoiser that the scheduler makes of the request's steps: Heun and its kin two of most of them.
+        """Calls of the denoiser that the scheduler makes of the request's steps: Heun and its kin
+        two of most of them.
 
         Raises:
             RequestError: the scheduler cannot do so many.
@@ -238,7 +268,8 @@ class DiffusionPipeline:
         timesteps = self._num_timesteps(num_steps)
         if request.image is None:
             return timesteps
-        # `get_timesteps` of diffusers' image-to-image pipelines: those with a transformer round the start, not the steps, down.
+        # `get_timesteps` of diffusers' image-to-image pipelines: those with a transformer round the
+        # start, not the steps, down.
         run = min(num_steps * request.strength, num_steps)
         start = num_steps - int(run) if self.family.denoiser == "unet" else int(num_steps - run)
         return timesteps - start * int(self._pipe.scheduler.order)
@@ -249,37 +280,55 @@ class DiffusionPipeline:
         shift = {"mu": 0.0} if scheduler.config.get("use_dynamic_shifting") else {}
         try:
             scheduler.set_timesteps(num_steps, **shift)
-        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:  # LCM's and TCD's have a most
+        # LCM's and TCD's have a most
+        except (ArithmeticError, AssertionError, LookupError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             raise RequestError(
-                f"is {num_steps}, which {type(scheduler).__name__} cannot do: {reason}", "num_inference_steps"
+                f"is {num_steps}, which {type(scheduler).__name__} cannot do: {reason}",
+                "num_inference_steps",
             ) from None
         return len(scheduler.timesteps)
 
     def _accepted_length(self) -> int | None:
-        """Tokens that T5 is given, which diffusers has as a default of the call; None where there is no T5."""
-        parameter = inspect.signature(type(self._pipe).__call__).parameters.get("max_sequence_length")
+        """Tokens that T5 is given, which diffusers has as a default of the call; None where there
+        is no T5.
+        """
+        parameter = inspect.signature(type(self._pipe).__call__).parameters.get(
+            "max_sequence_length"
+        )
         return None if parameter is None else int(parameter.default)
 
     def paint(self, batch: Batch, after_step: AfterStep = lambda _: None) -> Painted:
-        """Run one batch through diffusers; `after_step` is told of every denoising step that was asked for."""
+        """Run one batch through diffusers; `after_step` is told of every denoising step that was
+        asked for.
+        """
 
-        def stepped(pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        def stepped(
+            pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]
+        ) -> dict[str, torch.Tensor]:
             latents = tensors["latents"]
-            # The scheduler's own steps may be more than those asked for (Heun, PNDM): then some end none.
+            # The scheduler's own steps may be more than those asked for (Heun, PNDM): then some end
+            # none.
             of, calls = batch.num_run_steps, pipe.num_timesteps
             number = (index + 1) * of // calls
             if number > index * of // calls:
-                after_step(Step(number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket)))
+                after_step(
+                    Step(number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket))
+                )
             return {}
 
         # In every run, whether or not somebody looks on: what is warmed is what is served.
-        watched = {"callback_on_step_end": stepped, "callback_on_step_end_tensor_inputs": ["latents"]}
+        watched = {
+            "callback_on_step_end": stepped,
+            "callback_on_step_end_tensor_inputs": ["latents"],
+        }
         arguments = self._arguments(batch) | watched
         output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return Painted(pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None))
+        return Painted(
+            pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None)
+        )
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         size = (batch.bucket.height, batch.bucket.width)
@@ -287,7 +336,8 @@ class DiffusionPipeline:
             "prompt": [row.prompt for row in batch.rows],
             "num_inference_steps": batch.num_inference_steps,
             "guidance_scale": batch.guidance_scale,
-            # One generator a row, on the CPU: a picture depends on its own seed only, and on no GPU model.
+            # One generator a row, on the CPU: a picture depends on its own seed only, and on no GPU
+            # model.
             "generator": [torch.Generator("cpu").manual_seed(row.seed) for row in batch.rows],
             "output_type": "pt",
         }
@@ -300,45 +350,65 @@ class DiffusionPipeline:
             arguments["mask_image"] = [row.mask for row in batch.rows]
         if self.family.size_conditioning:
             # The canvas that is painted is the bucket; the crop to the asked size happens after.
-            arguments |= {"original_size": size, "target_size": size, "crops_coords_top_left": (0, 0)}
+            arguments |= {
+                "original_size": size,
+                "target_size": size,
+                "crops_coords_top_left": (0, 0),
+            }
         for name, value in zip(("height", "width"), size, strict=True):
-            if name in self._accepted[batch.task]:  # some image-to-image pipelines take the size from the image
+            # some image-to-image pipelines take the size from the image
+            if name in self._accepted[batch.task]:
                 arguments[name] = value
         return arguments
 
     def _fit_colours(self) -> LatentColours:
-        """How this VAE's latents look. Runs its encoder, so it comes before routers stand in for anything."""
+        """How this VAE's latents look. Runs its encoder, so it comes before routers stand in for
+        anything.
+        """
         vae, colours = self._pipe.vae, plain_colours()
         side = _COLOUR_CELLS * int(self._pipe.vae_scale_factor)
         with torch.no_grad():
-            plain = (2 * colours - 1).to(vae.device, vae.dtype)[:, :, None, None].expand(-1, -1, side, side)
+            plain = (
+                (2 * colours - 1)
+                .to(vae.device, vae.dtype)[:, :, None, None]
+                .expand(-1, -1, side, side)
+            )
             encoded = vae.encode(plain)
             # (colours, channels, cells, cells); AutoencoderTiny (TAESD) has no distribution
             latents = encoded.latents if hasattr(encoded, "latents") else encoded.latent_dist.mode()
-            inner = latents[:, :, 2:-2, 2:-2]  # away from the border, where the encoder sees its own padding
+            # away from the border, where the encoder sees its own padding
+            inner = latents[:, :, 2:-2, 2:-2]
             return LatentColours.fit(_as_denoised(inner, vae.config).float().mean((2, 3)), colours)
 
     def _sketch(self, latents: torch.Tensor, bucket: Bucket) -> NDArray[np.uint8]:
-        """One picture's latents as `LatentColours` sees them: (1, channels, height, width), or packed into tokens."""
+        """One picture's latents as `LatentColours` sees them: (1, channels, height, width), or
+        packed into tokens.
+        """
         if latents.ndim == 3:
-            latents = self._pipe._unpack_latents(latents, bucket.height, bucket.width, self._pipe.vae_scale_factor)
+            latents = self._pipe._unpack_latents(
+                latents, bucket.height, bucket.width, self._pipe.vae_scale_factor
+            )
         return self._colours.paint(latents[0])
 
 
 def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
-    """What the VAE gives, (rows, channels, height, width), in the scale in which the denoiser has it."""
+    """What the VAE gives, (rows, channels, height, width), in the scale in which the denoiser has
+    it.
+    """
     mean, deviation = getattr(config, "latents_mean", None), getattr(config, "latents_std", None)
     if mean is not None and deviation is not None:  # a few SDXL finetunes
         per_channel = (-1, 1, 1)
-        latents = (latents - latents.new_tensor(mean).view(per_channel)) / latents.new_tensor(deviation).view(
-            per_channel
-        )
+        latents = (latents - latents.new_tensor(mean).view(per_channel)) / latents.new_tensor(
+            deviation
+        ).view(per_channel)
     shifted: torch.Tensor = latents - (getattr(config, "shift_factor", None) or 0.0)
     return shifted * float(config.scaling_factor)
 
 
 def _guidance_variants(family: Family, config: PipelineConfig) -> tuple[bool, ...]:
-    """Whether guidance doubles the batch: the values that need warming, True first (it is larger)."""
+    """Whether guidance doubles the batch: the values that need warming, True first (it is
+    larger).
+    """
     if family.guidance == "embedded":
         return (False,)
     return {"both": (True, False), "on": (True,), "off": (False,)}[config.guidance]
@@ -351,11 +421,13 @@ def _weight_variant(folder: Path) -> str | None:
 
 
 def _steady_vae(vae: Any, *, upcast: bool) -> None:
-    """Give the VAE the dtype and the batch that it keeps: one picture at a time, whatever the run's batch is.
+    """Give the VAE the dtype and the batch that it keeps: one picture at a time, whatever the run's
+    batch is.
 
-    SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a call, and an exception in between
-    leaves it half-way. Its float16 alone overflows, so there it is float32 for good, and tensors are cast, which nothing can undo.
-    Slicing is also what lets a batch fit that was painted but could not be decoded, and one graph serve every batch size.
+    SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a
+    call, and an exception in between leaves it half-way. Its float16 alone overflows, so there it
+    is float32 for good, and tensors are cast, which nothing can undo. Slicing is also what lets a
+    batch fit that was painted but could not be decoded, and one graph serve every batch size.
     """
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()
@@ -388,9 +460,12 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
         if name not in _GLOBAL_NOISE:
             try:
                 pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
-            except (ImportError, TypeError, ValueError) as error:  # no scipy, or a schedule that it cannot follow
+            # no scipy, or a schedule that it cannot follow
+            except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise PipelineError(f"pipeline.scheduler: {name} cannot replace this folder's: {reason}") from error
+                raise PipelineError(
+                    f"pipeline.scheduler: {name} cannot replace this folder's: {reason}"
+                ) from error
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
         raise PipelineError(
@@ -400,7 +475,9 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
 
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
-    """Add a LoRA into the weights before anything is compiled, so that it costs nothing afterwards."""
+    """Add a LoRA into the weights before anything is compiled, so that it costs nothing
+    afterwards.
+    """
     pipe.load_lora_weights(folder, use_safetensors=True)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

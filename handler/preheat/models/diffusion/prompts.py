@@ -1,4 +1,6 @@
-"""How much of a prompt the text encoders read: diffusers cuts what is past their length, and logs it where nobody looks."""
+"""How much of a prompt the text encoders read: diffusers cuts what is past their length, and logs
+it where nobody looks.
+"""
 
 from __future__ import annotations
 
@@ -22,26 +24,35 @@ class Tokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Reader:
-    """The tokenizers of a pipeline, each with the number of tokens that its encoder is given, begin and end among them."""
+    """The tokenizers of a pipeline, each with the number of tokens that its encoder is given, begin
+    and end among them.
+    """
 
     tokenizers: Sequence[tuple[Tokenizer, int]]
 
     @classmethod
     def of(cls, pipe: Any, long: int | None) -> Reader:
-        """Those of a diffusers pipeline; `long` is what T5 is given (`max_sequence_length`), CLIP has a length of its own."""
+        """Those of a diffusers pipeline; `long` is what T5 is given (`max_sequence_length`), CLIP
+        has a length of its own.
+        """
         found = []
         for tokenizer_name, encoder_name in zip(_TOKENIZERS, _ENCODERS, strict=True):
-            tokenizer, encoder = getattr(pipe, tokenizer_name, None), getattr(pipe, encoder_name, None)
+            tokenizer, encoder = (
+                getattr(pipe, tokenizer_name, None),
+                getattr(pipe, encoder_name, None),
+            )
             if tokenizer is not None and encoder is not None:  # SD3 may be loaded without its T5
                 is_t5 = type(encoder).__name__.startswith("T5")
-                found.append((tokenizer, long if is_t5 and long else int(tokenizer.model_max_length)))
+                found.append(
+                    (tokenizer, long if is_t5 and long else int(tokenizer.model_max_length))
+                )
         return cls(tuple(found))
 
     def num_dropped(self, text: str, field: str) -> int:
         """Tokens at the end of `text` that no encoder reads.
 
-        Of encoders that are given different lengths the one that reads furthest counts: Flux and SD3 go on with T5 where their
-        CLIPs, which give a summary, have stopped.
+        Of encoders that are given different lengths the one that reads furthest counts: Flux and
+        SD3 go on with T5 where their CLIPs, which give a summary, have stopped.
 
         Raises:
             RequestError: a tokenizer cannot read the text.

@@ -1,7 +1,8 @@
-"""The request: what a client may ask for, parsed from whatever TorchServe hands over, every limit checked once.
+"""The request: what a client may ask for, parsed from whatever TorchServe hands over, every limit
+checked once.
 
-Each refusal is a RequestError that names the field; trouble with the body as a whole is laid at the field `body`.
-Messages quote numbers and short words, never a prompt or an image.
+Each refusal is a RequestError that names the field; trouble with the body as a whole is laid at the
+field `body`. Messages quote numbers and short words, never a prompt or an image.
 """
 
 from __future__ import annotations
@@ -16,7 +17,14 @@ from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, get_args
 from preheat.errors import RequestError
 from preheat.models.diffusion import unserved
 from preheat.protocol.images import OutputFormat
-from preheat.protocol.json_text import LONGEST_WHOLE, decoded, from_base64, in_bytes, loads, shown_name
+from preheat.protocol.json_text import (
+    LONGEST_WHOLE,
+    decoded,
+    from_base64,
+    in_bytes,
+    loads,
+    shown_name,
+)
 
 if TYPE_CHECKING:
     from preheat.config.model import DefaultsConfig, Guidance, LimitsConfig, Task
@@ -28,11 +36,15 @@ Choice = TypeVar("Choice", bound=str)
 OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
 TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
-_SEND = "send JSON with the header Content-Type: application/json, or the prompt alone with text/plain"
+_SEND = (
+    "send JSON with the header Content-Type: application/json, or the prompt alone with text/plain"
+)
 NUM_SEEDS = 2**63
 """Seeds run from 0 to one less: what a torch.Generator takes without wrapping."""
 NUM_DRAWN_SEEDS = 2**53
-"""Those that are drawn, too: whole numbers that JavaScript, and whoever reads JSON into doubles, returns unchanged."""
+"""Those that are drawn, too: whole numbers that JavaScript, and whoever reads JSON into doubles,
+returns unchanged.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,12 +82,16 @@ class ImageRequest:
 
     @property
     def num_run_steps(self) -> int:
-        """Denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers' image-to-image pipelines)."""
+        """Denoising steps that are run: an image starts on its way (`get_timesteps` of diffusers'
+        image-to-image pipelines).
+        """
         return run_steps(self.num_inference_steps, None if self.image is None else self.strength)
 
 
 def run_steps(num_steps: int, strength: float | None) -> int:
-    """Of that many steps, those from `strength` on; all without an image, whose strength is None."""
+    """Of that many steps, those from `strength` on; all without an image, whose strength is
+    None.
+    """
     return num_steps if strength is None else int(min(num_steps * strength, num_steps))
 
 
@@ -93,16 +109,20 @@ def parse_row(
 ) -> ImageRequest:
     """The request in one row of a TorchServe batch.
 
-    A row is `{"body": ...}` over REST (bytes of JSON or, by its content type, of text that is the prompt; either one decoded
-    already, where TS_DECODE_INPUT_REQUEST leaves that to TorchServe), `{"data": JSON bytes}` over gRPC, or one entry per field
-    (multipart, gRPC map): text as UTF-8, numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add
-    to its fields.
+    A row is `{"body": ...}` over REST (bytes of JSON or, by its content type, of text that is the
+    prompt; either one decoded already, where TS_DECODE_INPUT_REQUEST leaves that to TorchServe),
+    `{"data": JSON bytes}` over gRPC, or one entry per field (multipart, gRPC map): text as UTF-8,
+    numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add to its
+    fields.
 
-    Raises:
-        RequestError: anything that is not a legal request; nothing else is raised, whatever the row holds.
+    Raises: RequestError: anything that is not a legal request; nothing else is raised, whatever the
+      row holds.
     """
-    if content_type is not None and content_type.lower().startswith("application/x-www-form-urlencoded"):
-        # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart: JSON arrives as no fields at all.
+    if content_type is not None and content_type.lower().startswith(
+        "application/x-www-form-urlencoded"
+    ):
+        # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart:
+        # JSON arrives as no fields at all.
         raise RequestError(f"is form-encoded; {_SEND}", "body")
     sent = _Sent(_fields_of(row, is_text=(content_type or "").lower().startswith("text/")))
     prompt = sent.text("prompt", limits.max_prompt_chars)
@@ -113,8 +133,12 @@ def parse_row(
         negative_prompt=sent.text("negative_prompt", limits.max_prompt_chars),
         height=sent.whole("height", limits.min_side, limits.max_side),
         width=sent.whole("width", limits.min_side, limits.max_side),
-        num_inference_steps=_or(sent.whole("num_inference_steps", 1, limits.max_steps), defaults.num_inference_steps),
-        guidance_scale=_or(sent.number("guidance_scale", limits.max_guidance_scale), defaults.guidance_scale),
+        num_inference_steps=_or(
+            sent.whole("num_inference_steps", 1, limits.max_steps), defaults.num_inference_steps
+        ),
+        guidance_scale=_or(
+            sent.number("guidance_scale", limits.max_guidance_scale), defaults.guidance_scale
+        ),
         seed=_or(sent.whole("seed", 0, NUM_SEEDS - 1), secrets.randbelow(NUM_DRAWN_SEEDS)),
         image=sent.file("image", limits.max_image_bytes),
         mask_image=sent.file("mask_image", limits.max_image_bytes),
@@ -136,21 +160,26 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
     if request.task not in tasks:
         at_fault = "mask_image" if request.task == "inpainting" else "image"
         raise RequestError(
-            f"asks for {request.task}, which this model does not do; it does {', '.join(tasks)}", at_fault
+            f"asks for {request.task}, which this model does not do; it does {', '.join(tasks)}",
+            at_fault,
         )
     if guidance == "on" and request.guidance_scale <= 1:
         raise RequestError(
-            f"must be above 1, since this model always guides; got {request.guidance_scale}", "guidance_scale"
+            f"must be above 1, since this model always guides; got {request.guidance_scale}",
+            "guidance_scale",
         )
     if guidance == "off" and request.guidance_scale > 1:
         raise RequestError(
-            f"must be from 0 to 1, since this model never guides; got {request.guidance_scale}", "guidance_scale"
+            f"must be from 0 to 1, since this model never guides; got {request.guidance_scale}",
+            "guidance_scale",
         )
     if request.num_run_steps < 1:
         shares = f"{request.strength} of {request.num_inference_steps} steps"
         raise RequestError(f"is less than one step, {shares}; ask for more of either", "strength")
     if request.num_images > 1 and request.response_format != "b64_json" and not request.stream:
-        raise RequestError("needs response_format b64_json, or stream, for more than one image", "num_images")
+        raise RequestError(
+            "needs response_format b64_json, or stream, for more than one image", "num_images"
+        )
     if request.preview_every and not request.stream:
         raise RequestError("needs stream too: previews are its events", "preview_every")
 
@@ -176,7 +205,9 @@ class _Sent:
         if not isinstance(value, str):
             raise RequestError(f"must be text, got {_shown(value)}", name)
         if len(value) > max_chars:
-            raise RequestError(f"has {len(value)} characters, at most {max_chars} are allowed", name)
+            raise RequestError(
+                f"has {len(value)} characters, at most {max_chars} are allowed", name
+            )
         if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
             raise RequestError("holds a NUL or half a surrogate pair, which are not text", name)
         return value
@@ -203,7 +234,9 @@ class _Sent:
         if value is None:
             return None
         if type(value) is not int or not low <= value <= high:  # type(), since True is an int
-            raise RequestError(f"must be a whole number from {low} to {high}, got {_shown(value)}", name)
+            raise RequestError(
+                f"must be a whole number from {low} to {high}, got {_shown(value)}", name
+            )
         return value
 
     def number(self, name: str, high: float, *, zero: bool = True) -> float | None:
@@ -211,7 +244,12 @@ class _Sent:
         if value is None:
             return None
         # Compared before it is converted: Python compares a huge int exactly, and NaN to nothing.
-        if isinstance(value, int | float) and type(value) is not bool and 0 <= value <= high and (zero or value > 0):
+        if (
+            isinstance(value, int | float)
+            and type(value) is not bool
+            and 0 <= value <= high
+            and (zero or value > 0)
+        ):
             return float(value)
         legal = f"from 0 to {high:g}" if zero else f"above 0 and at most {high:g}"
         raise RequestError(f"must be a number {legal}, got {_shown(value)}", name)
@@ -247,7 +285,9 @@ def _or(value: T | None, default: T) -> T:
 
 
 def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
-    """The fields by name, from any of the shapes that TorchServe gives a row; of text, `body` is the prompt."""
+    """The fields by name, from any of the shapes that TorchServe gives a row; of text, `body` is
+    the prompt.
+    """
     if not isinstance(row, Mapping) or not row:
         # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
         raise RequestError(f"is empty; {_SEND}", "body")
@@ -259,7 +299,9 @@ def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
             inside = _object(decoded(bytes(body), "body") if is_text and _is_bytes(body) else body)
             for name in parts:
                 if name in inside:
-                    raise RequestError("is given twice, in the JSON and beside it", shown_name(name))
+                    raise RequestError(
+                        "is given twice, in the JSON and beside it", shown_name(name)
+                    )
             return {**inside, **parts}
     return parts
 
@@ -295,10 +337,14 @@ def _unknown(name: object) -> RequestError:
 
 
 def _shown(value: object) -> str:
-    """A value for a message: numbers and short words themselves, of anything else the kind alone."""
+    """A value for a message: numbers and short words themselves, of anything else the kind
+    alone.
+    """
     if value is None or isinstance(value, bool):
         return json.dumps(value)
-    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 4 * LONGEST_WHOLE):
+    if isinstance(value, float) or (
+        isinstance(value, int) and value.bit_length() <= 4 * LONGEST_WHOLE
+    ):
         return repr(value)
     if isinstance(value, str):
         return ascii(value) if len(value) <= 20 else f"text of {len(value)} characters"

@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
-    """Each answer's pictures as files, encoded side by side in the pool's threads; what does not fit into memory is that answer's error.
+    """Each answer's pictures as files, encoded side by side in the pool's threads; what does not
+    fit into memory is that answer's error.
 
-    Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at most of the 75 that a 1024x1024
-    PNG takes); a JPEG, of 6 ms, holds it.
+    Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at
+    most of the 75 that a 1024x1024 PNG takes); a JPEG, of 6 ms, holds it.
     """
     tasks = [
-        [pool.submit(images.encode, picture, answer.job.request.output_format) for picture in answer.pictures]
+        [
+            pool.submit(images.encode, picture, answer.job.request.output_format)
+            for picture in answer.pictures
+        ]
         if answer.error is None
         else []
         for answer in answers
@@ -32,7 +36,8 @@ def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
 
 
 def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
-    """The response to a request that reached the pipeline: raw image bytes, or JSON with the images in base64.
+    """The response to a request that reached the pipeline: raw image bytes, or JSON with the images
+    in base64.
 
     `files` are its encoded pictures.
     """
@@ -47,12 +52,16 @@ def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
     if answer.flagged:
         headers["x-preheat-flagged"] = "true" if any(answer.flagged) else "false"
     if request.response_format == "image":
-        return Response(200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers})
+        return Response(
+            200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers}
+        )
     return json_response(200, {"data": pictures(answer, files), **facts(answer)}, headers)
 
 
 def pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
-    """What JSON says of each picture: the file in base64, its own seed, and where it was checked whether it was blackened."""
+    """What JSON says of each picture: the file in base64, its own seed, and where it was checked
+    whether it was blackened.
+    """
     seed = answer.job.request.seed
     return [
         {"b64_json": base64.b64encode(file).decode(), "seed": (seed + index) % 2**63}
@@ -82,7 +91,10 @@ def plan_headers(job: Job) -> dict[str, str]:
         "x-preheat-bucket": str(job.plan.bucket),
         "x-preheat-seed": str(job.request.seed),
         "x-preheat-padding": f"{job.plan.padding:.4f}",
-        **{f"x-preheat-{field.replace('_', '-')}-dropped": str(number) for field, number in job.dropped.items()},
+        **{
+            f"x-preheat-{field.replace('_', '-')}-dropped": str(number)
+            for field, number in job.dropped.items()
+        },
     }
 
 
@@ -99,5 +111,7 @@ def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:
 
 
 def dropped(job: Job) -> dict[str, int]:
-    """What JSON says of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in tokens; nothing of whole ones."""
+    """What JSON says of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in
+    tokens; nothing of whole ones.
+    """
     return {f"{field}_dropped": number for field, number in job.dropped.items()}

@@ -1,7 +1,8 @@
-"""Serves batches of strangers: plans each request, groups what can share a run, pads rows and pixels, crops back.
+"""Serves batches of strangers: plans each request, groups what can share a run, pads rows and
+pixels, crops back.
 
-The engine knows pipelines by the small `Painter` protocol and compiled code by its routers, so everything here runs in tests
-without diffusers.
+The engine knows pipelines by the small `Painter` protocol and compiled code by its routers, so
+everything here runs in tests without diffusers.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Told of every step of a job's pictures. After an out-of-memory split their steps begin anew."""
+    """Told of every step of a job's pictures. After an out-of-memory split their steps begin
+    anew.
+    """
 
     def progress(self, progress: Progress) -> None: ...
 
@@ -75,7 +78,8 @@ class Job:
     def group_key(self) -> tuple[object, ...]:
         """What has to be equal for two jobs to share a pipeline call.
 
-        Whether there is a negative prompt counts: SDXL gives "none" zeros and "" the embedding of an empty text, per batch.
+        Whether there is a negative prompt counts: SDXL gives "none" zeros and "" the embedding of
+        an empty text, per batch.
         """
         request = self.request
         strength = request.strength if request.task != "text-to-image" else None
@@ -101,15 +105,20 @@ class Job:
 
 @dataclass(slots=True)
 class Answer(Outcome):
-    """What one job got. `exact` compares its pictures with those of the same request alone (rounding: 1/255)."""
+    """What one job got. `exact` compares its pictures with those of the same request alone
+    (rounding: 1/255).
+    """
 
     job: Job
     pictures: list[Image.Image] = field(default_factory=list)
     flagged: list[bool] = field(default_factory=list)
-    """Of each picture, whether the safety checker has blackened it; empty where the pipeline has no checker."""
+    """Of each picture, whether the safety checker has blackened it; empty where the pipeline has no
+    checker.
+    """
 
     def restart(self) -> None:
-        Outcome.restart(self)  # a class with slots is made anew by dataclass, and super() alone does not find it
+        # a class with slots is made anew by dataclass, and super() alone does not find it
+        Outcome.restart(self)
         self.pictures.clear()
         self.flagged.clear()
 
@@ -162,26 +171,40 @@ class Engine(Batcher[Answer, Row]):
         doubles: bool = True,
     ) -> None:
         super().__init__(
-            routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report, budget=budget
+            routers,
+            shapes,
+            max_rows=max_rows,
+            device=device,
+            attention=attention,
+            report=report,
+            budget=budget,
         )
         self._painter, self._shapes = painter, shapes
         self._doubles = doubles
 
     def prepare(
-        self, request: ImageRequest, *, limits: LimitsConfig, default: Bucket, deadline: float | None = None
+        self,
+        request: ImageRequest,
+        *,
+        limits: LimitsConfig,
+        default: Bucket,
+        deadline: float | None = None,
     ) -> Job:
         """Decode the request's images and plan its geometry.
 
-        A side that the request leaves out comes from its image (in proportion, where the other side is given), else from `default`.
+        A side that the request leaves out comes from its image (in proportion, where the other side
+        is given), else from `default`.
 
-        Raises:
-            RequestError: an image that cannot be read, or a size that no bucket covers under `oversize: reject`.
+        Raises: RequestError: an image that cannot be read, or a size that no bucket covers under
+          `oversize: reject`.
         """
         image = mask = None
         if request.image is not None:
             image = images.decode(request.image, field="image", max_pixels=limits.max_image_pixels)
         if request.mask_image is not None:
-            mask = images.decode_mask(request.mask_image, field="mask_image", max_pixels=limits.max_image_pixels)
+            mask = images.decode_mask(
+                request.mask_image, field="mask_image", max_pixels=limits.max_image_pixels
+            )
         height, width = _asked_size(request, image, default)
         _check_sides(height, width, limits)
         plan = self.plan(height, width, has_image=image is not None)
@@ -196,7 +219,9 @@ class Engine(Batcher[Answer, Row]):
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
             own = self._own_size(height, width)
-            if shapes.strategy == "exact" or any(bucket.covers(own.height, own.width) for bucket in shapes.buckets):
+            if shapes.strategy == "exact" or any(
+                bucket.covers(own.height, own.width) for bucket in shapes.buckets
+            ):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
             height,
@@ -209,7 +234,9 @@ class Engine(Batcher[Answer, Row]):
         )
 
     def _own_size(self, height: int, width: int) -> Bucket:
-        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a dynamic graph off size 1."""
+        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a
+        dynamic graph off size 1.
+        """
         if self._shapes.strategy == "exact":
             return round_up(Bucket(height, width), self._painter.multiple)
         grid = self._painter.grid
@@ -217,7 +244,9 @@ class Engine(Batcher[Answer, Row]):
 
     def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
         """Answers in the order of the jobs; for `retry` see `Batcher.answer`."""
-        answers = [Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs]
+        answers = [
+            Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs
+        ]
         self.answer(answers, retry=retry)
         return answers
 
@@ -236,7 +265,9 @@ class Engine(Batcher[Answer, Row]):
     def _kind(self, answer: Answer) -> str:
         plan, request = answer.job.plan, answer.job.request
         how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
-        return ", ".join([str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])])
+        return ", ".join(
+            [str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])]
+        )
 
     def _load(self, answer: Answer, size: int) -> Load:
         request = answer.job.request
@@ -244,7 +275,8 @@ class Engine(Batcher[Answer, Row]):
         return Load(answer.job.plan.bucket.area, rows, size, request.num_run_steps)
 
     def _identity(self, answer: Answer) -> int:
-        return hash(replace(answer.job.request, seed=0))  # a seed that the client left out is drawn anew
+        # a seed that the client left out is drawn anew
+        return hash(replace(answer.job.request, seed=0))
 
     def _too_large(self, answer: Answer) -> str:
         return f"painting {answer.job.plan.bucket} does not fit into memory"
@@ -258,7 +290,8 @@ class Engine(Batcher[Answer, Row]):
             num_real_rows=len(rows),
             planned_eager=job.plan.engine_hint == "eager",
         )
-        # All before any is kept: a run that fails here is painted again. The filler's pictures are dropped.
+        # All before any is kept: a run that fails here is painted again. The filler's pictures are
+        # dropped.
         finished = [
             image_processor.finish(pixels, answer.job.plan)
             for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
@@ -270,7 +303,9 @@ class Engine(Batcher[Answer, Row]):
                 answer.flagged.append(bool(painted.flagged[index]))
 
     def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
-        """Pass a run's step on to the jobs that are watched; the filler's rows come last and are nobody's."""
+        """Pass a run's step on to the jobs that are watched; the filler's rows come last and are
+        nobody's.
+        """
         watchers = [answer.job.watcher for answer, _ in chunk]
         if any(watchers):
             synchronize(self._device)  # a GPU is given steps faster than it does them
@@ -287,7 +322,9 @@ def _sketched(step: Step, number: int, plan: Plan) -> Image.Image:
 def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:
     """Real rows, filled up to `size`."""
     # The filler repeats nobody's text; its images are dropped with its pictures.
-    filler = replace(rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0)
+    filler = replace(
+        rows[0], prompt="", negative_prompt=None if rows[0].negative_prompt is None else "", seed=0
+    )
     return Batch(
         rows=[*rows, *[filler] * (size - len(rows))],
         task=request.task,
@@ -298,7 +335,9 @@ def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) ->
     )
 
 
-def _asked_size(request: ImageRequest, image: Image.Image | None, default: Bucket) -> tuple[int, int]:
+def _asked_size(
+    request: ImageRequest, image: Image.Image | None, default: Bucket
+) -> tuple[int, int]:
     """(height, width) in pixels, with what the request leaves out filled in."""
     if image is None:
         return request.height or default.height, request.width or default.width
@@ -315,8 +354,12 @@ def _in_proportion(side: int, part: int, whole: int) -> int:
 
 
 def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
-    """Sides that come from an image are held to the limits of those that a request names (buckets always meet them)."""
+    """Sides that come from an image are held to the limits of those that a request names (buckets
+    always meet them).
+    """
     for field_name, side in (("height", height), ("width", width)):
         if not limits.min_side <= side <= limits.max_side:
             span = f"{limits.min_side} to {limits.max_side}"
-            raise RequestError(f"would be {side} pixels by the image; name a size of {span}", field_name)
+            raise RequestError(
+                f"would be {side} pixels by the image; name a size of {span}", field_name
+            )

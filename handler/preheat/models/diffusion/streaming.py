@@ -1,9 +1,10 @@
 """A request's progress as events: newline-delimited JSON, a line each, sent as it happens.
 
-{"event": "queued"}                        its batch has begun
-{"event": "step", "step": 3, "of": 30}     every so often with {"preview": base64 JPEG, "index": which picture}
-{"event": "image", "index": 0, ...}        one a picture, with what `b64_json` answers say of it
-{"event": "done"}                          with "prompt_dropped" where a prompt was cut; or {"event": "error", "code", "type", "message", "field"}
+{"event": "queued"}                        its batch has begun {"event": "step", "step": 3, "of":
+30}     every so often with {"preview": base64 JPEG, "index": which picture} {"event": "image",
+"index": 0, ...}        one a picture, with what `b64_json` answers say of it {"event": "done"}
+with "prompt_dropped" where a prompt was cut; or {"event": "error", "code", "type", "message",
+"field"}
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ _JPEG_QUALITY = 80
 class Stream:
     """The events of one job.
 
-    A step counts for the job when all its pictures are through it, on the average: those of `num_images` may take several runs,
-    one after the other, and then the count goes on from one to the next. It never goes back: what an out-of-memory split paints
-    again is told when it comes further than before.
+    A step counts for the job when all its pictures are through it, on the average: those of
+    `num_images` may take several runs, one after the other, and then the count goes on from one to
+    the next. It never goes back: what an out-of-memory split paints again is told when it comes
+    further than before.
 
     Args:
         job: the request and its plan.
@@ -61,7 +63,9 @@ class Stream:
             self._tell(_line("step", step=step, of=progress.of, **preview))
 
     def finish(self, answer: Answer, files: Sequence[bytes]) -> Response:
-        """The pictures' events are sent, the last event is the response; `files` are the encoded pictures."""
+        """The pictures' events are sent, the last event is the response; `files` are the encoded
+        pictures.
+        """
         if answer.error is not None:
             last = _line("error", **answer.error.body())
         else:
@@ -78,7 +82,9 @@ class Stream:
             self._send(self._part(line))
 
     def _part(self, body: bytes) -> Response:
-        """With what can be said before anything is painted: TorchServe sends the headers of the first part."""
+        """With what can be said before anything is painted: TorchServe sends the headers of the
+        first part.
+        """
         headers = responses.plan_headers(self._job)
         return Response(200, body, {"content-type": CONTENT_TYPE, **headers})
 

@@ -1,4 +1,6 @@
-"""What people send and we do not serve, by name: request fields and model folders, each with what there is instead."""
+"""What people send and we do not serve, by name: request fields and model folders, each with what
+there is instead.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ _ADAPTER = "IP-Adapter is not served; image (with strength) is what a picture ca
 _REFINER = "refiners are not served; the base model runs all steps"
 _ENCODERS = "every text encoder reads the field {}"
 _SCHEDULER = "the scheduler is the model's, pipeline.scheduler in its YAML"
-_CHECKED = "whether pictures are checked is the model folder's safety_checker; an answer says flagged"
+_CHECKED = (
+    "whether pictures are checked is the model folder's safety_checker; an answer says flagged"
+)
 
 FIELDS: Mapping[str, str] = {
     "lora": _LORA,
@@ -63,9 +67,11 @@ _BASES = "the base model's own folder is, for text-to-image, image-to-image and 
 
 
 def folder_refusal(folder: Path, families: Collection[str]) -> str | None:
-    """Why a local folder is no pipeline of `families` (the names of their text-to-image classes), if its files say so.
+    """Why a local folder is no pipeline of `families` (the names of their text-to-image classes),
+    if its files say so.
 
-    Read before any weights are: they may be minutes, and diffusers loads a refiner or a ControlNet's base as if it were whole.
+    Read before any weights are: they may be minutes, and diffusers loads a refiner or a
+    ControlNet's base as if it were whole.
     """
     index = _read(folder / "model_index.json")
     if index is None:
@@ -80,7 +86,11 @@ def folder_refusal(folder: Path, families: Collection[str]) -> str | None:
     # diffusers makes each task's pipeline of another's folder.
     if name.replace("Img2Img", "").replace("Inpaint", "") not in families:
         return f"{name} is not served; known: {', '.join(families)}"
-    denoiser = _read(folder / "unet" / "config.json") or _read(folder / "transformer" / "config.json") or {}
+    denoiser = (
+        _read(folder / "unet" / "config.json")
+        or _read(folder / "transformer" / "config.json")
+        or {}
+    )
     return denoiser_refusal(denoiser)
 
 
@@ -89,8 +99,13 @@ def denoiser_refusal(config: Mapping[str, Any]) -> str | None:
     if "ip_image_proj" in (config.get("encoder_hid_dim_type"), config.get("addition_embed_type")):
         return f"this UNet was saved with an IP-Adapter, which is not served; {_BASES}"
     channels, out = config.get("in_channels"), config.get("out_channels")
-    # A denoiser takes what it gives; SD3's and Flux's transformers name `out_channels` only sometimes.
-    known = {"UNet2DConditionModel": (4, out), "FluxTransformer2DModel": (64, out), "SD3Transformer2DModel": (16, out)}
+    # A denoiser takes what it gives; SD3's and Flux's transformers name `out_channels` only
+    # sometimes.
+    known = {
+        "UNet2DConditionModel": (4, out),
+        "FluxTransformer2DModel": (64, out),
+        "SD3Transformer2DModel": (16, out),
+    }
     usual = known.get(str(config.get("_class_name")))
     if channels is None or usual is None or channels in usual:
         return None

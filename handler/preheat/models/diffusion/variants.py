@@ -1,4 +1,6 @@
-"""The variants of a pipeline: what needs a graph of its own, in which order they are warmed, and which few meet every shape."""
+"""The variants of a pipeline: what needs a graph of its own, in which order they are warmed, and
+which few meet every shape.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Variant:
     @property
     def load(self) -> Load:
         """What its time depends on, in one step."""
-        return Load(self.bucket.area, self.batch_size * (2 if self.guidance else 1), self.batch_size, 1)
+        return Load(
+            self.bucket.area, self.batch_size * (2 if self.guidance else 1), self.batch_size, 1
+        )
 
     @property
     def details(self) -> str:
@@ -33,19 +37,33 @@ class Variant:
 
 
 def plan_variants(
-    buckets: Iterable[Bucket], batch_sizes: Iterable[int], guidance: Iterable[bool], tasks: Sequence[str]
+    buckets: Iterable[Bucket],
+    batch_sizes: Iterable[int],
+    guidance: Iterable[bool],
+    tasks: Sequence[str],
 ) -> tuple[Variant, ...]:
-    """Every variant, largest first: a bucket that does not fit into memory shows at once, and memory pools grow once."""
+    """Every variant, largest first: a bucket that does not fit into memory shows at once, and
+    memory pools grow once.
+    """
     every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks))
     return tuple(
         sorted(
-            every, key=lambda v: (-v.bucket.area, v.bucket.height, -v.batch_size, not v.guidance, tasks.index(v.task))
+            every,
+            key=lambda v: (
+                -v.bucket.area,
+                v.bucket.height,
+                -v.batch_size,
+                not v.guidance,
+                tasks.index(v.task),
+            ),
         )
     )
 
 
 def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough where nothing is compiled."""
+    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough
+    where nothing is compiled.
+    """
 
     def met(variant: Variant) -> set[tuple[object, ...]]:
         rows = variant.batch_size * (2 if variant.guidance else 1)
@@ -57,7 +75,8 @@ def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
     missing = set[tuple[object, ...]]().union(*map(met, variants))
     chosen: set[Variant] = set()
     while missing:
-        best = max(variants, key=lambda variant: len(met(variant) & missing))  # of equals the first: the largest
+        # of equals the first: the largest
+        best = max(variants, key=lambda variant: len(met(variant) & missing))
         chosen.add(best)
         missing -= met(best)
     return tuple(variant for variant in variants if variant in chosen)

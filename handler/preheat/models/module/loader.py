@@ -1,4 +1,6 @@
-"""Loads the module that a YAML or an archive's manifest names, from tensors alone: nothing is unpickled."""
+"""Loads the module that a YAML or an archive's manifest names, from tensors alone: nothing is
+unpickled.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ Manifest = Mapping[str, Any]
 
 
 def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.device) -> nn.Module:
-    """The module on its device, in eval mode and in the config's dtype. `folder` is the unpacked archive.
+    """The module on its device, in eval mode and in the config's dtype. `folder` is the unpacked
+    archive.
 
     Raises:
         ConfigError: the YAML names something that is not there.
@@ -57,7 +60,9 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
 def load_tokenizer(place: str | Path) -> Any:
     """The tokenizer in a transformers folder, or None where it has none."""
     folder = Path(place)
-    if folder.is_dir() and not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+    if folder.is_dir() and not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")
+    ):
         return None
     from transformers import AutoTokenizer
 
@@ -81,7 +86,9 @@ def _from_transformers(config: ModuleConfig, place: str | Path) -> nn.Module:
         kind = ModuleError if local else HubError
         raise kind(f"cannot load {config.auto_class} from {place}: {in_one_line(error)}") from None
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"{config.auto_class} loads no model but a {type(module).__name__}", "module.class")
+        raise ConfigError(
+            f"{config.auto_class} loads no model but a {type(module).__name__}", "module.class"
+        )
     return module
 
 
@@ -99,7 +106,9 @@ def _from_factory(name: str, folder: Path) -> nn.Module:
         raise ConfigError(f"{package} has no function {function}", "module.factory")
     module = make(folder) if inspect.signature(make).parameters else make()
     if not isinstance(module, nn.Module):
-        raise ConfigError(f"{name} returns a {type(module).__name__}, not an nn.Module", "module.factory")
+        raise ConfigError(
+            f"{name} returns a {type(module).__name__}, not an nn.Module", "module.factory"
+        )
     return module
 
 
@@ -109,12 +118,16 @@ def _source(module: ModuleType) -> Path:
 
 
 def _from_model_file(name: str, folder: Path) -> nn.Module:
-    """As BaseHandler does: the file's one class, made without arguments (ts/torch_handler/base_handler.py, _load_pickled_model)."""
+    """As BaseHandler does: the file's one class, made without arguments
+    (ts/torch_handler/base_handler.py, _load_pickled_model).
+    """
     file = load_file(name, folder, "--model-file")
     classes = [
         each
         for each in vars(file).values()
-        if inspect.isclass(each) and issubclass(each, nn.Module) and each.__module__ == file.__name__
+        if inspect.isclass(each)
+        and issubclass(each, nn.Module)
+        and each.__module__ == file.__name__
     ]
     if len(classes) != 1:
         found = ", ".join(each.__name__ for each in classes) or "none"
@@ -131,7 +144,9 @@ def _load_weights(module: nn.Module, file: Path) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ModuleError(f"{file.name} holds no state dict that can be read safely: {error}") from error
+        raise ModuleError(
+            f"{file.name} holds no state dict that can be read safely: {error}"
+        ) from error
     if not isinstance(state, Mapping):
         raise ModuleError(f"{file.name} holds a {type(state).__name__}, not a state dict")
     try:

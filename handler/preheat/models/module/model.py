@@ -1,4 +1,6 @@
-"""Any nn.Module as a family: requests for tensors, one variant a bucket and batch size, and what padding does to the answers."""
+"""Any nn.Module as a family: requests for tensors, one variant a bucket and batch size, and what
+padding does to the answers.
+"""
 
 from __future__ import annotations
 
@@ -32,8 +34,14 @@ logger = logging.getLogger(__name__)
 
 WHOLE = "model"
 """The target that is the module itself."""
-TOLERANCE: Mapping[torch.dtype, float] = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
-"""Largest difference between padded and unpadded answers that counts as rounding, as a share of the largest magnitude."""
+TOLERANCE: Mapping[torch.dtype, float] = {
+    torch.float32: 1e-4,
+    torch.float16: 1e-2,
+    torch.bfloat16: 3e-2,
+}
+"""Largest difference between padded and unpadded answers that counts as rounding, as a share of the
+largest magnitude.
+"""
 MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
@@ -73,7 +81,8 @@ class ModuleWork:
         assert config.module is not None
         self._module, self._config, self._device = module, config, device
         self._own: ModuleConfig = config.module
-        # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own defaults, whenever a request comes.
+        # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own
+        # defaults, whenever a request comes.
         unknown = {} if self._own.inputs else {"strategy": "exact"}
         self.shapes: ShapesConfig = config.pt2.shapes.model_copy(update=unknown)
         names = _arguments(module, self._own)
@@ -90,7 +99,9 @@ class ModuleWork:
         self.fields = (*names, *UNREADABLE)
 
     @classmethod
-    def load(cls, config: ModelConfig, model_dir: Path, manifest: loader.Manifest, device: torch.device) -> ModuleWork:
+    def load(
+        cls, config: ModelConfig, model_dir: Path, manifest: loader.Manifest, device: torch.device
+    ) -> ModuleWork:
         """Load the module, and its folder's tokenizer.
 
         Raises:
@@ -120,21 +131,32 @@ class ModuleWork:
             return self._module
         found: nn.Module | None = dict(self._module.named_modules()).get(name)
         if found is None:
-            raise ConfigError(f"{type(self._module).__name__} has no module {name!r}", "pt2.targets")
+            raise ConfigError(
+                f"{type(self._module).__name__} has no module {name!r}", "pt2.targets"
+            )
         return found
 
     def settings(self) -> Mapping[str, Any]:
         return {"module": self._own.model_dump(mode="json", include={"dtype", "inputs", "outputs"})}
 
     def structure(self) -> Mapping[str, Any]:
-        """Classes and settings of every module in it, the shapes of its weights, and its transformers config."""
+        """Classes and settings of every module in it, the shapes of its weights, and its
+        transformers config.
+        """
         config: Any = getattr(self._module, "config", None)
         settings = config.to_dict() if hasattr(config, "to_dict") else {}
-        weights = {name: (tuple(tensor.shape), str(tensor.dtype)) for name, tensor in self._module.state_dict().items()}
+        weights = {
+            name: (tuple(tensor.shape), str(tensor.dtype))
+            for name, tensor in self._module.state_dict().items()
+        }
         return {"module": repr(self._module), "config": settings, "weights": weights}
 
-    def engage(self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget) -> None:
-        """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows before anything is compiled."""
+    def engage(
+        self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
+    ) -> None:
+        """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows
+        before anything is compiled.
+        """
         own = self._own
         self._engine = ModuleEngine(
             self._module,
@@ -171,7 +193,8 @@ class ModuleWork:
             )
 
     def _try_ranges(self, smallest: Mapping[str, int]) -> None:
-        """Run the least and the greatest number of every range eagerly, where an index outside its table is an error like any other.
+        """Run the least and the greatest number of every range eagerly, where an index outside its
+        table is an error like any other.
 
         Raises:
             ConfigError: the module fails on one.
@@ -184,7 +207,8 @@ class ModuleWork:
                 answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
                 if answer.error is not None:
                     raise ConfigError(
-                        f"{number:.15g} is more than it takes: {answer.error}", f"module.inputs.{name}.range"
+                        f"{number:.15g} is more than it takes: {answer.error}",
+                        f"module.inputs.{name}.range",
                     )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
@@ -204,7 +228,9 @@ class ModuleWork:
         return []
 
     def serve_variant(self, variant: Variant) -> Timing:
-        """Run one variant as requests would, without padding and with: of a mask without zeros a model may make no mask at all."""
+        """Run one variant as requests would, without padding and with: of a mask without zeros a
+        model may make no mask at all.
+        """
         for sizes in (dict(variant.bucket.sizes), _inside(variant.bucket, self._own.choices)):
             jobs = [self._prepared(sizes, seed) for seed in range(variant.batch_size)]
             began = time.perf_counter()
@@ -229,7 +255,9 @@ class ModuleWork:
         if found["exact"] == "padded":
             share = found["max_share"]
             how_far = (
-                f"up to {share:.2g} of the largest magnitude" if isinstance(share, float) else "into what is not finite"
+                f"up to {share:.2g} of the largest magnitude"
+                if isinstance(share, float)
+                else "into what is not finite"
             )
             logger.warning(
                 "padding changes answers by %s; a mask input with default: 1, padded with 0, would let the module see it",
@@ -238,13 +266,16 @@ class ModuleWork:
         return found
 
     def _measured_padding(self) -> Mapping[str, Any]:
-        """How far padding takes an answer from that of the unpadded module run eagerly, in the smallest and the largest bucket.
+        """How far padding takes an answer from that of the unpadded module run eagerly, in the
+        smallest and the largest bucket.
 
         Raises:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
         errors, shares, of_largest = [0.0], [0.0], [0.0]
-        for sizes in {each for bucket in self._ends() for each in _measured(bucket, self._own.choices)}:
+        for sizes in {
+            each for bucket in self._ends() for each in _measured(bucket, self._own.choices)
+        }:
             job = self._prepared(dict(sizes), seed=0)
             (ours,), alone = self._engine.run([job]), self._engine.alone(job)
             for answer in (ours, alone):
@@ -255,12 +286,21 @@ class ModuleWork:
                 errors.append(error)
                 shares.append(error / max(1.0, magnitude))
                 of_largest.append(error / magnitude if magnitude else error)
-        exact = all(share <= TOLERANCE[self.dtype] for share in shares)  # of NaN, which is no number, this is not so
+        # of NaN, which is no number, this is not so
+        exact = all(share <= TOLERANCE[self.dtype] for share in shares)
         self._engine.padded = "rounding" if exact else "padded"
         finite = all(map(math.isfinite, errors))  # JSON has no other numbers
         if not finite:
-            return {"max_error": "not finite", "max_share": "not finite", "exact": self._engine.padded}
-        return {"max_error": max(errors), "max_share": round(max(of_largest), 6), "exact": self._engine.padded}
+            return {
+                "max_error": "not finite",
+                "max_share": "not finite",
+                "exact": self._engine.padded,
+            }
+        return {
+            "max_error": max(errors),
+            "max_share": round(max(of_largest), 6),
+            "exact": self._engine.padded,
+        }
 
     def _ends(self) -> tuple[Dims, Dims]:
         return self.sizes[0], self.sizes[-1]
@@ -300,7 +340,10 @@ class ModuleWork:
             "padding": f"{answer.padding:.4f}",
             "exact": answer.exact,
         }
-        headers = {"content-type": answer.job.accept, **{f"x-preheat-{name}": text for name, text in facts.items()}}
+        headers = {
+            "content-type": answer.job.accept,
+            **{f"x-preheat-{name}": text for name, text in facts.items()},
+        }
         too_large = self._too_large(answer)
         if too_large is not None:
             return from_error(too_large)
@@ -313,7 +356,9 @@ class ModuleWork:
         return Response(200, tensors.dumps(document), headers)
 
     def _too_large(self, answer: Answer) -> RequestError | None:
-        """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than max_response_size."""
+        """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than
+        max_response_size.
+        """
         most, outputs = self._own.limits.max_response_bytes, answer.outputs.values()
         as_file = sum(tensor.nbytes for tensor in outputs)
         as_json = answer.job.accept == "application/json"
@@ -322,16 +367,26 @@ class ModuleWork:
             return None
         what = f"the answer has about {size} bytes, at most {most} are allowed (module.limits.max_response_bytes)"
         if as_json and as_file <= most:
-            return RequestError(f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406)
+            return RequestError(
+                f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406
+            )
         return RequestError(what, "body", code=413)
 
     def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
-        """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and 1."""
+        """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and
+        1.
+        """
         dice = torch.Generator().manual_seed(seed)
         made: dict[str, torch.Tensor] = {}
         for name, spec in self._own.inputs.items():
             dtype = tensors.TORCH_DTYPES[spec.dtype]
-            shape = [1, *(sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape[1:])]
+            shape = [
+                1,
+                *(
+                    sizes[extent] if isinstance(extent, str) else extent
+                    for extent in spec.shape[1:]
+                ),
+            ]
             if spec.default is not None:
                 made[name] = torch.full(shape, spec.default, dtype=dtype)
             elif dtype.is_floating_point:
@@ -346,23 +401,31 @@ class ModuleWork:
 
 
 def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
-    """The names of the module's inputs: the YAML's, which its forward must take, or all that its forward takes.
+    """The names of the module's inputs: the YAML's, which its forward must take, or all that its
+    forward takes.
 
     Raises:
         ConfigError: the YAML names one that it does not take.
     """
     parameters = inspect.signature(module.forward).parameters.values()
-    known = tuple(each.name for each in parameters if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY))
+    known = tuple(
+        each.name
+        for each in parameters
+        if each.kind in (each.POSITIONAL_OR_KEYWORD, each.KEYWORD_ONLY)
+    )
     open_ended = any(each.kind is each.VAR_KEYWORD for each in parameters)
     for name in config.inputs:
         if name not in known and (known or not open_ended):
             raise ConfigError(
-                f"{type(module).__name__}.forward takes no {name}; it takes {', '.join(known)}", f"module.inputs.{name}"
+                f"{type(module).__name__}.forward takes no {name}; it takes {', '.join(known)}",
+                f"module.inputs.{name}",
             )
     return tuple(config.inputs) or known
 
 
-def _bounds(names: Sequence[str], module: nn.Module, config: ModuleConfig, shapes: ShapesConfig) -> tensors.Bounds:
+def _bounds(
+    names: Sequence[str], module: nn.Module, config: ModuleConfig, shapes: ShapesConfig
+) -> tensors.Bounds:
     largest = {name: max(sizes) for name, sizes in config.choices.items()}
     rejecting = shapes.oversize == "reject" and shapes.strategy != "exact"
     lengths = ranges.lengths(names, module)
@@ -375,7 +438,9 @@ def _is_index(tensor: torch.Tensor) -> bool:
 
 
 def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
-    """Sizes that are padded the most in this bucket: one more than the bucket below holds, or half of the smallest."""
+    """Sizes that are padded the most in this bucket: one more than the bucket below holds, or half
+    of the smallest.
+    """
     sizes = {}
     for name, size in bucket.sizes:
         below = max((other for other in choices[name] if other < size), default=None)
@@ -383,15 +448,23 @@ def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int
     return sizes
 
 
-def _measured(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> list[tuple[tuple[str, int], ...]]:
-    """Sizes to measure padding with: odd and even ones, since a module that halves them rounds one of the two up or down."""
+def _measured(
+    bucket: Dims, choices: Mapping[str, Sequence[int]]
+) -> list[tuple[tuple[str, int], ...]]:
+    """Sizes to measure padding with: odd and even ones, since a module that halves them rounds one
+    of the two up or down.
+    """
     base = _inside(bucket, choices)
-    beside = {name: size + 1 if size < bucket[name] else max(1, size - 1) for name, size in base.items()}
+    beside = {
+        name: size + 1 if size < bucket[name] else max(1, size - 1) for name, size in base.items()
+    }
     return [tuple(base.items()), tuple(beside.items())]
 
 
 def _difference(ours: torch.Tensor, alone: torch.Tensor) -> tuple[float, float]:
-    """The largest difference, 0 between equal infinities and NaN where either is none, and the largest finite magnitude."""
+    """The largest difference, 0 between equal infinities and NaN where either is none, and the
+    largest finite magnitude.
+    """
     if not alone.numel():
         return 0.0, 0.0
     ours, alone = ours.double(), alone.double()
@@ -402,10 +475,16 @@ def _difference(ours: torch.Tensor, alone: torch.Tensor) -> tuple[float, float]:
 def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: ModuleConfig) -> None:
     if ours.shape == alone.shape:
         return
-    dims = [dim for dim, sizes in enumerate(zip(ours.shape, alone.shape, strict=False)) if sizes[0] != sizes[1]]
+    dims = [
+        dim
+        for dim, sizes in enumerate(zip(ours.shape, alone.shape, strict=False))
+        if sizes[0] != sizes[1]
+    ]
     what = f"is {tuple(ours.shape)} where the module without padding gives {tuple(alone.shape)}"
     if 0 in dims or ours.dim() != alone.dim():
-        raise ConfigError(f"{what}; its first dimension must be the batch", f"module.outputs.{name}")
+        raise ConfigError(
+            f"{what}; its first dimension must be the batch", f"module.outputs.{name}"
+        )
     grown = ", ".join(f"{dim}: ..." for dim in dims)
     raise ConfigError(
         f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the module shrinks it, rounded up",
@@ -422,5 +501,7 @@ def _npy_response(outputs: Mapping[str, torch.Tensor], headers: Mapping[str, str
 
 def _too_many_for_npy(names: Sequence[str]) -> RequestError:
     return RequestError(
-        f"asks for an .npy file, which holds one tensor, and this model answers {', '.join(names)}", "accept", code=406
+        f"asks for an .npy file, which holds one tensor, and this model answers {', '.join(names)}",
+        "accept",
+        code=406,
     )

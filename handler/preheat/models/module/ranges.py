@@ -1,8 +1,9 @@
 """Which whole numbers a module's inputs may hold, and how long its sequences may be.
 
-An index outside its table is not an error that a request could get: Inductor's loops on a CPU end the process where they run on more
-than one thread (an exception cannot leave an OpenMP region), CUDA loses its device, OpenVINO answers with zeros, and -1 reads the
-last row. So every such input needs a range, and a request is held against it before it runs.
+An index outside its table is not an error that a request could get: Inductor's loops on a CPU end
+the process where they run on more than one thread (an exception cannot leave an OpenMP region),
+CUDA loses its device, OpenVINO answers with zeros, and -1 reads the last row. So every such input
+needs a range, and a request is held against it before it runs.
 """
 
 from __future__ import annotations
@@ -16,17 +17,22 @@ from preheat.config.module import NEEDS_RANGE, ModuleConfig, is_mask
 from preheat.errors import ConfigError
 from preheat.models.module.tensors import Span
 
-_LENGTHS = {"input_ids": -1, "inputs_embeds": -2, "decoder_input_ids": -1, "decoder_inputs_embeds": -2}
+_LENGTHS = {
+    "input_ids": -1,
+    "inputs_embeds": -2,
+    "decoder_input_ids": -1,
+    "decoder_inputs_embeds": -2,
+}
 """The dimension of these inputs that is as long as the sequence."""
 _POSITIONS = ("max_position_embeddings", "max_target_positions")
 
 
 def ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dict[str, Span]:
-    """What each input may hold: what the YAML says, else what the module's transformers config does, else 0 and 1 for a mask, by which
-    some models count positions.
+    """What each input may hold: what the YAML says, else what the module's transformers config
+    does, else 0 and 1 for a mask, by which some models count positions.
 
-    Raises:
-        ConfigError: a declared input of whole numbers has no range, or one that is more than the module takes.
+    Raises: ConfigError: a declared input of whole numbers has no range, or one that is more than
+      the module takes.
     """
     own = _spans(module)
     found = own | {name: (0.0, 1.0) for name in names if is_mask(name)}
@@ -40,15 +46,25 @@ def ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dic
             found.pop(name, None)
         least, most = own.get(name, (-float("inf"), float("inf")))
         if name in found and not (least <= found[name][0] and found[name][1] <= most):
-            raise ConfigError(f"must lie within [{least:.15g}, {most:.15g}], the module's own", f"{path}.range")
+            raise ConfigError(
+                f"must lie within [{least:.15g}, {most:.15g}], the module's own", f"{path}.range"
+            )
         for key, value in (("pad", spec.pad), ("default", spec.default)):
-            if name in found and isinstance(value, float) and not found[name][0] <= value <= found[name][1]:
-                raise ConfigError(f"{value:g} is outside {path}.range, {_shown(found[name])}", f"{path}.{key}")
+            if (
+                name in found
+                and isinstance(value, float)
+                and not found[name][0] <= value <= found[name][1]
+            ):
+                raise ConfigError(
+                    f"{value:g} is outside {path}.range, {_shown(found[name])}", f"{path}.{key}"
+                )
     return {name: found[name] for name in names if name in found}
 
 
 def lengths(names: Sequence[str], module: nn.Module) -> dict[str, tuple[int, int]]:
-    """Of the inputs that are sequences: which dimension that is, and the longest that the module has positions for."""
+    """Of the inputs that are sequences: which dimension that is, and the longest that the module
+    has positions for.
+    """
     found = {}
     for name, dim in _LENGTHS.items():
         longest = _longest(module, decoder=name.startswith("decoder")) if name in names else None
@@ -65,7 +81,8 @@ def refuse_long_buckets(config: ModuleConfig, longest: Mapping[str, tuple[int, i
         sizes = config.choices.get(extent, ()) if isinstance(extent, str) else (extent,)
         if most and max(sizes, default=0) > most:
             raise ConfigError(
-                f"{max(sizes)} is more than the module has positions for, {most}", f"module.inputs.{name}"
+                f"{max(sizes)} is more than the module has positions for, {most}",
+                f"module.inputs.{name}",
             )
 
 
@@ -79,11 +96,15 @@ def _spans(module: nn.Module) -> dict[str, Span]:
         "position_ids": _setting(module, *_POSITIONS),
     }
     # A model without token types has 0 of them, and takes what the tokenizer makes: zeros.
-    return {name: (0.0, float(max(size, 1) - 1)) for name, size in sizes.items() if size is not None}
+    return {
+        name: (0.0, float(max(size, 1) - 1)) for name, size in sizes.items() if size is not None
+    }
 
 
 def _longest(module: nn.Module, *, decoder: bool) -> int | None:
-    """The positions of a sequence. RoBERTa and its kin start to count behind the padding's number, in a table that has no more rows."""
+    """The positions of a sequence. RoBERTa and its kin start to count behind the padding's number,
+    in a table that has no more rows.
+    """
     most = _setting(module, *_POSITIONS, decoder=decoder)
     if most is None:
         return None
@@ -98,7 +119,9 @@ def _longest(module: nn.Module, *, decoder: bool) -> int | None:
 
 
 def _vocabulary(module: nn.Module) -> int | None:
-    """Of a transformers module (transformers/modeling_utils.py, EmbeddingAccessMixin); those without tokens raise."""
+    """Of a transformers module (transformers/modeling_utils.py, EmbeddingAccessMixin); those
+    without tokens raise.
+    """
     find: Any = getattr(module, "get_input_embeddings", None)
     try:
         size = getattr(find(), "num_embeddings", None) if find else None
@@ -108,9 +131,13 @@ def _vocabulary(module: nn.Module) -> int | None:
 
 
 def _setting(module: nn.Module, *names: str, decoder: bool = False) -> int | None:
-    """The first of these that is in the transformers config of the module's text: its encoder's, or its decoder's."""
+    """The first of these that is in the transformers config of the module's text: its encoder's, or
+    its decoder's.
+    """
     for config in _configs(module, "decoder" if decoder else "encoder"):
-        size = next((size for name in names if type(size := getattr(config, name, None)) is int), None)
+        size = next(
+            (size for name in names if type(size := getattr(config, name, None)) is int), None
+        )
         if size is not None:
             return size
     return None

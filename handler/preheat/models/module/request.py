@@ -1,8 +1,9 @@
-"""A module's request: from whatever TorchServe hands over to one tensor an input, every limit checked once.
+"""A module's request: from whatever TorchServe hands over to one tensor an input, every limit
+checked once.
 
-The body is JSON, an .npy file, a safetensors file, an image or text, by its Content-Type or else by its first bytes; or every input
-comes by its own name (a multipart form, gRPC's input map). Each refusal names the input; trouble with the body as a whole is laid
-at `body`.
+The body is JSON, an .npy file, a safetensors file, an image or text, by its Content-Type or else by
+its first bytes; or every input comes by its own name (a multipart form, gRPC's input map). Each
+refusal names the input; trouble with the body as a whole is laid at `body`.
 """
 
 from __future__ import annotations
@@ -55,12 +56,10 @@ class Tokenizer(Protocol):
 class Reader:
     """Reads the requests of one module.
 
-    Args:
-        specs: its inputs; None where the YAML declares none: then tensors are taken as they come, for the arguments `names`.
-        bounds: how large an input may be.
-        computed: the module's dtype.
-        ranges: the least and the greatest number of an input.
-        tokenizer: None where its folder has none.
+    Args: specs: its inputs; None where the YAML declares none: then tensors are taken as they come,
+      for the arguments `names`. bounds: how large an input may be. computed: the module's dtype.
+      ranges: the least and the greatest number of an input. tokenizer: None where its folder has
+      none.
     """
 
     names: Sequence[str]
@@ -71,14 +70,20 @@ class Reader:
     ranges: Mapping[str, tensors.Span]
     tokenizer: Tokenizer | None = None
 
-    def read(self, row: object, headers: Mapping[str, str]) -> tuple[dict[str, torch.Tensor], Accept]:
-        """The request's tensors by input, each with a batch dimension of 1, and the form of the answer.
+    def read(
+        self, row: object, headers: Mapping[str, str]
+    ) -> tuple[dict[str, torch.Tensor], Accept]:
+        """The request's tensors by input, each with a batch dimension of 1, and the form of the
+        answer.
 
-        Raises:
-            RequestError: anything that is not a legal request; nothing else is raised, whatever the row holds.
+        Raises: RequestError: anything that is not a legal request; nothing else is raised, whatever
+          the row holds.
         """
         if not isinstance(row, Mapping) or not row:
-            raise RequestError("is empty; send tensors as JSON, .npy or safetensors, with their Content-Type", "body")
+            raise RequestError(
+                "is empty; send tensors as JSON, .npy or safetensors, with their Content-Type",
+                "body",
+            )
         parts = {name: in_bytes(value) for name, value in row.items()}
         accept = _accepted(parts.pop(ACCEPT, None), headers.get("accept"))
         sent: dict[str, Any] = {}
@@ -118,7 +123,9 @@ class Reader:
         return {self._only(images=False): body}
 
     def _json(self, data: bytes, name: str) -> object:
-        """The JSON in `data`, which is counted first: lists of lists take a tenth of a second a megabyte to read."""
+        """The JSON in `data`, which is counted first: lists of lists take a tenth of a second a
+        megabyte to read.
+        """
         most = self._most_numbers()
         if data.count(b",") > most + self.limits.max_text_chars:
             raise RequestError(f"holds more numbers than the {most} that this model can take", name)
@@ -155,10 +162,16 @@ class Reader:
                 raise self._unknown(name)
         if self.specs is None:
             if not sent:
-                raise RequestError(f"holds no input; this model takes {', '.join(self.names)}", "body")
-            return {name: self._input(sent[name], None, name) for name in self.names if name in sent}
+                raise RequestError(
+                    f"holds no input; this model takes {', '.join(self.names)}", "body"
+                )
+            return {
+                name: self._input(sent[name], None, name) for name in self.names if name in sent
+            }
         found = {
-            name: self._input(sent[name], spec, name) for name, spec in self.specs.items() if sent.get(name) is not None
+            name: self._input(sent[name], spec, name)
+            for name, spec in self.specs.items()
+            if sent.get(name) is not None
         }
         return self._completed(found)
 
@@ -185,7 +198,8 @@ class Reader:
                 return tensors.from_image(value, spec, name, self.limits, self.bounds)
             _refuse_pickle(value, name)
             value = self._json(value, name)
-        if isinstance(value, list):  # before a tensor, which takes seconds where it is large, is made of it
+        # before a tensor, which takes seconds where it is large, is made of it
+        if isinstance(value, list):
             shape = tensors.shape_of(value, name)
             if spec is None:
                 self.bounds.check(shape, None, name)
@@ -201,12 +215,16 @@ class Reader:
         if not isinstance(text, str):
             raise RequestError("must be text, one request each", TEXT)
         if len(text) > self.limits.max_text_chars:
-            raise RequestError(f"has {len(text)} characters, at most {self.limits.max_text_chars} are allowed", TEXT)
+            raise RequestError(
+                f"has {len(text)} characters, at most {self.limits.max_text_chars} are allowed",
+                TEXT,
+            )
         if any("\ud800" <= char <= "\udfff" for char in text):
             raise RequestError("holds half a surrogate pair, which is no text", TEXT)
         try:
             encoded = self.tokenizer(text, return_tensors="pt")
-        except BaseException as error:  # a folder's tokenizer may be anybody's code, and fail on a text in any way
+        # a folder's tokenizer may be anybody's code, and fail on a text in any way
+        except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
                 raise
             raise RequestError(f"cannot be tokenized: {type(error).__name__}", TEXT) from None
@@ -217,7 +235,9 @@ class Reader:
         return found
 
     def _completed(self, found: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """With what was left out: inputs with a default, in the size that the others have; in the order of the YAML."""
+        """With what was left out: inputs with a default, in the size that the others have; in the
+        order of the YAML.
+        """
         assert self.specs is not None
         sizes = sizes_of(found, self.specs)
         complete: dict[str, torch.Tensor] = {}
@@ -228,11 +248,22 @@ class Reader:
             if spec.default is None:
                 raise RequestError("is missing", name)
             unknown = next(
-                (extent for extent in spec.shape[1:] if isinstance(extent, str) and extent not in sizes), None
+                (
+                    extent
+                    for extent in spec.shape[1:]
+                    if isinstance(extent, str) and extent not in sizes
+                ),
+                None,
             )
             if unknown is not None:
                 raise RequestError(f"is missing, and no other input says its {unknown}", name)
-            shape = [1, *(sizes[extent] if isinstance(extent, str) else extent for extent in spec.shape[1:])]
+            shape = [
+                1,
+                *(
+                    sizes[extent] if isinstance(extent, str) else extent
+                    for extent in spec.shape[1:]
+                ),
+            ]
             self.bounds.check(shape, spec, name)
             complete[name] = torch.full(shape, spec.default, dtype=tensors.TORCH_DTYPES[spec.dtype])
         return complete
@@ -242,7 +273,8 @@ class Reader:
         known = [*self.names, *([TEXT] if self.tokenizer else [])]
         close = get_close_matches(shown, known, n=1)
         return RequestError(
-            f"is an unknown input; {f'did you mean {close[0]}?' if close else 'known: ' + ', '.join(known)}", shown
+            f"is an unknown input; {f'did you mean {close[0]}?' if close else 'known: ' + ', '.join(known)}",
+            shown,
         )
 
 
@@ -293,7 +325,8 @@ def _kind_by_content(data: bytes) -> Kind:
         return "safetensors"
     _refuse_pickle(data, "body")
     raise RequestError(
-        "is not recognised; send JSON, .npy, safetensors, an image or text, and its Content-Type", "body"
+        "is not recognised; send JSON, .npy, safetensors, an image or text, and its Content-Type",
+        "body",
     )
 
 

@@ -1,4 +1,6 @@
-"""Serves batches of strangers with any module: pads inputs into a bucket, stacks rows, and cuts each answer back to its own size."""
+"""Serves batches of strangers with any module: pads inputs into a bucket, stacks rows, and cuts
+each answer back to its own size.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,13 @@ class ModuleEngine(Batcher[Answer, Job]):
         budget: Budget | None = None,
     ) -> None:
         super().__init__(
-            routers, shapes, max_rows=max_rows, device=device, attention=attention, report=report, budget=budget
+            routers,
+            shapes,
+            max_rows=max_rows,
+            device=device,
+            attention=attention,
+            report=report,
+            budget=budget,
         )
         self._module, self._config, self._shapes = module, config, shapes
         self._choices, self._dtype = config.choices, DTYPES[config.dtype]
@@ -129,12 +137,15 @@ class ModuleEngine(Batcher[Answer, Job]):
         return answers
 
     def alone(self, job: Job) -> Answer:
-        """The job's answer as the module gives it eagerly and without padding: what a bucket's answer is compared with."""
+        """The job's answer as the module gives it eagerly and without padding: what a bucket's
+        answer is compared with.
+        """
         (answer,) = self.run([Job(job.inputs, job.sizes, None, planned_eager=True)])
         return answer
 
     def try_batches(self, one: Job, other: Job) -> None:
-        """Run one request, and two of the same bucket in the smallest batch there is for them; errors are not kept to the requests.
+        """Run one request, and two of the same bucket in the smallest batch there is for them;
+        errors are not kept to the requests.
 
         Raises:
             ConfigError: an output is no tensor of rows, one a request.
@@ -157,13 +168,20 @@ class ModuleEngine(Batcher[Answer, Job]):
 
     def _identity(self, answer: Answer) -> int:
         inputs = sorted(answer.job.inputs.items())
-        return hash(tuple((name, tensor.shape, tensor.view(torch.uint8).numpy().tobytes()) for name, tensor in inputs))
+        return hash(
+            tuple(
+                (name, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
+                for name, tensor in inputs
+            )
+        )
 
     def _too_large(self, answer: Answer) -> str:
         return f"bucket {answer.job.bucket} does not fit into memory"
 
     def _grouped(self, answers: Sequence[Answer]) -> Iterable[list[Answer]]:
-        """Whatever its size, a request may run in a larger bucket with others where padding changes nothing."""
+        """Whatever its size, a request may run in a larger bucket with others where padding changes
+        nothing.
+        """
         groups: dict[object, list[Answer]] = {}
         shared = self.padded == "rounding" and not self._shapes.invariant
         for index, answer in enumerate(answers):
@@ -197,7 +215,9 @@ class ModuleEngine(Batcher[Answer, Job]):
             answer.num_real = sum(tensor.numel() for tensor in job.inputs.values())
             answer.exact = self._exactness(answer)
             answer.outputs = {
-                name: cut_to(tensor[index : index + 1] if bucket else tensor, self._kept(name, job)).clone()
+                name: cut_to(
+                    tensor[index : index + 1] if bucket else tensor, self._kept(name, job)
+                ).clone()
                 for name, tensor in outputs.items()
             }
 
@@ -206,12 +226,22 @@ class ModuleEngine(Batcher[Answer, Job]):
             return "padded"
         return "bitwise" if self._shapes.invariant else "rounding"
 
-    def _stacked(self, name: str, jobs: Sequence[Job], bucket: Dims | None, size: int) -> torch.Tensor:
-        """One input of a run, on the device: the jobs' rows padded to the bucket, the first one repeated up to `size`."""
+    def _stacked(
+        self, name: str, jobs: Sequence[Job], bucket: Dims | None, size: int
+    ) -> torch.Tensor:
+        """One input of a run, on the device: the jobs' rows padded to the bucket, the first one
+        repeated up to `size`.
+        """
         rows = [job.inputs[name] for job in jobs]
         if bucket is not None:
             spec = self._config.inputs[name]
-            shape = [1, *(bucket[extent] if isinstance(extent, str) else extent for extent in spec.shape[1:])]
+            shape = [
+                1,
+                *(
+                    bucket[extent] if isinstance(extent, str) else extent
+                    for extent in spec.shape[1:]
+                ),
+            ]
             rows = [pad_to(row, shape, spec.pad) for row in rows]
             rows += [rows[0]] * (size - len(rows))
         stacked = torch.cat(rows) if len(rows) > 1 else rows[0]
@@ -219,7 +249,8 @@ class ModuleEngine(Batcher[Answer, Job]):
         return stacked.to(self._device, dtype)
 
     def _named(self, result: object, size: int | None) -> dict[str, torch.Tensor]:
-        """The tensors of the module's answer to `size` rows, by name, on the CPU; None: a request by itself, whatever its rows.
+        """The tensors of the module's answer to `size` rows, by name, on the CPU; None: a request
+        by itself, whatever its rows.
 
         Raises:
             ConfigError, ModuleError: it is not what can be served.
@@ -242,21 +273,31 @@ class ModuleEngine(Batcher[Answer, Job]):
         for name in wanted:
             tensor = found.get(name)
             if not isinstance(tensor, torch.Tensor):
-                raise ModuleError(f"the module returns no tensor {name!r}; it returns {', '.join(found)}")
+                raise ModuleError(
+                    f"the module returns no tensor {name!r}; it returns {', '.join(found)}"
+                )
             _check_output(name, tensor, size)
             tensors[name] = tensor.cpu()
         return tensors
 
     def _kept(self, name: str, job: Job) -> dict[int, int]:
         spec = self._config.outputs.get(name)
-        return {dim: cut.size(job.sizes) for dim, cut in spec.cuts.items()} if spec and job.bucket is not None else {}
+        return (
+            {dim: cut.size(job.sizes) for dim, cut in spec.cuts.items()}
+            if spec and job.bucket is not None
+            else {}
+        )
 
 
 def _check_output(name: str, tensor: torch.Tensor, size: int | None) -> None:
     """Rows are the requests': of anything else, one client would get what is another's."""
     path = f"module.outputs.{name}"
     if tensor.dtype not in TORCH_DTYPES.values():
-        raise ConfigError(f"is {str(tensor.dtype).removeprefix('torch.')}, which no answer can hold", path)
+        raise ConfigError(
+            f"is {str(tensor.dtype).removeprefix('torch.')}, which no answer can hold", path
+        )
     if size is not None and (tensor.dim() == 0 or tensor.shape[0] != size):
         shape = tuple(tensor.shape)
-        raise ConfigError(f"has shape {shape} for a batch of {size}; its first dimension must be the batch", path)
+        raise ConfigError(
+            f"has shape {shape} for a batch of {size}; its first dimension must be the batch", path
+        )

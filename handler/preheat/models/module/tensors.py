@@ -1,6 +1,8 @@
-"""Tensors in and out of clients' bytes: JSON lists, .npy, safetensors and images, each hostile until proven otherwise.
+"""Tensors in and out of clients' bytes: JSON lists, .npy, safetensors and images, each hostile
+until proven otherwise.
 
-Nothing here unpickles, and no header is believed about how much memory to take. Every refusal is a RequestError that names the input.
+Nothing here unpickles, and no header is believed about how much memory to take. Every refusal is a
+RequestError that names the input.
 """
 
 from __future__ import annotations
@@ -25,13 +27,25 @@ from preheat.protocol import images
 NPY_MAGIC = b"\x93NUMPY"
 TORCH_DTYPES: Mapping[str, torch.dtype] = {
     name: getattr(torch, name)
-    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+    for name in (
+        "float64",
+        "float32",
+        "float16",
+        "bfloat16",
+        "int64",
+        "int32",
+        "int16",
+        "int8",
+        "uint8",
+        "bool",
+    )
 }
 Span = tuple[float, float]
 """The least and the greatest number, both allowed."""
 _MAX_RANK = 16
 _LONGEST_NPY_HEADER = 10_000  # bytes; numpy's own limit
-_LARGEST_SIZE = 2**31 - 1  # of one dimension: beside a zero, a huge one would promise no bytes at all
+# of one dimension: beside a zero, a huge one would promise no bytes at all
+_LARGEST_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,42 +59,55 @@ class Bounds:
     max_elements: int
     """Of one input that no bucket holds."""
     lengths: Mapping[str, tuple[int, int]] = field(default_factory=dict)
-    """Input -> one of its dimensions, and the most that the module takes there, whatever `oversize` says."""
+    """Input -> one of its dimensions, and the most that the module takes there, whatever `oversize`
+    says.
+    """
 
     def most(self, spec: InputConfig) -> int:
         """Elements of one input that `check` lets through, or more."""
-        sizes = [self.largest.get(extent, 1) if isinstance(extent, str) else extent for extent in spec.shape]
+        sizes = [
+            self.largest.get(extent, 1) if isinstance(extent, str) else extent
+            for extent in spec.shape
+        ]
         return math.prod(sizes) if self.rejecting else max(math.prod(sizes), self.max_elements)
 
     def check(self, shape: Sequence[int], spec: InputConfig | None, name: str) -> None:
-        """Refuse an input of this shape, its batch dimension included; without a spec it may have any shape.
+        """Refuse an input of this shape, its batch dimension included; without a spec it may have
+        any shape.
 
         Raises:
             RequestError: it is larger than that.
         """
         dim, longest = self.lengths.get(name, (0, 0))
         if longest and len(shape) >= -dim and shape[dim] > longest:
-            raise RequestError(f"is {shape[dim]} long, and the module has positions for {longest}", name)
+            raise RequestError(
+                f"is {shape[dim]} long, and the module has positions for {longest}", name
+            )
         if spec is not None:
             named = zip(spec.shape, shape, strict=True)
             over = [
-                (each, size) for each, size in named if isinstance(each, str) and size > self.largest.get(each, size)
+                (each, size)
+                for each, size in named
+                if isinstance(each, str) and size > self.largest.get(each, size)
             ]
             if not over:
                 return
             if self.rejecting:
                 dimension, size = over[0]
-                raise RequestError(f"has {dimension} {size}, the largest bucket is {self.largest[dimension]}", name)
+                raise RequestError(
+                    f"has {dimension} {size}, the largest bucket is {self.largest[dimension]}", name
+                )
         if math.prod(shape) > self.max_elements:
-            raise RequestError(f"has {math.prod(shape)} elements, at most {self.max_elements} are allowed", name)
+            raise RequestError(
+                f"has {math.prod(shape)} elements, at most {self.max_elements} are allowed", name
+            )
 
 
 def from_list(value: object, dtype: str | None, name: str) -> torch.Tensor:
     """A number, or lists of numbers nested to one shape, as a tensor of `dtype`.
 
-    Args:
-        value: of a size that was checked: see `shape_of` and `check_shape`.
-        dtype: None where nobody says: then int64 for whole numbers, bool for truth values, else float32.
+    Args: value: of a size that was checked: see `shape_of` and `check_shape`. dtype: None where
+      nobody says: then int64 for whole numbers, bool for truth values, else float32.
 
     Raises:
         RequestError: ragged, too deep, or something in it is not of the dtype.
@@ -89,10 +116,14 @@ def from_list(value: object, dtype: str | None, name: str) -> torch.Tensor:
     numbers: list[Any] = [value]
     for depth, size in enumerate(shape):
         if set(map(type, numbers)) != {list} or set(map(len, numbers)) != {size}:
-            raise RequestError(f"is ragged: dimension {depth} is {size} in one place and not in another", name)
+            raise RequestError(
+                f"is ragged: dimension {depth} is {size} in one place and not in another", name
+            )
         numbers = list(chain.from_iterable(numbers))
     kinds = set(map(type, numbers))
-    dtype = dtype or {frozenset({bool}): "bool", frozenset({int}): "int64"}.get(frozenset(kinds), "float32")
+    dtype = dtype or {frozenset({bool}): "bool", frozenset({int}): "int64"}.get(
+        frozenset(kinds), "float32"
+    )
     allowed = {bool} if dtype == "bool" else {int} if "int" in dtype else {int, float}
     if not kinds <= allowed:
         wrong = sorted({_kind(kind) for kind in kinds - allowed})
@@ -101,7 +132,9 @@ def from_list(value: object, dtype: str | None, name: str) -> torch.Tensor:
     if "int" in dtype and numbers and not _holds(wanted, min(numbers), max(numbers)):
         raise RequestError(f"holds a number that is no {dtype}", name)
     # Of a list numpy makes an array four times as fast as torch a tensor.
-    array = np.array(numbers, np.float64 if "float" in dtype else np.int64 if "int" in dtype else np.bool_)
+    array = np.array(
+        numbers, np.float64 if "float" in dtype else np.int64 if "int" in dtype else np.bool_
+    )
     tensor = torch.from_numpy(array).to(wanted).reshape(shape)
     if not tensor.isfinite().all():  # NaN and Infinity are not JSON, and 1e300 is no float32
         raise RequestError(f"holds a number that is no {dtype}", name)
@@ -131,7 +164,13 @@ def _holds(dtype: torch.dtype, least: int, most: int) -> bool:
 
 
 def _kind(kind: type) -> str:
-    names = {int: "whole numbers", float: "fractions", bool: "true or false", str: "text", type(None): "null"}
+    names = {
+        int: "whole numbers",
+        float: "fractions",
+        bool: "true or false",
+        str: "text",
+        type(None): "null",
+    }
     return names.get(kind, "lists or objects")
 
 
@@ -146,10 +185,15 @@ def from_npy(data: bytes, name: str) -> torch.Tensor:
         version = npy.read_magic(file)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, _, dtype = read(file, max_header_size=_LONGEST_NPY_HEADER)
-    except Exception:  # noqa: BLE001  numpy parses the header as Python literals, and raises whatever that leads to
-        raise RequestError("is no .npy file that can be read: its header is corrupt", name) from None
+
+    except Exception:
+        raise RequestError(
+            "is no .npy file that can be read: its header is corrupt", name
+        ) from None
     if dtype.hasobject:
-        raise RequestError("holds pickled objects, which are refused: reading them can run code", name)
+        raise RequestError(
+            "holds pickled objects, which are refused: reading them can run code", name
+        )
     if dtype.kind not in "biuf" or len(shape) > _MAX_RANK:
         raise RequestError(f"holds {str(dtype)[:40]}, which is no tensor of numbers", name)
     # Before numpy takes memory for what the header promises.
@@ -157,7 +201,10 @@ def from_npy(data: bytes, name: str) -> torch.Tensor:
         any(not 1 <= size <= _LARGEST_SIZE for size in shape)
         or math.prod(shape) * dtype.itemsize != len(data) - file.tell()
     ):
-        raise RequestError("is empty, or is no .npy file that can be read: its size is not what its header says", name)
+        raise RequestError(
+            "is empty, or is no .npy file that can be read: its size is not what its header says",
+            name,
+        )
     array = np.load(io.BytesIO(data), allow_pickle=False)
     try:
         return torch.from_numpy(np.array(array, dtype=array.dtype.newbyteorder("="), order="C"))
@@ -173,7 +220,8 @@ def from_safetensors(data: bytes) -> dict[str, torch.Tensor]:
     """
     try:
         return safetensors.torch.load(data)
-    except BaseException as error:  # a hostile header leads the library to TypeError and OverflowError too
+    # a hostile header leads the library to TypeError and OverflowError too
+    except BaseException as error:
         if not isinstance(error, Exception) and not is_panic(error):
             raise
         reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
@@ -182,33 +230,45 @@ def from_safetensors(data: bytes) -> dict[str, torch.Tensor]:
 
 def looks_like_safetensors(data: bytes) -> bool:
     """A length, then a JSON object of that length (huggingface/safetensors, README)."""
-    return len(data) > 8 and data[8:9] == b"{" and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
+    return (
+        len(data) > 8
+        and data[8:9] == b"{"
+        and 2 <= int.from_bytes(data[:8], "little") <= len(data) - 8
+    )
 
 
-def from_image(data: bytes, spec: InputConfig, name: str, limits: ModuleLimits, bounds: Bounds) -> torch.Tensor:
+def from_image(
+    data: bytes, spec: InputConfig, name: str, limits: ModuleLimits, bounds: Bounds
+) -> torch.Tensor:
     """An image file as (1, 3, height, width): RGB in 0..1, normalised as the YAML says.
 
     Raises:
         RequestError: it cannot be read, or is over the limits.
     """
     if len(data) > limits.max_image_bytes:
-        raise RequestError(f"has {len(data)} bytes, at most {limits.max_image_bytes} are allowed", name)
+        raise RequestError(
+            f"has {len(data)} bytes, at most {limits.max_image_bytes} are allowed", name
+        )
     picture = images.decode(data, field=name, max_pixels=limits.max_image_pixels)
-    bounds.check((1, 3, picture.height, picture.width), spec, name)  # as floats it takes four times as much
+    # as floats it takes four times as much
+    bounds.check((1, 3, picture.height, picture.width), spec, name)
     pixels = torch.from_numpy(np.array(picture)).permute(2, 0, 1)  # (3, height, width)
     values = pixels.to(torch.float32) / 255
     if spec.normalize is not None:
-        mean, std = (torch.tensor(each).reshape(3, 1, 1) for each in (spec.normalize.mean, spec.normalize.std))
+        mean, std = (
+            torch.tensor(each).reshape(3, 1, 1)
+            for each in (spec.normalize.mean, spec.normalize.std)
+        )
         values = (values - mean) / std
     return values.unsqueeze(0).to(TORCH_DTYPES[spec.dtype])
 
 
 def checked(tensor: torch.Tensor, spec: InputConfig, name: str, bounds: Bounds) -> torch.Tensor:
-    """`tensor` with its leading batch dimension of 1, as `spec` wants it. Numbers are cast as those of JSON are: any to floats, whole
-    ones to other whole ones that hold them.
+    """`tensor` with its leading batch dimension of 1, as `spec` wants it. Numbers are cast as those
+    of JSON are: any to floats, whole ones to other whole ones that hold them.
 
-    Raises:
-        RequestError: wrong dtype, or a number that the dtype wanted has not; otherwise as `check_shape`.
+    Raises: RequestError: wrong dtype, or a number that the dtype wanted has not; otherwise as
+      `check_shape`.
     """
     wanted = TORCH_DTYPES[spec.dtype]
     if tensor.dtype != wanted and not _castable(tensor.dtype, wanted):
@@ -217,7 +277,9 @@ def checked(tensor: torch.Tensor, spec: InputConfig, name: str, bounds: Bounds) 
     return _cast(tensor, wanted, name).reshape(shape).contiguous()
 
 
-def check_shape(shape: Sequence[int], spec: InputConfig, name: str, bounds: Bounds) -> tuple[int, ...]:
+def check_shape(
+    shape: Sequence[int], spec: InputConfig, name: str, bounds: Bounds
+) -> tuple[int, ...]:
     """The shape with its batch dimension, which may be left out.
 
     Raises:
@@ -227,12 +289,18 @@ def check_shape(shape: Sequence[int], spec: InputConfig, name: str, bounds: Boun
     if len(shape) == len(spec.shape) - 1:
         shape = (1, *shape)
     if len(shape) != len(spec.shape):
-        raise RequestError(f"must have {len(spec.shape)} dimensions [{wanted}], got {len(shape)}", name)
+        raise RequestError(
+            f"must have {len(spec.shape)} dimensions [{wanted}], got {len(shape)}", name
+        )
     if shape[0] != 1:
-        raise RequestError(f"holds {shape[0]} rows; a request is one row, the server makes batches", name)
+        raise RequestError(
+            f"holds {shape[0]} rows; a request is one row, the server makes batches", name
+        )
     for index, (size, extent) in enumerate(zip(shape, spec.shape, strict=True)):
         if isinstance(extent, int) and size != extent:
-            raise RequestError(f"must be {extent} in dimension {index} of [{wanted}], got {size}", name)
+            raise RequestError(
+                f"must be {extent} in dimension {index} of [{wanted}], got {size}", name
+            )
         if size == 0:
             raise RequestError(f"is empty in dimension {index} of [{wanted}]", name)
     bounds.check(shape, spec, name)
@@ -287,8 +355,12 @@ def check_values(tensor: torch.Tensor, name: str, computed: torch.dtype, span: S
     """
     if not tensor.numel():
         return
-    if tensor.is_floating_point() and not (tensor.isfinite().all() and tensor.to(computed).isfinite().all()):
-        raise RequestError(f"holds a number that is not finite in {str(computed).removeprefix('torch.')}", name)
+    if tensor.is_floating_point() and not (
+        tensor.isfinite().all() and tensor.to(computed).isfinite().all()
+    ):
+        raise RequestError(
+            f"holds a number that is not finite in {str(computed).removeprefix('torch.')}", name
+        )
     if span is not None and not span[0] <= tensor.min().item() <= tensor.max().item() <= span[1]:
         raise RequestError(f"holds a number outside {span[0]:.15g}..{span[1]:.15g}", name)
 
@@ -298,7 +370,9 @@ def _dtype_name(tensor: torch.Tensor) -> str:
 
 
 def pad_to(tensor: torch.Tensor, shape: Sequence[int], pad: float | str) -> torch.Tensor:
-    """`tensor` grown at the end of each dimension to `shape`: by a number, or by its last value there (`edge`)."""
+    """`tensor` grown at the end of each dimension to `shape`: by a number, or by its last value
+    there (`edge`).
+    """
     if tuple(tensor.shape) == tuple(shape):
         return tensor
     if pad == "edge":
@@ -321,7 +395,9 @@ def cut_to(tensor: torch.Tensor, sizes: Mapping[int, int]) -> torch.Tensor:
 
 
 def json_bytes(tensor: torch.Tensor) -> int:
-    """About how long `to_lists` of it is as JSON: as long as a thousand of its numbers are on average, and a tenth more."""
+    """About how long `to_lists` of it is as JSON: as long as a thousand of its numbers are on
+    average, and a tenth more.
+    """
     if not tensor.numel():
         return 2
     flat = tensor.reshape(-1)
