@@ -162,7 +162,7 @@ def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_e
     (answer,) = ask(service, [5] * most)
     assert answer.engine == "eager" and answer.bucket == "none"
     with pytest.raises(
-        RequestError, match=f"input_ids: is {most + 1} long, .* positions for {most}"
+        RequestError, match=f"input_ids is {most + 1} long, .* positions for {most}"
     ):
         service.parse({"body": [5] * (most + 1)})
 

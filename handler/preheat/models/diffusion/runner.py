@@ -263,11 +263,11 @@ class Engine(Batcher[Answer, Row]):
         return answer.job.rows()
 
     def _kind(self, answer: Answer) -> str:
+        # Not the task: with one picture at a time in the VAE it is no more than a picture's worth.
         plan, request = answer.job.plan, answer.job.request
-        how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
-        return ", ".join(
-            [str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])]
-        )
+        guidance = "guidance" if request.guidance_scale > 1 else "no guidance"
+        eager = ["eager"] if plan.engine_hint == "eager" else []
+        return ", ".join([str(plan.bucket), guidance, *eager])
 
     def _load(self, answer: Answer, size: int) -> Load:
         request = answer.job.request
