@@ -244,7 +244,8 @@ from preheat.errors import RequestError
 from models.module.test_ranges import X, served
 
 index = {"dtype": "int64", "shape": ["batch", 4096], "range": [0, 3]}
-service = served(Path(sys.argv[1]), {"index": index, "x": {"shape": ["batch", 4096], "default": 0.0}}, "inductor")
+inputs = {"index": index, "x": {"shape": ["batch", 4096], "default": 0.0}}
+service = served(Path(sys.argv[1]), inputs, "inductor")
 if sys.argv[2] == "unchecked":
     object.__setattr__(service._work._reader, "ranges", {})
 for number in (9, -9):

@@ -53,9 +53,7 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Told of every step of a job's pictures. After an out-of-memory split their steps begin
-    anew.
-    """
+    """Told of every step of a job's pictures. After an out-of-memory split steps begin anew."""
 
     def progress(self, progress: Progress) -> None: ...
 
@@ -195,8 +193,9 @@ class Engine(Batcher[Answer, Row]):
         A side that the request leaves out comes from its image (in proportion, where the other side
         is given), else from `default`.
 
-        Raises: RequestError: an image that cannot be read, or a size that no bucket covers under
-          `oversize: reject`.
+        Raises:
+            RequestError: an image that cannot be read, or a size that no bucket covers under
+                `oversize: reject`.
         """
         image = mask = None
         if request.image is not None:
