@@ -91,7 +91,7 @@ def test_the_plan_holds_every_variant_once_and_the_largest_first(
 ) -> None:
     plan = plan_variants(buckets, sizes, [True, False], ["text-to-image", "inpainting"])
     assert len(plan) == len(set(plan)) == len(buckets) * len(sizes) * 4
-    areas = [variant.bucket.area for variant in plan]
+    areas = [variant.bucket.volume for variant in plan]
     assert areas == sorted(areas, reverse=True)
     assert plan[0].batch_size == max(sizes) and plan[0].guidance
 

@@ -381,7 +381,7 @@ def test_a_model_that_cannot_be_served_says_why(
         start(models / "flux", shapes={"buckets": [[64, 40]]})
     with pytest.raises(PipelineError, match="no module 'transformer'"):
         start(models / "sdxl", pt2={"targets": ["transformer"]})
-    with pytest.raises(ConfigError, match="pipeline.path: the archive holds no model"):
+    with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
     with pytest.raises(PipelineError, match="no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})

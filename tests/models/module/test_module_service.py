@@ -33,7 +33,7 @@ from preheat.models import tiny
 from preheat.models.module import tensors
 from preheat.models.module.model import ModuleWork
 from preheat.models.module.runner import Answer
-from preheat.status import StatusFile, bucket_name
+from preheat.status import StatusFile
 from preheat.user_code import imported_from
 from preheat.worker.worker import Service
 
@@ -181,7 +181,7 @@ def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
     (written,) = worker_status.read_statuses(tmp_path)
     assert len(steps) == written.total == 2 * len(written.buckets)
     for bucket, _, _, seconds in written.buckets:
-        rows = [row for row in service.state.buckets if bucket_name(row) == bucket]
+        rows = [row for row in service.state.buckets if row["bucket"] == bucket]
         assert sum(row["warm_seconds"] for row in rows) == pytest.approx(
             seconds, abs=0.002 * len(rows)
         )

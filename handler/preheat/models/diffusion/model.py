@@ -189,7 +189,7 @@ class PipelineWork:
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
             self._config.pipeline.limits,
-            max(bucket.area for bucket in self.shapes.buckets),
+            max(bucket.volume for bucket in self.shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
@@ -236,7 +236,7 @@ class PipelineWork:
         dropped = self._dropped(request)
         job = replace(self._prepare(request, deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.area for bucket in self.shapes.buckets)
+        least_area = min(bucket.volume for bucket in self.shapes.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -301,7 +301,7 @@ def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> Shapes
                 )
         if (
             max(bucket.height, bucket.width) > limits.max_side
-            or bucket.area > limits.max_image_pixels
+            or bucket.volume > limits.max_image_pixels
         ):
             raise ConfigError(
                 f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "

@@ -218,9 +218,7 @@ class Engine(Batcher[Answer, Row]):
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
             own = self._own_size(height, width)
-            if shapes.strategy == "exact" or any(
-                bucket.covers(own.height, own.width) for bucket in shapes.buckets
-            ):
+            if shapes.strategy == "exact" or any(bucket.covers(own) for bucket in shapes.buckets):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
             height,
@@ -271,7 +269,7 @@ class Engine(Batcher[Answer, Row]):
     def _load(self, answer: Answer, size: int) -> Load:
         request = answer.job.request
         rows = size * (2 if self._doubles and request.guidance_scale > 1 else 1)
-        return Load(answer.job.plan.bucket.area, rows, size, request.num_run_steps)
+        return Load(answer.job.plan.bucket.volume, rows, size, request.num_run_steps)
 
     def _identity(self, answer: Answer) -> int:
         # a seed that the client left out is drawn anew
