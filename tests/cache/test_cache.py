@@ -285,11 +285,8 @@ def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
     dead, longer, elsewhere = (
         base / f"preheat-inductor-{name}@x" for name in (node, f"{node}-2", "another")
     )
-    for folder in (
-        dead,
-        longer,
-        elsewhere,
-    ):  # workers of other machines may live: on a network their locks may not be seen
+    # workers of other machines may live: on a network their locks may not be seen
+    for folder in (dead, longer, elsewhere):
         folder.mkdir()
         (folder / "owner.lock").touch()
     (base / f"preheat-inductor-{node}@link").symlink_to(base)
