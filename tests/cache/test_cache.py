@@ -120,7 +120,7 @@ import os, sys
 from pathlib import Path
 import torch
 import cold_worker
-from preheat.cache import load_inductor_cache
+from preheat.cache.shared import load_inductor_cache
 
 torch.set_num_threads(1)
 digest = load_inductor_cache("tiny", cold_worker.cache(Path(sys.argv[1])))
