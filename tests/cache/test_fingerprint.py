@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 PRINT = """
 import sys
 import torch
-from preheat.config import PipelineConfig
+from preheat.config.model import PipelineConfig
 from preheat.cache.fingerprint import fingerprint
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 cpu = torch.device("cpu")
@@ -144,7 +144,7 @@ def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 PLACE = """
 from pathlib import Path
-from preheat.cache import SharedCache
+from preheat.cache.shared import SharedCache
 from preheat.cache.trust import Trust
 
 print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)

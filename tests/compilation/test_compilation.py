@@ -176,9 +176,8 @@ def test_a_module_that_compiles_to_nothing_is_found_out(watch: CompileWatch) -> 
     module, router = compiled(watch, Opaque())
     module(sample(1, 4, 8, 8))
     (route,) = router.routes.values()
-    said = (
-        "missing 1 required" if torch.__version__.startswith("2.8.") else "no graph"
-    )  # 2.8 loses `self` of such a method
+    # 2.8 loses `self` of such a method
+    said = "missing 1 required" if torch.__version__.startswith("2.8.") else "no graph"
     assert route.engine == "eager" and said in str(route.reason)
 
 
