@@ -13,7 +13,7 @@ from torch import nn
 from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.warmup import Size, Warmable
-from preheat.config.model import ShapesConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import RunReport
 from preheat.protocol.responses import Response
 

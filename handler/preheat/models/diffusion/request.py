@@ -27,7 +27,7 @@ from preheat.protocol.json_text import (
 )
 
 if TYPE_CHECKING:
-    from preheat.config.model import DefaultsConfig, Guidance, LimitsConfig, Task
+    from preheat.config.diffusion import DefaultsConfig, Guidance, LimitsConfig, Task
 
 ResponseFormat = Literal["image", "b64_json"]
 T = TypeVar("T")

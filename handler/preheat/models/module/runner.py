@@ -13,8 +13,8 @@ from torch import nn
 
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.model import ShapesConfig
 from preheat.config.module import ModuleConfig, OutputConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.dims import Dims, covering, joined
 from preheat.errors import ConfigError, ModuleError
