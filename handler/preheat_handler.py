@@ -51,8 +51,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def initialize(self, context: Any) -> None:
         """Load, compile, warm and prove; TorchServe shows READY when this returns.
 
-        Raises: SystemExit: the model cannot be served as its YAML says, and the log has the reason;
-          TorchServe tries again.
+        Raises:
+            SystemExit: the model cannot be served as its YAML says, and the log has the reason;
+                TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
         properties = {
@@ -197,7 +198,5 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return False
 
     def _is_explain(self) -> bool:
-        """Never: an `explain` header would send the whole batch down a road that no pipeline
-        has.
-        """
+        """Never: an `explain` header would send the whole batch down a road no pipeline has."""
         return False

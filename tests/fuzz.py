@@ -118,7 +118,10 @@ class Finding:
             said
             or f"{sent.protocol} { ({name: _short(value) for name, value in sent.fields.items()}) }"
         )
-        return f"{self.fault} [{sent.kind}]\n  sent {said}\n  got {self.got.status} {_short(self.got.body, 300)}"
+        return (
+            f"{self.fault} [{sent.kind}]\n  sent {said}\n  got {self.got.status} "
+            f"{_short(self.got.body, 300)}"
+        )
 
 
 @dataclass(slots=True)
@@ -489,7 +492,8 @@ def main(
         f"  legal requests in between: {tally.num_probes}, answered wrong: {tally.num_wrong_probes}"
     )
     print(
-        f"  same worker throughout: {same_worker}; compiles since READY: {state['compiles_since_ready']}"
+        f"  same worker throughout: {same_worker}; compiles since READY: "
+        f"{state['compiles_since_ready']}"
     )
     print(f"  findings: {len(tally.findings)}")
     for finding, again in zip(smallest(tally.findings), alone, strict=True):

@@ -241,7 +241,8 @@ def test_a_waiter_takes_over_from_a_writer_that_is_killed(
     share = place.share("key")
     share.prepare()
     code = (
-        "import sys, time; from pathlib import Path; from preheat.cache.store import Share; from preheat.cache.trust import Trust;"
+        "import sys, time; from pathlib import Path; from preheat.cache.store import Share; from "
+        "preheat.cache.trust import Trust;"
         "share = Share(Path(sys.argv[1]), sys.argv[2], Trust('owner'), 1 << 30);"
         "lock, _ = share.lock(); share.mark(); print('compiling', flush=True); time.sleep(600)"
     )
@@ -324,7 +325,8 @@ def test_the_folder_of_a_worker_that_was_killed_goes_with_the_next_start(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import os, signal; from preheat.cache.scratch import own_folder; print(own_folder('inductor'), flush=True);"
+        "import os, signal; from preheat.cache.scratch import own_folder; "
+        "print(own_folder('inductor'), flush=True);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(base)}

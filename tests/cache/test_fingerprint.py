@@ -85,8 +85,14 @@ def test_no_address_no_place_and_no_order_of_a_set_is_in_it() -> None:
     }
 
 
-OLD = "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle rtm pti"
-NEW = "avx512f rdpid fpu ibrs ibpb stibp ssbd md_clear its_no cmov avx512_vnni sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c amx_tile abm"
+OLD = (
+    "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle "
+    "rtm pti"
+)
+NEW = (
+    "avx512f rdpid fpu ibrs ibpb stibp ssbd md_clear its_no cmov avx512_vnni sse2 pni ssse3 sse4_2 "
+    "avx2 fma bmi1 bmi2 f16c amx_tile abm"
+)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, folder: Path, flags: str, name: str = "flags") -> str:

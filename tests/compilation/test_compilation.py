@@ -221,7 +221,7 @@ def test_without_a_compiler_everything_is_eager_and_says_so(
 
 
 def test_regional_scope_needs_repeated_blocks(watch: CompileWatch) -> None:
-    with pytest.raises(ConfigError, match="pt2.scope"):
+    with pytest.raises(ConfigError, match=r"pt2\.scope"):
         compiled(watch, scope="regional")
 
 

@@ -132,6 +132,7 @@ def test_after_ready_no_size_compiles_anything(served: Served) -> None:
 def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> None:
     data = yaml.safe_load(CONFIG.read_text())
     data["pt2"]["compile"]["enable"] = False
+    data["pipeline"]["path"] = "."  # as an archive has it: tiny:sdxl is made before there is one
     eager = Service(
         ModelConfig.parse(data),
         tiny_sdxl.parent,

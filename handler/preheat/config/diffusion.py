@@ -80,8 +80,7 @@ class PipelineConfig(FamilyConfig):
     fills: ClassVar[str] = "only num_images"
 
     path: Text = "."
-    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See
-    operations.md.
+    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md.
     """
     dtype: Dtype = "float32"
     """Of weights and computation.
@@ -133,7 +132,8 @@ class PipelineConfig(FamilyConfig):
             )
         if scale > self.limits.max_guidance_scale:
             raise ConfigError(
-                f"{scale} is over pipeline.limits.max_guidance_scale ({self.limits.max_guidance_scale})",
+                f"{scale} is over pipeline.limits.max_guidance_scale "
+                f"({self.limits.max_guidance_scale})",
                 "pipeline.defaults.guidance_scale",
             )
         if self.guidance != "both" and (scale > 1) != (self.guidance == "on"):

@@ -25,9 +25,11 @@ from preheat.errors import ConfigError
 
 FamilyT = TypeVar("FamilyT", bound=FamilyConfig)
 SERVING_MODES: dict[str, str] = {
-    "continuousBatching": "it will be a language model's; batchSize and maxBatchDelay make batches here",
+    "continuousBatching": "it will be a language model's; batchSize and maxBatchDelay make "
+    "batches here",
     "sequenceBatching": "requests here have no memory of each other; leave it out",
-    "asyncCommunication": "a batch is answered as one here; batchSize and maxBatchDelay make batches",
+    "asyncCommunication": "a batch is answered as one here; batchSize and maxBatchDelay make "
+    "batches",
     "parallelType": "each worker holds the whole model on one GPU; for more GPUs, minWorkers",
     "torchrun": "each worker is one process on one GPU; for more GPUs, minWorkers",
 }
@@ -168,12 +170,20 @@ class ModelConfig(Section):
         sizes = (max(shapes.batch_sizes),) if shapes.invariant else shapes.batch_sizes
         path = "pt2.shapes.batch_sizes"
         if max(sizes) < most:
-            yield f"{path}: a batch of {most} requests (batchSize) is split into runs of {max(sizes)}"
+            yield (
+                f"{path}: a batch of {most} requests (batchSize) is split into runs of {max(sizes)}"
+            )
         if min(sizes) > most:
-            yield f"{path}: every run is filled up to {min(sizes)} rows, and a batch has {most} requests at most (batchSize)"
+            yield (
+                f"{path}: every run is filled up to {min(sizes)} rows, and a batch has {most} "
+                "requests at most (batchSize)"
+            )
         elif max(sizes) > most:
             filled = f"{self.family.fills} fills"
-            yield f"{path}: {filled} runs of {max(sizes)}, since batches are of {most} requests at most (batchSize)"
+            yield (
+                f"{path}: {filled} runs of {max(sizes)}, since batches are of {most} requests at "
+                "most (batchSize)"
+            )
 
     @model_validator(mode="after")
     def _one_family(self) -> ModelConfig:
@@ -217,8 +227,9 @@ class ModelConfig(Section):
         """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes
         from it).
 
-        Args: ours: read it as a YAML that names what it serves, even if it does not; see
-          `pt2_forms.normalized`.
+        Args:
+            ours: read it as a YAML that names what it serves, even if it does not; see
+                `pt2_forms.normalized`.
 
         Raises:
             ConfigError: an unknown key or a wrong value, with its YAML path.
@@ -237,7 +248,8 @@ class ModelConfig(Section):
     def load(cls, path: Path, *, ours: bool = False) -> ModelConfig:
         """The config in the YAML file at `path`; see `parse`.
 
-        Raises: ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key
-          twice, or a wrong value.
+        Raises:
+            ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key
+                twice, or a wrong value.
         """
         return cls.parse(read_yaml(path), ours=ours)

@@ -101,7 +101,8 @@ class CacheConfig(Section):
     def _absolute(cls, shared: str | None) -> str | None:
         if shared is not None and not Path(shared).is_absolute():
             raise ConfigError(
-                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; use an absolute path",
+                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; "
+                "use an absolute path",
                 "pt2.cache.shared",
             )
         return shared
@@ -170,7 +171,8 @@ class Pt2Config(Section):
         """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
         reasons = {
             "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
-            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models for; use buckets or fixed",
+            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models "
+            "for; use buckets or fixed",
             "pt2.scope": self.scope == "regional"
             and "OpenVINO takes whole targets; use scope: full",
             "pt2.attention": self.attention != "default"
@@ -187,12 +189,14 @@ class Pt2Config(Section):
     def _export_needs_buckets(self) -> Pt2Config:
         if self.export.aot_compile and self.shapes.strategy in ("dynamic", "exact"):
             raise ConfigError(
-                f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; use buckets or fixed",
+                f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; "
+                "use buckets or fixed",
                 "pt2.export.aot_compile",
             )
         if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):
             raise ConfigError(
-                "freezes weights into the code, and packages compiled ahead of time hold none; leave it out",
+                "freezes weights into the code, and packages compiled ahead of time hold none; "
+                "leave it out",
                 "pt2.compile.options.freezing",
             )
         return self
@@ -216,7 +220,8 @@ class Pt2Config(Section):
                 or not path.stem.isidentifier()
             ):
                 raise ConfigError(
-                    f"{name!r} is no Python file of the archive; use a relative path such as my_ops.py",
+                    f"{name!r} is no Python file of the archive; use a relative path such as "
+                    "my_ops.py",
                     f"pt2.import[{index}]",
                 )
         return files
