@@ -13,6 +13,7 @@ OUT ?= .preheat/archives
 FORMAT ?= zip-store
 EXTERNAL ?=
 AOT ?=
+WATCH ?=
 WAIT ?= 1800
 PROFILE ?= tiny
 CSV ?=
@@ -39,7 +40,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz serve ready status stop archive bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -82,6 +83,9 @@ serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub i
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)
+
+status: $(STAMP) ## show workers, queue, restarts and what serves each bucket: [NAME=] [WATCH=1]
+	$(BIN)/preheat status $(NAME_OPTION) $(if $(WATCH),--watch)
 
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)

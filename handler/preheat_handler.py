@@ -60,6 +60,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
         }
         self.metrics = Metrics(self._emit)
+        self.metrics.start()
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
@@ -93,6 +94,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         nothing.
         """
         self.service.begin_call()
+        self._arrivals: list[float] = []
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 
@@ -116,6 +118,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             # and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
+        self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
@@ -137,6 +140,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         # the headers it keeps a dict for each multipart field. A gRPC call has none.
         sent = self.context.get_all_request_header(index)
         headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+        self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.
