@@ -122,12 +122,9 @@ def archive(
     ] = False,
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
-    from preheat.torchserve.archive import build_archive, is_archive
+    from preheat.torchserve.archive import build_archive
 
-    if is_archive(config):
-        raise PreheatError(
-            f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}"
-        )
+    _refuse_archive(config)
     place = _model(config, model)
     print(
         build_archive(
@@ -139,6 +136,22 @@ def archive(
             aot=aot,
         )
     )
+
+
+@app.command()
+def check(config: Config, model: Model = None) -> None:
+    """Verify what `serve` would, and start nothing: exit 1 with the reason if it would refuse."""
+    from preheat.cli.check import summary
+    from preheat.config.places import TINY_PREFIX
+    from preheat.torchserve.archive import packaged_place, verify
+
+    _refuse_archive(config)
+    loaded, place = verify(config), _named(config, model)
+    if place is None or not place.startswith(TINY_PREFIX):
+        packaged_place(loaded, place, external=True)
+    for warning in loaded.warnings:
+        typer.secho(warning, fg=typer.colors.YELLOW)
+    print(f"{config.stem} can be served: {summary(loaded, place)}")
 
 
 @app.command()
@@ -198,12 +211,10 @@ def status(
     Asks the management API's list and the workers' status files, so it waits for no worker; what a
     batch under way has done shows at its end. Exit 1 where the server does not answer.
     """
-    from rich.console import Console
-
-    from preheat.cli.status import draw
+    from preheat.cli.status import show
     from preheat.torchserve import overview, readiness
 
-    asked, console = _Asked.of(management, name, model, token_file), Console()
+    asked = _Asked.of(management, name, model, token_file)
     server = readiness.Management(asked.url, asked.token)
     with suppress(KeyboardInterrupt):
         while True:
@@ -218,9 +229,7 @@ def status(
                     document = {"models": [dataclasses.asdict(view) for view in views]}
                     print(json.dumps(document), flush=True)
                 else:
-                    if watch:
-                        console.clear()
-                    console.print(draw(views))
+                    show(views, anew=watch)
             if not watch:
                 return
             time.sleep(1)
@@ -346,9 +355,30 @@ def _checked(name: str) -> str:
     return name
 
 
+def _refuse_archive(config: Path) -> None:
+    from preheat.torchserve.archive import is_archive
+
+    if is_archive(config):
+        raise PreheatError(
+            f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}"
+        )
+
+
 def _model(config: Path, model: str | None) -> str | None:
-    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a
-    factory makes it.
+    """`_named`, where a tiny model is the folder that it has been made in."""
+    from preheat.cli.demo import tiny_model
+    from preheat.config.places import TINY_PREFIX
+
+    named = _named(config, model)
+    if named is None or not named.startswith(TINY_PREFIX):
+        return named
+    print(f"{named}: a small model with random weights, to try things with", file=sys.stderr)
+    return str(tiny_model(named.removeprefix(TINY_PREFIX), STATE / "models"))
+
+
+def _named(config: Path, model: str | None) -> str | None:
+    """The model to package: a folder that is one, a hub id, or `tiny:` and a family; as given, else
+    as the YAML says. None where a factory makes it.
     """
     from preheat.config.model import ModelConfig
     from preheat.config.places import Family, folder_or_hub_id, tiny_name
@@ -362,24 +392,21 @@ def _model(config: Path, model: str | None) -> str | None:
     if given is None:
         tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
         raise PreheatError(
-            f"{config} does not say where its model lies: give --model (make: MODEL=) or write {family}.path, "
-            f"either way a folder or a hub id; {tiny} is a small one with random weights"
+            f"{config} does not say where its model lies: give --model (make: MODEL=) or write "
+            f"{family}.path, either way a folder or a hub id; "
+            f"{tiny} is a small one with random weights"
         )
     try:
-        tiny_family = tiny_name(given, family)
-        if tiny_family is None:
-            place = folder_or_hub_id(given, Path() if model else config.parent, family)
-            if isinstance(place, str):
-                print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
-            return str(place)
+        if tiny_name(given, family) is not None:
+            return given
+        place = folder_or_hub_id(given, Path() if model else config.parent, family)
     except ConfigError as error:
         if model is None:
             raise
         raise PreheatError(f"--model: {error.message}") from None
-    from preheat.cli.demo import tiny_model
-
-    print(f"{given}: a small model with random weights, to try things with", file=sys.stderr)
-    return str(tiny_model(tiny_family, STATE / "models"))
+    if isinstance(place, str):
+        print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
+    return str(place)
 
 
 @dataclasses.dataclass(frozen=True)

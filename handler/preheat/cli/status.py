@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from rich.box import SIMPLE
-from rich.console import Group, RenderableType
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -13,9 +13,13 @@ from preheat.torchserve.overview import BucketView, ModelView, WorkerView
 from preheat.torchserve.readiness import READY
 
 
-def draw(models: Sequence[ModelView]) -> RenderableType:
-    """A line, the workers and the buckets of each model."""
-    return Group(*(part for model in models for part in _model(model)))
+def show(models: Sequence[ModelView], *, anew: bool) -> None:
+    """A line, the workers and the buckets of each model; `anew`: on an empty screen."""
+    console = Console()
+    if anew:
+        console.clear()
+    for model in models:
+        console.print(*_model(model), sep="\n")
 
 
 def _model(model: ModelView) -> Iterator[RenderableType]:

@@ -103,6 +103,8 @@ def _model(described: Mapping[str, Any], statuses: Sequence[Status]) -> ModelVie
 
 def _worker(worker: Mapping[str, Any], status: Status | None) -> WorkerView:
     ready, pid = worker["status"] == READY, worker.get("pid") or 0
+    if status is not None and not status.alive:
+        status = None  # TorchServe has not noticed yet, or starts the next one
     served = status.served if status is not None else {}
     return WorkerView(
         id=str(worker.get("id", "")),
