@@ -113,7 +113,7 @@ class Status(NamedTuple):
         """Of the buckets, once they are served."""
         rows: dict[str, list[Mapping[str, Any]]] = {}
         for row in self.served.get("buckets", ()):
-            rows.setdefault(bucket_name(row), []).append(row)
+            rows.setdefault(row["bucket"], []).append(row)
         return tuple(Engine(bucket, _engine(own), _reason(own)) for bucket, own in rows.items())
 
     @property
@@ -198,12 +198,3 @@ def _engine(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return ", ".join(f"{target} {text}" for target, text in texts.items())
-
-
-def bucket_name(row: Mapping[str, Any]) -> str:
-    """The bucket of a row of the state, as headers and metrics name it."""
-    if "bucket" in row:
-        return str(row["bucket"])
-    if "dims" in row:
-        return " ".join(f"{name}={size}" for name, size in row["dims"].items()) or "fixed"
-    return f"{row['height']}x{row['width']}"

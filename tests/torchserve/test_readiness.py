@@ -139,7 +139,7 @@ def status(
     engines: Sequence[Engine] = (),
 ) -> worker_status.Status:
     rows = [
-        {"dims": {}, "bucket": bucket, "target": "unet", "engine": engine, "reason": reason}
+        {"bucket": bucket, "target": "unet", "engine": engine, "reason": reason}
         for bucket, engine, reason in engines
     ]
     return worker_status.Status(
@@ -225,11 +225,11 @@ def test_engines_are_told_once_for_workers_that_agree_with_a_warning_where_one_f
 
 
 def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None:
-    row = {"height": 64, "width": 64, "target": "unet", "engine": "compiled", "reason": ""}
+    row = {"bucket": "64x64", "target": "unet", "engine": "compiled", "reason": ""}
     file = StatusFile(str(tmp_path), "fox")
     file.plan({"64x64": 1, "64x96": 1})
     file.step("64x64", 1.25)
-    wide = {**row, "width": 96}
+    wide = {**row, "bucket": "64x96"}
     eager = {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}
     file.serve({"state": "hot", "buckets": [row, wide, eager], "requests": 0})
     (read,) = worker_status.read_statuses(tmp_path)
@@ -325,7 +325,10 @@ def run_ready(
     *arguments: str, cwd: Path, command: str = "ready"
 ) -> subprocess.CompletedProcess[str]:
     """The command as a probe runs it; the last line on stderr is what it imported."""
-    code = "import sys\nfrom preheat.cli.app import main\ntry: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys\nfrom preheat.cli.app import main\ntry: main()\n"
+        "finally: print(*sorted(sys.modules), file=sys.stderr)"
+    )
     return subprocess.run(
         [sys.executable, "-c", code, command, *arguments],
         cwd=cwd,
@@ -338,7 +341,11 @@ def run_ready(
 
 def test_the_command_waits_for_a_server_that_was_not_started_here(tmp_path: Path) -> None:
     """As in a pod: no record of a server, and TorchServe's default address."""
-    code = "from preheat.cli import app; from preheat.torchserve import readiness; readiness.wait = lambda *args, **kwargs: exit('waits {seconds}'.format(**kwargs)); app.main()"
+    code = (
+        "from preheat.cli import app; from preheat.torchserve import readiness; "
+        "readiness.wait = lambda *args, **kwargs: exit('waits {seconds}'.format(**kwargs)); "
+        "app.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "ready", "--wait", "7"],
         cwd=tmp_path,
@@ -368,7 +375,7 @@ def test_the_command_shows_the_engines_of_the_server_that_it_knows(
     record(tmp_path, "fox", management, ["fox"], status_dir=str(tmp_path / "status"))
     file = StatusFile(str(tmp_path / "status"), "fox")
     file.plan({"64x64": 1})
-    row = {"height": 64, "width": 64, "target": "unet", "engine": "eager", "reason": "no g++"}
+    row = {"bucket": "64x64", "target": "unet", "engine": "eager", "reason": "no g++"}
     file.serve({"state": "hot", "buckets": [row]})
     lines = run_ready(cwd=tmp_path).stdout.splitlines()
     assert (
@@ -436,8 +443,7 @@ SERVED = {
     "padding": {"max_error": 0.01, "exact": "padded"},
     "buckets": [
         {
-            "height": 64,
-            "width": 64,
+            "bucket": "64x64",
             "batch_size": 1,
             "target": "unet",
             "engine": "eager",

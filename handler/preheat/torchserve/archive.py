@@ -62,8 +62,8 @@ def build_archive(
     """
     if archive_format not in get_args(ArchiveFormat):
         raise ArchiveError(
-            f"unknown archive format {archive_format!r}: "
-            f"one of {', '.join(get_args(ArchiveFormat))}"
+            f"unknown archive format {archive_format!r}: one of "
+            f"{', '.join(get_args(ArchiveFormat))}"
         )
     loaded = verify(config)
     for warning in loaded.warnings:
@@ -107,8 +107,8 @@ def verify(config: Path) -> ModelConfig:
     loaded = ModelConfig.load(config, ours=True)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", config.stem):
         raise ArchiveError(
-            f"{config.name}: the file's stem becomes the model's name; "
-            "use letters, digits, '-' and '_'"
+            f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' "
+            "and '_'"
         )
     for name in _code(loaded, config.parent):
         if not (config.parent / name).exists():
@@ -130,7 +130,8 @@ def packaged_place(loaded: ModelConfig, model: str | Path | None, *, external: b
         return None
     if model is None:
         raise ArchiveError(
-            "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
+            "no model folder is given; for a --model-file use torch-model-archiver (README, Any "
+            "other module)"
         )
     try:
         folder = folder_or_hub_id(
@@ -143,7 +144,8 @@ def packaged_place(loaded: ModelConfig, model: str | Path | None, *, external: b
         return str(folder.resolve()) if external else "."
     if not external:
         raise ArchiveError(
-            f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)"
+            f"no such folder: {model}. If it is a hub id, its weights can only stay outside "
+            "(external)"
         )
     return folder
 
@@ -153,7 +155,8 @@ def _check_weights(folder: Path) -> None:
     for path in files:
         if path.suffix.lower() in PICKLED:
             raise ArchiveError(
-                f"{path}: pickled weights can run code when they are read; convert them to safetensors or delete the file"
+                f"{path}: pickled weights can run code when they are read; convert them to "
+                "safetensors or delete the file"
             )
     if not any(path.suffix == ".safetensors" for path in files):
         raise ArchiveError(f"{folder} holds no safetensors weights")

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from preheat.status import Status, bucket_name
+from preheat.status import Status
 from preheat.torchserve.readiness import READY, Management, count_restarts, doing, wanted_workers
 
 
@@ -122,7 +122,7 @@ def _worker(worker: Mapping[str, Any], status: Status | None) -> WorkerView:
 
 def _bucket(row: Mapping[str, Any]) -> BucketView:
     return BucketView(
-        bucket=bucket_name(row),
+        bucket=row["bucket"],
         batch_size=row["batch_size"],
         target=row["target"],
         engine=row["engine"],

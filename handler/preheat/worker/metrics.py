@@ -17,7 +17,6 @@ from typing import Any, Protocol, TypeAlias
 
 from preheat.models.batching import RunReport
 from preheat.protocol.responses import Response
-from preheat.status import bucket_name
 from preheat.worker.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -118,7 +117,7 @@ class Metrics:
         for bucket in self._buckets:
             self._announce(bucket)
         # The rows of several targets in one bucket and batch size share the time of their warm-up.
-        distinct = {(bucket_name(row), row["batch_size"]): row for row in state.buckets}
+        distinct = {(row["bucket"], row["batch_size"]): row for row in state.buckets}
         seconds: Counter[tuple[str, str]] = Counter()
         for (bucket, _), row in distinct.items():
             seconds[bucket, row["cache"]] += row["warm_seconds"]
