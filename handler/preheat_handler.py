@@ -61,6 +61,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
         }
         self.metrics = Metrics(self._emit)
+        self.metrics.start()
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
@@ -94,6 +95,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         nothing.
         """
         self.service.begin_call()
+        self._arrivals: list[float] = []
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 
@@ -117,6 +119,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             # and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
+        self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
@@ -135,6 +138,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
         headers = self._headers(index)
+        self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.

@@ -119,7 +119,7 @@ class Service:
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        status.finish(phase, self.state.buckets)
+        status.serve(self.state.document()["preheat"])
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -160,6 +160,7 @@ class Service:
                 self._metrics.failed(answer.error.code)
                 self.state.put_off += isinstance(answer.error, PutOff)
         self._metrics.state(self.current_state())
+        self._status.serve(self.state.document()["preheat"])
         return answers
 
     def respond(self, answers: Sequence[Any]) -> list[Response]:
