@@ -19,6 +19,7 @@ from preheat.device import (
     cuda_unasked,
     is_out_of_memory,
     keep_freed_memory,
+    num_gpus,
     pick_device,
     see_one_gpu,
     share_cpu,
@@ -56,6 +57,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
+        gpus = num_gpus()
         properties = {
             **context.system_properties,
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
@@ -68,7 +70,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             config = self._config()
             self.device = pick_device(properties.get("gpu_id"), config.deviceType)
             use_tensor_cores(self.device)
-            share_cpu(config.minWorkers)
+            share_cpu(config.minWorkers, gpus if self.device.type == "cuda" else 0)
             if self.device.type == "cpu":
                 keep_freed_memory()
             self.service = Service(

@@ -156,7 +156,7 @@ class PipelineWork:
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
-        return _timing(time.perf_counter() - began, told[1:])
+        return _timing(time.perf_counter() - began, told[1:], self._pipeline.order)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -275,13 +275,13 @@ class PipelineWork:
         ]
 
 
-def _timing(seconds: float, ended: Sequence[float]) -> Timing:
+def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:
     """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
     about the first one does not.
     """
     if len(ended) < 2:
         return Timing(seconds, 0.0)
-    per_step = ended[-1] - ended[-2]
+    per_step = order * (ended[-1] - ended[-2])  # the last one is a single call, whatever the order
     return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 

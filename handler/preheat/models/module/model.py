@@ -169,22 +169,26 @@ class ModuleWork:
             )
 
     def _try_ranges(self, smallest: Mapping[str, int]) -> None:
-        """Run the least and the greatest number of every range eagerly, where an index outside its
-        table is an error like any other.
+        """Run the ends of every range eagerly, where an index outside its table is an error like
+        any other.
 
         Raises:
             ConfigError: the module fails on one.
         """
         base = self._prepared(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in self._reader.ranges[name] if spec.is_index else ():
+            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
                 changed = base.inputs[name].clone()
                 changed.view(-1)[0] = int(number)
-                answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
-                if answer.error is not None:
+                job = replace(base, inputs={**base.inputs, name: changed})
+                path = f"module.inputs.{name}.range"
+                try:
+                    error = self._engine.alone(job).error
+                except SystemExit as lost:  # CUDA asserts on the device, which is lost with it
+                    raise ConfigError(f"{number:.15g} is not what it takes", path) from lost
+                if error is not None:
                     raise ConfigError(
-                        f"{number:.15g} is more than it takes: {answer.error}",
-                        f"module.inputs.{name}.range",
+                        f"{number:.15g} is not what it takes in its smallest bucket: {error}", path
                     )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
@@ -290,6 +294,12 @@ class ModuleWork:
         job = self._engine.prepare(inputs, accept, deadline)
         known = self._own.inputs or self._reader.ranges
         unbounded = any(_is_index(tensor) and name not in known for name, tensor in inputs.items())
+        if unbounded and self._device.type == "cuda":
+            raise RequestError(
+                "holds whole numbers of unknown range, and one outside its table would cost the "
+                "GPU; declare module.inputs in the YAML",
+                "body",
+            )
         return replace(job, planned_eager=True) if unbounded else job
 
     def run(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -400,6 +410,13 @@ def _bounds(
     lengths = ranges.lengths(names, module)
     ranges.refuse_long_buckets(config, lengths)
     return tensors.Bounds(largest, rejecting, config.limits.max_elements, lengths)
+
+
+def _tried(span: tensors.Span) -> list[float]:
+    """Its ends and what is next to them and to 0: a range may begin with an `ignore_index`."""
+    least, most = span
+    near = {least, least + 1, -1.0, 0.0, most - 1, most}
+    return sorted(number for number in near if least <= number <= most)
 
 
 def _is_index(tensor: torch.Tensor) -> bool:
