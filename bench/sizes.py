@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
-from preheat.buckets import Bucket, covering
+from preheat.buckets import Bucket, smallest_covering
 from preheat.errors import PreheatError
 from preheat.models.diffusion.geometry import inner_size
 
@@ -182,7 +182,7 @@ def describe(sizes: Sequence[Size], buckets: Sequence[Bucket]) -> dict[str, obje
         "num_distinct_sizes": len({(size.height, size.width) for size in sizes}),
         "mix": {kind: sum(size.kind == kind for size in sizes) for kind in kinds},
         "beyond_every_bucket": sum(
-            covering(buckets, size.height, size.width) is None for size in sizes
+            smallest_covering(buckets, Bucket(size.height, size.width)) is None for size in sizes
         ),
         "sizes": [[size.height, size.width] for size in sizes],
     }

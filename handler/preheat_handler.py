@@ -59,6 +59,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
         }
         self.metrics = Metrics(self._emit)
+        self.metrics.start()
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
@@ -89,6 +90,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[Pending[Any, Any]]:
         """Every row as a job, or with the reason why not."""
+        self._arrivals: list[float] = []
         return self.worker.preprocess(self._call(index, row) for index, row in enumerate(data))
 
     def inference(
@@ -106,6 +108,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             # and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
+        self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
@@ -123,24 +126,32 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _call(self, index: int, row: Mapping[str, object]) -> Call | Response:
-        # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among
-        # the headers it keeps a dict for each multipart field. A gRPC call has none.
-        sent = self.context.get_all_request_header(index)
-        headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+        headers = self._headers(index)
+        self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.
         if (
             not row
-            and sent.get("describe") == "True"
+            and headers.get("describe") == "True"
             and not {"url_path", "content-type"} & headers.keys()
         ):
             return json_response(200, self.describe_handle())
         return Call(row, headers, self._sender(index))
 
+    def _headers(self, index: int) -> dict[str, str]:
+        """By lower-case name: clients spell them as they like, and TorchServe's lookup is
+        case-sensitive. The dicts that it keeps among them, one for each part of a body, are no
+        headers.
+        """
+        sent = self.context.get_all_request_header(index)
+        return {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+
     def _is_grpc(self, index: int) -> bool:
-        """A gRPC call has no url_path; a client's own input of that name is a dict."""
-        return not isinstance(self.context.get_request_header(index, "url_path"), str)
+        """Whether neither HTTP/1.1's own header is there nor the one that /predictions adds; gRPC
+        has no way to send them. An HTTP client who is taken for gRPC would wait for ever.
+        """
+        return not {"url_path", "host"} & self._headers(index).keys()
 
     def _sender(self, index: int) -> Callable[[Response], None] | None:
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says

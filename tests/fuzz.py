@@ -71,11 +71,8 @@ MODEL: Mapping[str, Any] = {
     "startupTimeout": 600,
     "maxRetryTimeoutInSec": 1200,
     "pt2": {
-        "compile": {
-            "enable": True,
-            "backend": "eager",
-            "dynamic": False,
-        },  # Dynamo's guards, without the wait for Inductor
+        # Dynamo's guards, without the wait for Inductor
+        "compile": {"enable": True, "backend": "eager", "dynamic": False},
         "shapes": {"buckets": [[64, 64]], "batch_sizes": "dynamic"},
     },
     "pipeline": {

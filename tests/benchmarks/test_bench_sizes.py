@@ -15,7 +15,7 @@ from bench.machine import machine, versions
 from bench.profiles import PROFILES, STRATEGIES, model_yaml
 from bench.report import Answer, Measured
 from bench.sizes import LEAST_SIDE, Size, TrafficError
-from preheat.buckets import Bucket, covering
+from preheat.buckets import Bucket, smallest_covering
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 
@@ -41,7 +41,7 @@ def test_the_same_seed_is_the_same_traffic_and_another_is_not() -> None:
 @pytest.mark.parametrize("seed", range(20))
 def test_every_size_is_legal_under_every_strategy(profile: Any, seed: int) -> None:
     made = sizes.generate(profile.buckets, num_requests=90, num_distinct=30, seed=seed)
-    assert all(covering(profile.buckets, size.height, size.width) for size in made)
+    assert all(smallest_covering(profile.buckets, Bucket(size.height, size.width)) for size in made)
     assert all(min(size.height, size.width) >= LEAST_SIDE for size in made)
 
 

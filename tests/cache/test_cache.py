@@ -120,7 +120,7 @@ import os, sys
 from pathlib import Path
 import torch
 import cold_worker
-from preheat.cache import load_inductor_cache
+from preheat.cache.shared import load_inductor_cache
 
 torch.set_num_threads(1)
 digest = load_inductor_cache("tiny", cold_worker.cache(Path(sys.argv[1])))
@@ -285,11 +285,8 @@ def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
     dead, longer, elsewhere = (
         base / f"preheat-inductor-{name}@x" for name in (node, f"{node}-2", "another")
     )
-    for folder in (
-        dead,
-        longer,
-        elsewhere,
-    ):  # workers of other machines may live: on a network their locks may not be seen
+    # workers of other machines may live: on a network their locks may not be seen
+    for folder in (dead, longer, elsewhere):
         folder.mkdir()
         (folder / "owner.lock").touch()
     (base / f"preheat-inductor-{node}@link").symlink_to(base)

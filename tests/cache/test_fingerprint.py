@@ -144,7 +144,7 @@ def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 PLACE = """
 from pathlib import Path
-from preheat.cache import SharedCache
+from preheat.cache.shared import SharedCache
 from preheat.cache.trust import Trust
 
 print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.diffusion import LimitsConfig
@@ -49,7 +49,7 @@ class Painter:
         self.module, self.result = module, torch.empty(0)
 
     def paint(self, batch: Batch, after_step: Any = None) -> Painted:
-        cells = batch.bucket.area // 64
+        cells = batch.bucket.volume // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
         return Painted(
@@ -83,7 +83,7 @@ class Bench:
         for bucket in BUCKETS:
             self.ask(bucket)
         forbid_compiling()
-        self.router.phase = Phase.SERVE
+        self.router.freeze()
 
     def ask(self, bucket: Bucket) -> set[str]:
         """Serve a request of this size; returns the operators that ran."""
@@ -132,8 +132,8 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
         assert (FLASH in operators) == (attention == "default") and MATH not in operators
         compiled = bench.painter.result.clone()
         with torch.inference_mode():
-            torch.manual_seed(bucket.area // 64)
-            latents = torch.randn(1, bucket.area // 64, 16)
+            torch.manual_seed(bucket.volume // 64)
+            latents = torch.randn(1, bucket.volume // 64, 16)
             expected = Attention.forward(bench.painter.module, latents)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
     assert watch.num_events == events and bench.router.run.incidents == 0

@@ -53,10 +53,10 @@ class Machine:
         for bucket in self.config.pt2.shapes.buckets:
             for rows in range(1, size + 1):
                 timing = Timing(FIXED * rows / speed, self._step(bucket, rows))
-                self.budget.pace.measured(Load(bucket.area, 2 * rows, rows, 1), timing)
+                self.budget.pace.measured(Load(bucket.volume, 2 * rows, rows, 1), timing)
 
     def _step(self, bucket: Bucket, rows: int) -> float:
-        return rows * bucket.area / 1024**2 / PICTURE_STEPS / self.speed
+        return rows * bucket.volume / 1024**2 / PICTURE_STEPS / self.speed
 
     def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
         rows = len(batch.rows)

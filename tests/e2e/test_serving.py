@@ -9,6 +9,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,17 @@ from preheat.config.model import ModelConfig
 from preheat.status import StatusFile
 from preheat.torchserve.client import Reply
 from preheat.worker.worker import Worker
-from served import BUCKETS, CONFIG, Served, noise, opened, random_request
+from served import (
+    BUCKETS,
+    CONFIG,
+    Served,
+    events,
+    kinds,
+    noise,
+    opened,
+    picture,
+    random_request,
+)
 
 
 def test_the_server_is_hot_and_says_so(served: Served) -> None:
@@ -84,6 +95,18 @@ def test_multipart_fields_and_files_are_a_request(served: Served) -> None:
         data={"prompt": "a cat", "strength": "0.5"}, files={"image": ("a.png", png)}
     )
     assert reply.status == 200 and opened(reply.body).size == (120, 90)
+
+
+@pytest.mark.parametrize("path", ["/models/{}/invoke", "/invocations", "/{}/predict"])
+def test_torchserves_other_paths_answer_as_predictions_does(served: Served, path: str) -> None:
+    """They give the worker no url_path; a stream over one of them comes in parts too."""
+    request = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1}
+    url = served.running.inference + path.format(served.client.model)
+    answer = httpx.post(url, json=request, timeout=60)
+    assert answer.status_code == 200
+    assert answer.content == served.client.predict(request).body
+    told = events(httpx.post(url, json=request | {"stream": True}, timeout=60).content)
+    assert kinds(told)[-2:] == ["image", "done"] and picture(told[-2]) == answer.content
 
 
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])

@@ -15,11 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Load, Timing
+from preheat.compilation.variants import Variant
 from preheat.compilation.watch import CompileWatch
 from preheat.config.family import FamilyConfig
 from preheat.config.model import ModelConfig
-from preheat.dims import Dims
 from preheat.errors import ConfigError, RequestError
 from preheat.models import registry
 from preheat.models.base import Call, ModelRunner
@@ -51,22 +52,11 @@ class Doubled(Outcome):
     number: float = 0.0
 
 
-@dataclass(frozen=True, slots=True)
-class Variant:
-    batch_size: int
-    bucket: ClassVar[Dims] = Dims()
-    details: ClassVar[str] = ""
-
-    @property
-    def load(self) -> Load:
-        return Load(1, self.batch_size, self.batch_size, 1)
-
-
 class DoubleRunner(Batcher[Doubled, float], ModelRunner[Call, Doubled]):
     module: Double
 
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
-        return [Variant(size) for size in sorted(batch_sizes, reverse=True)]
+        return [Variant(Bucket(), size) for size in sorted(batch_sizes, reverse=True)]
 
     def run_variant(self, variant: Variant) -> Timing:
         began = time.perf_counter()
@@ -121,7 +111,7 @@ class DoubleRunner(Batcher[Doubled, float], ModelRunner[Call, Doubled]):
 
 
 class DoubleModel:
-    dtype, fields, sizes = torch.float32, ("body",), (Dims(),)
+    dtype, fields, sizes = torch.float32, ("body",), (Bucket(),)
 
     def __init__(self, config: ModelConfig) -> None:
         self.config, self.shapes, self.module = config, config.pt2.shapes, Double()

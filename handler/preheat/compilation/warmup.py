@@ -10,20 +10,18 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, TypeVar
 
-from preheat.compilation.pace import Load, Timing
-from preheat.compilation.router import (
-    DynamicDims,
-    EngineName,
-    Phase,
-    Route,
-    Router,
-    Signature,
-    slowest,
-)
+from preheat.buckets import Bucket
+from preheat.compilation.backends.base import EngineName, slowest
+from preheat.compilation.modes import Route, Visits
+from preheat.compilation.pace import Timing
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import Signature
+from preheat.compilation.variants import Variant
 from preheat.compilation.watch import (
     CompileWatch,
     allow_compiling,
@@ -35,45 +33,19 @@ from preheat.errors import WarmupError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Visited = Mapping[str, Visits]
+"""What the targets met of a variant, by their names."""
 # Compile, record, replay: CUDA graphs need three calls until nothing happens any more
 # (torch/_inductor/cudagraph_trees.py).
 _MAX_PASSES = 4
-
-
-class Size(Protocol):
-    """A bucket, whatever its dimensions are: hashable, with a name that people read."""
-
-    def __hash__(self) -> int: ...
-
-    def __str__(self) -> str: ...
-
-    def document(self) -> dict[str, Any]:
-        """Its part of a row of the state."""
-
-
-class Warmable(Protocol):
-    """Whatever needs its own graph; hashable."""
-
-    @property
-    def bucket(self) -> Size: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def load(self) -> Load:
-        """What the time of its run depends on."""
-
-    @property
-    def details(self) -> str:
-        """All but the bucket, for the log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Record:
     """What warm-up did for one target in one bucket and batch size; a row of the state."""
 
-    bucket: Size
+    bucket: Bucket
     batch_size: int
     target: str
     engine: EngineName
@@ -83,12 +55,12 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class WarmupProgress:
     """Progress: variant number `done` of `total` took `seconds`."""
 
     done: int
     total: int
-    variant: Warmable
+    variant: Variant
     seconds: float
 
 
@@ -112,61 +84,56 @@ class Warmup:
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
-        progress: Callable[[Step], None] = lambda _: None,
-        leave_out: Collection[Warmable] = (),
+        progress: Callable[[WarmupProgress], None] = lambda _: None,
+        leave_out: Collection[Variant] = (),
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
         self._own_folder = own_folder
-        self.timings: dict[Warmable, Timing] = {}
+        self.timings: dict[Variant, Timing] = {}
         """Of each variant's last run, which was that of the proof where it was replayed."""
-        self._records: dict[tuple[Size, int, str], Record] = {}
-        for router in routers.values():
-            router.num_events = lambda: watch.num_events
+        self._records: dict[tuple[Bucket, int, str], Record] = {}
 
     @property
     def records(self) -> list[Record]:
         return list(self._records.values())
 
-    def observe(self, variants: Iterable[Warmable]) -> None:
+    def observe(self, variants: Iterable[Variant]) -> None:
         """Run variants eagerly to learn which input dimensions vary between them; one graph will
         cover those.
 
         Packages that were compiled ahead of time know them already, and eager code does not care.
         """
         variants = list(variants)
-        if variants and all(router.ahead or router.idle for router in self._routers.values()):
+        if variants and all(router.knows_dims for router in self._routers.values()):
             for router in self._routers.values():
-                router.dims = (
-                    DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
-                )
+                router.learn(None)
             return
-        self._enter(Phase.OBSERVE)
-        for variant in variants:
-            self._serve(variant)
-        for router in self._routers.values():
-            if router.observed:
-                router.dims = DynamicDims.varying(router.observed)
-                logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+        with ExitStack() as stack:
+            calls = self._each(stack, Router.observing)
+            for variant in variants:
+                self._serve(variant)
+        for name, router in self._routers.items():
+            if calls[name].shapes:
+                router.learn(calls[name].shapes.values())
 
-    def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
+    def shows_nothing_new(self, variants: Sequence[Variant], few: Sequence[Variant]) -> bool:
         """Whether `few` of the variants, run eagerly, give every target all signatures that all of
         them do.
         """
         if not variants:
             return True
-        self._enter(Phase.OBSERVE)
-        met: dict[Warmable, set[tuple[str, Signature]]] = {}
+        met: dict[Variant, set[tuple[str, Signature]]] = {}
         for variant in variants:
-            for router in self._routers.values():
-                router.start_variant()
-            self._serve(variant)
+            with ExitStack() as stack:
+                calls = self._each(stack, Router.observing)
+                self._serve(variant)
             met[variant] = {
                 (name, key)
                 for name, router in self._routers.items()
                 if router.compiles
-                for key in router.visited
+                for key in calls[name].shapes
             }
         found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
         if not found:
@@ -176,38 +143,37 @@ class Warmup:
             )
         return found
 
-    def warm(self, variants: Sequence[Warmable]) -> None:
+    def warm(self, variants: Sequence[Variant]) -> None:
         """Compile every variant.
 
         Raises:
             WarmupError: a target could not be compiled and `on_failure` is `fail`.
         """
         allow_compiling()
-        self._enter(Phase.WARM)
         chosen = [variant for variant in variants if variant not in self._leave_out]
         for done, variant in enumerate(chosen, start=1):
             events = self._watch.num_events
-            seconds, outcome = self._warm_until_quiet(variant)
-            self._note(variant, seconds, outcome)
+            with ExitStack() as stack:
+                visited = self._each(stack, Router.warming)
+                seconds, outcome = self._warm_until_quiet(variant)
+            self._note(variant, visited, seconds, outcome)
             how = "in" if self._watch.num_events > events else "already, ran in"
             logger.info(
                 "[%d/%d] %s %s %s %.1f s (%s%s)",
                 done,
                 len(chosen),
                 variant.bucket,
-                _engines(self._routers.values()),
+                _engines(visited),
                 how,
                 seconds,
                 variant.details,
                 f", cache {outcome}" if outcome else "",
             )
-            self._progress(Step(done, len(chosen), variant, seconds))
-            self._fail_if_asked(variant)
+            self._progress(WarmupProgress(done, len(chosen), variant, seconds))
+            self._fail_if_asked(variant, visited)
 
-    def _warm_until_quiet(self, variant: Warmable) -> tuple[float, str | None]:
+    def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
         started, counters = time.perf_counter(), cache_counters(self._own_folder)
-        for router in self._routers.values():
-            router.start_variant()
         for _ in range(_MAX_PASSES):
             events = self._watch.num_events
             self._time(variant)
@@ -217,7 +183,7 @@ class Warmup:
             counters, cache_counters(self._own_folder)
         )
 
-    def prove(self, variants: Iterable[Warmable]) -> int:
+    def prove(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
@@ -227,53 +193,61 @@ class Warmup:
             WarmupError: there is a fault and `on_failure` is `fail`.
         """
         forbid_compiling()
-        self._enter(Phase.PROVE)
         num_faults = 0
         for variant in variants:
-            for router in self._routers.values():
-                router.start_variant()
             events = self._watch.num_events
-            self._time(variant)
+            with ExitStack() as stack:
+                visited = self._each(stack, lambda each: each.replaying(self._num_events))
+                self._time(variant)
             why = "compiled again in the replay" if self._watch.num_events != events else None
-            if self._give_up(why):
+            if self._give_up(visited, why):
                 num_faults += 1
                 logger.error("proof: %s was not hot after warm-up", variant)
-                self._note(variant, 0.0, None)
-                self._fail_if_asked(variant)
-        self._enter(Phase.SERVE)
+                self._note(variant, visited, 0.0, None)
+                self._fail_if_asked(variant, visited)
+        for router in self._routers.values():
+            router.freeze()
         return num_faults
 
-    def _time(self, variant: Warmable) -> None:
+    def _num_events(self) -> int:
+        return self._watch.num_events
+
+    def _time(self, variant: Variant) -> None:
         timing = self._serve(variant)
         if timing is not None:
             self.timings[variant] = timing
 
-    def _enter(self, phase: Phase) -> None:
-        for router in self._routers.values():
-            router.phase = phase
+    def _each(
+        self, stack: ExitStack, verb: Callable[[Router], AbstractContextManager[T]]
+    ) -> dict[str, T]:
+        """Put every router into this mode until the stack ends."""
+        return {name: stack.enter_context(verb(each)) for name, each in self._routers.items()}
 
-    def _give_up(self, why: str | None) -> bool:
+    def _give_up(self, visited: Visited, why: str | None) -> bool:
         """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled,
         or all where no call did.
         """
-        found, known = False, any(router.recompiled for router in self._routers.values())
-        for router in self._routers.values():
-            for key, route in list(router.visited.items()):
-                at_fault = why is not None and (key in router.recompiled or not known)
+        found, known = False, any(visits.recompiled for visits in visited.values())
+        for name, visits in visited.items():
+            router = self._routers[name]
+            for key, route in visits.routes.items():
+                at_fault = why is not None and (key in visits.recompiled or not known)
+                if route.engine != "eager" and at_fault:
+                    route = Route("eager", why)
                 if route.engine == "eager" and router.routes.get(key) != route:
-                    router.routes[key], found = route, True
-                elif at_fault and route.engine != "eager":
-                    router.routes[key] = router.visited[key] = Route("eager", why)
-                    found = True
+                    visits.routes[key], found = route, True
+                    router.give_up(key, route)
         return found
 
-    def _note(self, variant: Warmable, seconds: float, outcome: str | None) -> None:
+    def _note(
+        self, variant: Variant, visited: Visited, seconds: float, outcome: str | None
+    ) -> None:
         """Fold what this variant did into the rows of the state: the slowest engine, the sum of
         seconds.
         """
         for name, router in self._routers.items():
-            idle = Route("eager", router.ahead_reason or router.reason)
-            routes = list(router.visited.values()) or ([idle] if router.idle else [])
+            idle = [Route("eager", router.reason)] if router.idle else []
+            routes = list(visited[name].routes.values()) or idle
             if not routes:
                 continue
             key = (variant.bucket, variant.batch_size, name)
@@ -290,15 +264,13 @@ class Warmup:
                 reason=(slower.reason if slower else None) or (before.reason if before else None),
             )
 
-    def _fail_if_asked(self, variant: Warmable) -> None:
+    def _fail_if_asked(self, variant: Variant, visited: Visited) -> None:
         if self._on_failure != "fail":
             return
         for name, router in self._routers.items():
-            reason = (router.ahead_reason or router.reason) if router.idle else None
-            bad = next(
-                (route.reason for route in router.visited.values() if route.engine == "eager"),
-                reason,
-            )
+            routes = visited[name].routes.values()
+            reason = router.reason if router.idle else None
+            bad = next((route.reason for route in routes if route.engine == "eager"), reason)
             if bad is not None:
                 raise WarmupError(
                     f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}"
@@ -311,12 +283,12 @@ def _fold_outcome(before: str | None, now: str | None) -> str | None:
     return "partial"
 
 
-def _engines(routers: Iterable[Router]) -> str:
+def _engines(visited: Visited) -> str:
     """Which targets the last variant met on which engine, such as `unet, vae.decoder compiled`."""
     by_engine: dict[str, list[str]] = {}
-    for router in routers:
-        for engine in sorted({route.engine for route in router.visited.values()}):
-            by_engine.setdefault(engine, []).append(router.name)
+    for name, visits in visited.items():
+        for engine in sorted({route.engine for route in visits.routes.values()}):
+            by_engine.setdefault(engine, []).append(name)
     return (
         "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items())
         or "all eager"

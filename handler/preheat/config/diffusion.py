@@ -148,6 +148,19 @@ class PipelineConfig(FamilyConfig):
     def streams_over_grpc(self) -> bool:
         return self.grpc_streaming
 
+    @property
+    def always_guided(self) -> bool:
+        return self.guidance == "on"
+
+    def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
+        """The VAE takes one picture at a time, so its targets have a graph in each bucket."""
+        shapes, targets = pt2.shapes, pt2.targets or ("unet",)
+        vae = sum(name.startswith("vae.") for name in targets)
+        both = self.guidance == "both" and shapes.batch_sizes != "dynamic"
+        denoiser = batches * (2 if both else 1) if vae < len(targets) else 0
+        sizes = 1 if shapes.strategy == "dynamic" else max(1, len(shapes.buckets))
+        return sizes * (denoiser + vae)
+
     def check(self, pt2: Pt2Config) -> None:
         for index, target in enumerate(pt2.targets):
             if target not in get_args(Target):

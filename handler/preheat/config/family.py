@@ -45,5 +45,16 @@ class FamilyConfig(Section):
         """Whether an archive whose YAML names no family is one of these."""
         return False
 
+    @property
+    def always_guided(self) -> bool:
+        """Whether a request's rows are never one alone."""
+        return False
+
+    def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
+        """At most so many graphs are compiled, with this many batch sizes in each bucket; None
+        where nothing bounds them.
+        """
+        return None
+
     def check(self, pt2: Pt2Config) -> None:
         """Raise ConfigError where `pt2` says what this family cannot do."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
@@ -185,6 +186,9 @@ class ModuleConfig(FamilyConfig):
     def is_meant_by(cls, manifest: Mapping[str, Any]) -> bool:
         """It was made with --model-file or --serialized-file."""
         return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
+
+    def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
+        return batches * prod(map(len, self.choices.values())) if self.inputs else None
 
     def check(self, pt2: Pt2Config) -> None:
         shapes = pt2.shapes

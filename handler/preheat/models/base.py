@@ -13,9 +13,10 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Router
-from preheat.compilation.warmup import Size, Warmable
+from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import Outcome, RunReport
@@ -61,7 +62,7 @@ class LoadedModel(Protocol[JobT, ResultT]):
         """`pt2.shapes` as the model has resolved it."""
 
     @property
-    def sizes(self) -> Collection[Size]:
+    def sizes(self) -> Collection[Bucket]:
         """Every bucket."""
 
     @property
@@ -96,22 +97,22 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
     """By kind of run, the smallest batch size that has not fitted into memory."""
 
     @abstractmethod
-    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Warmable]:
+    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
         """Every variant in these batch sizes, the largest first; none where nothing can be
         warmed.
         """
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
         return variants
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every
         graph is static.
         """
         return ()
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def between(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """Variants beside these that must be served too, and so proven."""
         return ()
 

@@ -63,17 +63,16 @@ def build_archive(
         ConfigError: the YAML cannot be used.
         ArchiveError: the folder is no pipeline, holds pickled weights, or cannot be packaged.
     """
-    loaded = ModelConfig.load(config, ours=True)
-    for warning in loaded.warnings:
-        logger.warning("%s: %s", config.name, warning)
-    aot = loaded.pt2.export.aot_compile or aot
-    name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):
         raise ArchiveError(
             f"unknown archive format {archive_format!r}: one of "
             f"{', '.join(get_args(ArchiveFormat))}"
         )
-    place = _place(loaded, model, external=external)
+    loaded = verify(config)
+    for warning in loaded.warnings:
+        logger.warning("%s: %s", config.name, warning)
+    aot = loaded.pt2.export.aot_compile or aot
+    name, place = config.stem, packaged_place(loaded, model, external=external)
 
     output.mkdir(parents=True, exist_ok=True)
     # In `output`, since that is the disk with room for the weights, and no other archive's
@@ -104,18 +103,31 @@ def is_archive(path: Path) -> bool:
     return path.suffix == ".mar" or zipfile.is_zipfile(path)
 
 
-def _model_name(config: Path) -> str:
-    name = config.stem
-    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", name):
+def verify(config: Path) -> ModelConfig:
+    """The YAML, if an archive can be made of it.
+
+    Raises:
+        ConfigError: it cannot be used.
+        ArchiveError: its stem is no model's name, or it names code that is not beside it.
+    """
+    loaded = ModelConfig.load(config, ours=True)
+    if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", config.stem):
         raise ArchiveError(
             f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' "
             "and '_'"
         )
-    return name
+    for name in _code(loaded, config.parent):
+        if not (config.parent / name).exists():
+            raise ArchiveError(f"the YAML names {name}, and {config.parent / name} does not exist")
+    return loaded
 
 
-def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> str | None:
-    """What the archive's YAML says of where the model lies; None where it is no folder."""
+def packaged_place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> str | None:
+    """What the archive's YAML says of where the model lies; None where it is no folder.
+
+    Raises:
+        ArchiveError: it lies nowhere, or is no model that can be packaged.
+    """
     family = loaded.family
     if family.made_by is not None:
         if model is not None:
@@ -156,24 +168,25 @@ def _check_weights(folder: Path) -> None:
         raise ArchiveError(f"{folder} holds no safetensors weights")
 
 
-def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
-    """The Python files that the YAML names, from beside it. Copied, not linked: what is imported
-    must lie in the archive.
-    """
+def _code(loaded: ModelConfig, source: Path) -> list[str]:
+    """The Python files and packages that the YAML names, from beside it."""
     named = list(loaded.pt2.imports)
     if loaded.family.made_by is not None:
         root = loaded.family.made_by.partition(":")[0].partition(".")[0]
         named.append(root if (source / root).is_dir() else f"{root}.py")
-    for name in named:
+    return named
+
+
+def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
+    """Copied, not linked: what is imported must lie in the archive."""
+    for name in _code(loaded, source):
         if (source / name).is_dir():
             shutil.copytree(
                 source / name, files / name, ignore=shutil.ignore_patterns("__pycache__")
             )
-        elif (source / name).is_file():
+        else:
             (files / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, files / name)
-        else:
-            raise ArchiveError(f"the YAML names {name}, and {source / name} does not exist")
 
 
 def _adapted(config: Path, loaded: ModelConfig, place: str | None, *, aot: bool) -> str:

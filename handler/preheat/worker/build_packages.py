@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,11 +21,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from torch._logging._internal import set_logs
 
+from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends import aot
-from preheat.compilation.router import Phase
-from preheat.compilation.warmup import Warmable
+from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
-from preheat.device import any_device, attention_backend, pick_device, share_cpu
+from preheat.device import any_device, pick_device, share_cpu
 from preheat.errors import AheadError, PreheatError
 from preheat.worker.worker import Prepared, load
 
@@ -38,7 +39,7 @@ class Wanted:
     """A package to be made; buckets that a target cannot tell apart share it."""
 
     target: str
-    plan: aot.Plan
+    plan: aot.PackageSpec
     buckets: list[str]
 
 
@@ -78,15 +79,19 @@ def rehearse(prepared: AnyPrepared) -> list[Wanted]:
     return list(made.values())
 
 
-def _calls(prepared: AnyPrepared, variants: Iterable[Warmable]) -> Iterator[tuple[str, aot.Plan]]:
-    for router in prepared.routers.values():
-        router.phase, router.examples = Phase.OBSERVE, {}
-    for variant in variants:
-        prepared.runner.run_variant(variant)
-    for name, router in prepared.routers.items():
-        assert router.examples is not None
-        for plan in aot.plan(list(router.examples.values())):
-            yield name, plan
+def _calls(
+    prepared: AnyPrepared, variants: Iterable[Variant]
+) -> Iterator[tuple[str, aot.PackageSpec]]:
+    with ExitStack() as stack:
+        calls = {
+            name: stack.enter_context(router.observing(keep=True))
+            for name, router in prepared.routers.items()
+        }
+        for variant in variants:
+            prepared.runner.run_variant(variant)
+    for name, observed in calls.items():
+        for spec in aot.specs(list(observed.examples.values())):
+            yield name, spec
 
 
 def _built(prepared: AnyPrepared, each: Wanted, path: Path) -> aot.Entry:

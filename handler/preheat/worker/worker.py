@@ -40,9 +40,10 @@ from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Load, Timing
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
-from preheat.compilation.warmup import Record, Step, Warmable, Warmup
+from preheat.compilation.variants import Variant
+from preheat.compilation.warmup import Record, Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.model import ModelConfig
@@ -55,7 +56,7 @@ from preheat.models.registry import load_model
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase as StatePhase
-from preheat.status import StatusFile, bucket_name
+from preheat.status import StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
@@ -216,7 +217,7 @@ class Worker(Generic[JobT, ResultT]):
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        self._status.finish(phase, self.state.buckets)
+        self._status.serve(self.state.document()["preheat"])
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -336,6 +337,7 @@ class Worker(Generic[JobT, ResultT]):
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
         self._metrics.state(self.current_state())
+        self._status.serve(self.state.document()["preheat"])
         return results
 
     def current_state(self) -> ServerState:
@@ -402,7 +404,7 @@ class Worker(Generic[JobT, ResultT]):
             logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self.routers.values():
-                router.phase = Phase.OPEN
+                router.open()
             return "cold"
         self.state.state = "warming"
         plan = self._plan()
@@ -432,11 +434,11 @@ class Worker(Generic[JobT, ResultT]):
         self._learn_pace(warmup.timings)
         return "hot"
 
-    def _learn_pace(self, timings: Mapping[Warmable, Timing]) -> None:
+    def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
             self._budget.pace.measured(variant.load, timing)
-            key = (bucket_name(variant.bucket.document()), variant.batch_size)
+            key = (str(variant.bucket), variant.batch_size)
             if key not in self._loads or self._loads[key].rows < variant.load.rows:
                 self._loads[key] = variant.load
         assert self._budget.timeout is not None
@@ -447,7 +449,7 @@ class Worker(Generic[JobT, ResultT]):
     def _show_pace(self) -> None:
         rows: list[Mapping[str, Any]] = []
         for row in self.state.buckets:
-            load = self._loads.get((bucket_name(row), row["batch_size"]))
+            load = self._loads.get((row["bucket"], row["batch_size"]))
             seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
             rows.append({**row, "seconds_per_step": round(seconds, 6)})
         self.state.buckets = rows
@@ -466,7 +468,7 @@ class Worker(Generic[JobT, ResultT]):
             covers=covers,
         )
 
-    def _show(self, sharing: CacheUse | None, step: Step) -> None:
+    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
         if sharing is not None:
             sharing.keep()
@@ -499,8 +501,10 @@ def _row(record: Record) -> dict[str, Any]:
     """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
     words.
     """
+    sizes = dict(record.bucket.sizes)
     return {
-        **record.bucket.document(),
+        "bucket": str(record.bucket),
+        **(sizes if record.bucket.is_picture else {"dims": sizes}),
         "batch_size": record.batch_size,
         "target": record.target,
         "engine": record.engine,

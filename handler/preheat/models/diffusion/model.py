@@ -31,30 +31,11 @@ from preheat.models.diffusion import responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
-from preheat.models.diffusion.runner import Answer, Engine, Job, Progress
-from preheat.models.diffusion.streaming import Stream
+from preheat.models.diffusion.runner import Answer, Engine, Job
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 from preheat.protocol import images
+from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
-
-
-class _StepClock:
-    """Watches one run: when its steps ended."""
-
-    def __init__(self) -> None:
-        self._ended: list[float] = []
-
-    def progress(self, progress: Progress) -> None:
-        self._ended.append(time.perf_counter())
-
-    def timing(self, seconds: float) -> Timing:
-        """Of a run that took `seconds`; its last step counts, what is first about the first one
-        does not.
-        """
-        if len(self._ended) < 2:
-            return Timing(seconds, 0.0)
-        per_step = self._ended[-1] - self._ended[-2]
-        return Timing(max(0.0, seconds - per_step * len(self._ended)), per_step)
 
 
 class DiffusionModel:
@@ -193,14 +174,15 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         met too.
         """
         jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
-        clock, began = _StepClock(), time.perf_counter()
-        jobs[0] = replace(jobs[0], watcher=clock)
+        told: list[float] = []  # when the batch began, then when each of its steps ended
+        events = EventStream(lambda _: told.append(time.perf_counter()), {})
+        jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
         answers = self._engine.run(jobs, retry=False)
         for job, answer in zip(jobs, answers, strict=True):
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
-        return clock.timing(time.perf_counter() - began)
+        return _timing(time.perf_counter() - began, told[1:])
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -225,7 +207,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
             self._own.limits,
-            max(bucket.area for bucket in self._shapes.buckets),
+            max(bucket.volume for bucket in self._shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
@@ -258,7 +240,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         dropped = self._dropped(request)
         job = replace(self._prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.area for bucket in self._shapes.buckets)
+        least_area = min(bucket.volume for bucket in self._shapes.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -269,7 +251,9 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         if self._budget.timeout is not None:
             seconds = self._engine.seconds([Answer(job)], generous=True)
             check_time(request, job.plan.bucket, seconds, self._budget.timeout)
-        return replace(job, watcher=Stream.begun(job, call.send)) if request.stream else job
+        if not request.stream:
+            return job
+        return replace(job, events=EventStream(call.send, responses.plan_headers(job)))
 
     def _dropped(self, request: ImageRequest) -> dict[str, int]:
         """Tokens that are cut off, by the field that they stand in."""
@@ -297,17 +281,23 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         return self._engine.run(jobs)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        """Streams send what is left of them; all pictures are encoded side by side before."""
         files = responses.encoded(results, self._encoders)
         return [
-            answer.job.watcher.finish(answer, own)
-            if isinstance(answer.job.watcher, Stream)
-            else responses.from_answer(answer, own)
-            for answer, own in zip(results, files, strict=True)
+            responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]
 
     def close(self) -> None:
         self._encoders.shutdown()
+
+
+def _timing(seconds: float, ended: Sequence[float]) -> Timing:
+    """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
+    about the first one does not.
+    """
+    if len(ended) < 2:
+        return Timing(seconds, 0.0)
+    per_step = ended[-1] - ended[-2]
+    return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 
 def _resolved_shapes(
@@ -327,7 +317,7 @@ def _resolved_shapes(
                 )
         if (
             max(bucket.height, bucket.width) > limits.max_side
-            or bucket.area > limits.max_image_pixels
+            or bucket.volume > limits.max_image_pixels
         ):
             raise ConfigError(
                 f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "

@@ -9,24 +9,27 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from preheat.compilation.pace import Budget, Load, Timing
-from preheat.compilation.router import Phase, Router
+from preheat.buckets import Bucket, combinations
+from preheat.compilation.closeness import PADDED, compare
+from preheat.compilation.pace import Budget, Timing
+from preheat.compilation.router import Router
+from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.module import ModuleConfig, is_mask
 from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
-from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.models.base import Call, Manifest, ModelRunner
-from preheat.models.batching import RunReport
+from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
@@ -36,38 +39,10 @@ logger = logging.getLogger(__name__)
 
 WHOLE = "model"
 """The target that is the module itself."""
-TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 3e-2,
-}
-"""Largest difference between padded and unpadded answers that counts as rounding, as a share of the
-largest magnitude.
-"""
 MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
 UNREADABLE = ("text", "accept")
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Whatever needs its own graph."""
-
-    bucket: Dims
-    batch_size: int
-
-    def __str__(self) -> str:
-        return f"{self.bucket} {self.details}"
-
-    @property
-    def load(self) -> Load:
-        """What its time depends on."""
-        return Load(self.bucket.volume, self.batch_size, self.batch_size, 1)
-
-    @property
-    def details(self) -> str:
-        return f"batch {self.batch_size}"
 
 
 class ModuleModel:
@@ -199,16 +174,16 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         if not self._own.inputs:
             self._warn_of_unknown_ranges()
             return
-        for router in routers.values():
-            router.phase = Phase.OBSERVE
         smallest = dict(self._sizes[-1].sizes)
-        self._try_ranges(smallest)
-        if self._shapes.strategy == "exact":
-            return
-        self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
-        self._measured_padding()
-        for router in routers.values():
-            router.phase, router.observed = Phase.WARM, []
+        with ExitStack() as stack:
+            for router in routers.values():
+                stack.enter_context(router.observing())
+            self._try_ranges(smallest)
+            if self._shapes.strategy == "exact":
+                return
+            first, second = (self._prepared(smallest, seed) for seed in (0, 1))
+            self._engine.try_batches(first, second)
+            self._measured_padding()
 
     def _warn_of_unknown_ranges(self) -> None:
         unknown = [name for name in self._reader.names if name not in self._reader.ranges]
@@ -292,7 +267,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         Raises:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
-        errors, shares, of_largest = [0.0], [0.0], [0.0]
+        found = []
         for sizes in {
             each for bucket in self._ends() for each in _measured(bucket, self._own.choices)
         }:
@@ -302,27 +277,18 @@ class ModuleRunner(ModelRunner[Job, Answer]):
                 answer.raise_if_failed()
             for name, tensor in alone.outputs.items():
                 _check_cut(name, ours.outputs[name], tensor, self._own)
-                error, magnitude = _difference(ours.outputs[name], tensor)
-                errors.append(error)
-                shares.append(error / max(1.0, magnitude))
-                of_largest.append(error / magnitude if magnitude else error)
-        # of NaN, which is no number, this is not so
-        exact = all(share <= TOLERANCE[self._dtype] for share in shares)
-        self._engine.padded = "rounding" if exact else "padded"
-        finite = all(map(math.isfinite, errors))  # JSON has no other numbers
-        if not finite:
-            return {
-                "max_error": "not finite",
-                "max_share": "not finite",
-                "exact": self._engine.padded,
-            }
+                found.append(compare(ours.outputs[name], tensor, PADDED, self._dtype))
+        exact: Exactness = "rounding" if all(close.ok for close in found) else "padded"
+        self._engine.padded = exact
+        if not all(math.isfinite(close.max_error) for close in found):  # JSON has no other numbers
+            return {"max_error": "not finite", "max_share": "not finite", "exact": exact}
         return {
-            "max_error": max(errors),
-            "max_share": round(max(of_largest), 6),
-            "exact": self._engine.padded,
+            "max_error": max((close.max_error for close in found), default=0.0),
+            "max_share": round(max((close.share for close in found), default=0.0), 6),
+            "exact": exact,
         }
 
-    def _ends(self) -> tuple[Dims, Dims]:
+    def _ends(self) -> tuple[Bucket, Bucket]:
         return self._sizes[0], self._sizes[-1]
 
     def alone(self, job: Job) -> Answer:
@@ -416,7 +382,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         return self._engine.prepare(made, "application/json")
 
 
-def _buckets(own: ModuleConfig) -> tuple[Dims, ...]:
+def _buckets(own: ModuleConfig) -> tuple[Bucket, ...]:
     return combinations(own.choices) if own.inputs else ()
 
 
@@ -457,7 +423,7 @@ def _is_index(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.dtype is not torch.bool
 
 
-def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def _inside(bucket: Bucket, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Sizes that are padded the most in this bucket: one more than the bucket below holds, or half
     of the smallest.
     """
@@ -469,7 +435,7 @@ def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int
 
 
 def _measured(
-    bucket: Dims, choices: Mapping[str, Sequence[int]]
+    bucket: Bucket, choices: Mapping[str, Sequence[int]]
 ) -> list[tuple[tuple[str, int], ...]]:
     """Sizes to measure padding with: odd and even ones, since a module that halves them rounds one
     of the two up or down.
@@ -479,17 +445,6 @@ def _measured(
         name: size + 1 if size < bucket[name] else max(1, size - 1) for name, size in base.items()
     }
     return [tuple(base.items()), tuple(beside.items())]
-
-
-def _difference(ours: torch.Tensor, alone: torch.Tensor) -> tuple[float, float]:
-    """The largest difference, 0 between equal infinities and NaN where either is none, and the
-    largest finite magnitude.
-    """
-    if not alone.numel():
-        return 0.0, 0.0
-    ours, alone = ours.double(), alone.double()
-    error = (ours - alone).abs().masked_fill(ours == alone, 0.0).max()
-    return float(error), float(alone.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: ModuleConfig) -> None:
