@@ -65,6 +65,31 @@ class Outcome:
         """Whether it ran eagerly although compiled code was wanted."""
         return self.incident or self.fell_back
 
+    @property
+    def is_planned_eager(self) -> bool:
+        """Whether it ran eagerly on purpose (`oversize: eager`)."""
+        return False
+
+    @property
+    def bucket(self) -> str:
+        """Where it ran."""
+        return "none"
+
+    @property
+    def num_painted(self) -> int:
+        """Pixels (elements, of a module's inputs) that the model computed for it."""
+        return 0
+
+    @property
+    def num_cropped(self) -> int:
+        """Of those, how many were padding."""
+        return 0
+
+    @property
+    def num_flagged(self) -> int:
+        """Pictures that a safety checker has blackened."""
+        return 0
+
     def restart(self) -> None:
         """Forget what a failed run has left; a family with more to forget adds it."""
         self.engine, self.incident, self.fell_back, self.begun = "eager", False, False, False

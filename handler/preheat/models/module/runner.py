@@ -67,10 +67,6 @@ class Answer(Outcome):
         return str(self.ran_in) if self.ran_in is not None else "none"
 
     @property
-    def num_flagged(self) -> int:
-        return 0  # a safety checker is a pipeline's
-
-    @property
     def num_cropped(self) -> int:
         return self.num_painted - self.num_real
 
