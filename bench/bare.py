@@ -22,7 +22,7 @@ import torch
 from diffusers import StableDiffusionXLPipeline
 
 from bench.bare_spec import Spec
-from preheat.buckets import Bucket, covering
+from preheat.buckets import Bucket, smallest_covering
 from preheat.device import DTYPES, keep_freed_memory, pick_device, share_cpu
 from preheat.protocol import images
 
@@ -90,7 +90,7 @@ def full_batches(
     """
     by_bucket: dict[Bucket, list[tuple[int, int]]] = {}
     for height, width in sizes:
-        bucket = covering(buckets, height, width)
+        bucket = smallest_covering(buckets, Bucket(height, width))
         if bucket is None:
             raise ValueError(f"no bucket covers {height}x{width}")
         by_bucket.setdefault(bucket, []).append((height, width))

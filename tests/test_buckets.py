@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from math import prod
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from preheat.buckets import Bucket, covering, nearest_aspect, round_up, split_rows
+from preheat.buckets import (
+    Bucket,
+    combinations,
+    joined,
+    nearest_aspect,
+    round_up,
+    smallest_covering,
+    split_rows,
+)
 
 SDXL = [
     Bucket(1024, 1024),
@@ -37,7 +46,7 @@ def factor(bucket: Bucket, height: int, width: int) -> Fraction:
 @settings(max_examples=2000, deadline=None)
 @given(bucket_lists, near_sides, near_sides)
 def test_covering_is_the_least_that_covers(choices: list[Bucket], height: int, width: int) -> None:
-    chosen = covering(choices, height, width)
+    chosen = smallest_covering(choices, Bucket(height, width))
     fitting = [b for b in choices if b.height >= height and b.width >= width]
     if not fitting:
         assert chosen is None
@@ -45,8 +54,8 @@ def test_covering_is_the_least_that_covers(choices: list[Bucket], height: int, w
     assert chosen in fitting
     assert chosen is not None
     for other in fitting:
-        assert chosen.area <= other.area
-        if chosen.area == other.area:
+        assert chosen.volume <= other.volume
+        if chosen.volume == other.volume:
             assert chosen.height <= other.height
 
 
@@ -60,13 +69,13 @@ def test_nearest_aspect_is_the_nearest_and_breaks_ties_by_the_rules(
     nearest = min(factor(b, height, width) for b in choices)
     assert factor(chosen, height, width) == nearest
     tied = [b for b in choices if factor(b, height, width) == nearest]
-    fitting = [b for b in tied if b.covers(height, width)]
+    fitting = [b for b in tied if b.covers(Bucket(height, width))]
     if fitting:
-        tied, area = fitting, min(b.area for b in fitting)
+        tied, area = fitting, min(b.volume for b in fitting)
     else:
-        area = max(b.area for b in tied)
-    assert chosen.area == area
-    assert chosen.height == min(b.height for b in tied if b.area == area)
+        area = max(b.volume for b in tied)
+    assert chosen.volume == area
+    assert chosen.height == min(b.height for b in tied if b.volume == area)
 
 
 @settings(max_examples=300, deadline=None)
@@ -75,7 +84,8 @@ def test_the_order_of_the_list_decides_nothing(
     choices: list[Bucket], height: int, width: int, data: st.DataObject
 ) -> None:
     shuffled = data.draw(st.permutations(choices))
-    assert covering(choices, height, width) == covering(shuffled, height, width)
+    size = Bucket(height, width)
+    assert smallest_covering(choices, size) == smallest_covering(shuffled, size)
     assert nearest_aspect(choices, height, width) == nearest_aspect(shuffled, height, width)
 
 
@@ -84,8 +94,7 @@ def test_the_order_of_the_list_decides_nothing(
 def test_round_up_is_the_smallest_aligned_size_that_covers(
     height: int, width: int, multiple: int
 ) -> None:
-    size = round_up((height, width), multiple)
-    assert size == round_up(Bucket(height, width), multiple)
+    size = round_up(Bucket(height, width), multiple)
     assert size.height % multiple == size.width % multiple == 0
     assert size.height - multiple < height <= size.height
     assert size.width - multiple < width <= size.width
@@ -130,7 +139,7 @@ def test_nothing_can_be_split_into_nothing() -> None:
     ],
 )
 def test_covering_among_the_sdxl_buckets(height: int, width: int, bucket: Bucket | None) -> None:
-    assert covering(SDXL, height, width) == bucket
+    assert smallest_covering(SDXL, Bucket(height, width)) == bucket
 
 
 @pytest.mark.parametrize(
@@ -163,9 +172,9 @@ def test_a_ratio_that_floats_cannot_tell_apart_is_told_apart() -> None:
 def test_a_bucket_is_a_value() -> None:
     bucket = Bucket(1152, 896)
     assert str(bucket) == "1152x896"
-    assert bucket.area == 1152 * 896
-    assert bucket.covers(1152, 896)
-    assert not bucket.covers(896, 1152)
+    assert bucket.volume == 1152 * 896
+    assert bucket.covers(Bucket(1152, 896))
+    assert not bucket.covers(Bucket(896, 1152))
     assert {bucket: 1}[Bucket(1152, 896)] == 1
     with pytest.raises(AttributeError):
         bucket.height = 8  # type: ignore[misc]
@@ -178,8 +187,79 @@ def test_a_bucket_without_pixels_is_refused(height: int, width: int) -> None:
 
 
 def test_nothing_to_choose_from() -> None:
-    assert covering([], 8, 8) is None
+    assert smallest_covering([], Bucket(8, 8)) is None
     with pytest.raises(ValueError, match="no buckets"):
         nearest_aspect([], 8, 8)
     with pytest.raises(ValueError, match="multiple"):
-        round_up((8, 8), 0)
+        round_up(Bucket(8, 8), 0)
+
+
+CHOICES = st.dictionaries(
+    st.sampled_from(["height", "width", "sequence"]),
+    st.lists(st.integers(1, 40), min_size=1, max_size=4, unique=True),
+    max_size=3,
+)
+
+
+@given(CHOICES)
+def test_every_combination_is_there_once_and_the_largest_first(
+    choices: dict[str, list[int]],
+) -> None:
+    found = combinations(choices)
+    assert len(set(found)) == len(found) == prod(len(sizes) for sizes in choices.values())
+    assert [bucket.volume for bucket in found] == sorted(
+        (bucket.volume for bucket in found), reverse=True
+    )
+
+
+@given(CHOICES, st.data())
+def test_the_chosen_bucket_is_the_smallest_that_covers(
+    choices: dict[str, list[int]], data: st.DataObject
+) -> None:
+    sizes = {name: data.draw(st.integers(1, 45)) for name in choices}
+    fitting = [
+        bucket
+        for bucket in combinations(choices)
+        if all(bucket[name] >= size for name, size in sizes.items())
+    ]
+    chosen = smallest_covering(combinations(choices), Bucket(**sizes))
+    assert chosen == (min(fitting, key=lambda bucket: bucket.volume) if fitting else None)
+
+
+@given(CHOICES, st.data())
+def test_a_batch_shares_the_smallest_bucket_that_holds_all(
+    choices: dict[str, list[int]], data: st.DataObject
+) -> None:
+    every = combinations(choices)
+    batch = data.draw(st.lists(st.sampled_from(every), min_size=1, max_size=4))
+    holding = [
+        bucket
+        for bucket in every
+        if all(bucket[name] >= each[name] for each in batch for name in choices)
+    ]
+    assert joined(batch) == min(holding, key=lambda bucket: bucket.volume)
+
+
+def test_buckets_of_different_dimensions_have_none_in_common() -> None:
+    for batch in ([], [Bucket(a=1), Bucket(b=1)]):
+        with pytest.raises(ValueError, match="no common bucket"):
+            joined(batch)
+
+
+@given(st.lists(buckets, min_size=1, max_size=4))
+def test_pictures_share_a_picture(batch: list[Bucket]) -> None:
+    shared = joined(batch)
+    assert all(shared.covers(each) for each in batch)
+    assert str(shared) == f"{max(b.height for b in batch)}x{max(b.width for b in batch)}"
+
+
+def test_a_bucket_is_named_as_it_was_made() -> None:
+    assert str(Bucket(height=224, width=384)) == "height=224 width=384"
+    assert str(Bucket(224, 384)) == "224x384"
+    assert str(Bucket()) == "fixed" and Bucket().volume == 1
+
+
+@pytest.mark.parametrize("sides", [(8,), (8, 8, 8)])
+def test_a_picture_has_two_sides(sides: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="zip"):
+        Bucket(*sides)

@@ -1,52 +1,102 @@
 """Buckets: the fixed sizes a model is warmed for, and the choice of one for a requested size.
 
-Integers only: a size is compared by cross-multiplication, never by a rounded ratio.
+Integers only: a ratio is compared by cross-multiplication, never rounded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from itertools import product
+from math import prod
+from typing import overload
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, init=False)
 class Bucket:
-    """A size the pipeline paints at, in pixels."""
+    """A size of each dimension, by name and in order; what is padded into a bucket has such sizes,
+    too.
 
-    height: int
-    width: int
+    `Bucket(1024, 768)` is a picture's height and width in pixels, `Bucket(sequence=512)` one of the
+    YAML's own dimensions, and `Bucket()` that of a module whose shapes are all fixed.
+    """
 
-    def __post_init__(self) -> None:
-        if self.height < 1 or self.width < 1:
-            raise ValueError(f"a bucket needs a positive height and width, got {self}")
+    sizes: tuple[tuple[str, int], ...]
+    is_picture: bool
+
+    @overload
+    def __init__(self, height: int, width: int, /) -> None: ...
+
+    @overload
+    def __init__(self, /, **sizes: int) -> None: ...
+
+    def __init__(self, /, *sides: int, **sizes: int) -> None:
+        named = dict(zip(("height", "width"), sides, strict=True)) if sides else sizes
+        object.__setattr__(self, "sizes", tuple(named.items()))
+        object.__setattr__(self, "is_picture", bool(sides))
+        if min(named.values(), default=1) < 1:
+            raise ValueError(f"the sizes of a bucket are positive, got {self}")
 
     def __str__(self) -> str:
-        return f"{self.height}x{self.width}"
+        """As headers, metrics and the state name it."""
+        if self.is_picture:
+            return f"{self.height}x{self.width}"
+        return " ".join(f"{name}={size}" for name, size in self.sizes) or "fixed"
 
-    def document(self) -> dict[str, int]:
-        """Its part of a row of the state."""
-        return {"height": self.height, "width": self.width}
+    def __getitem__(self, name: str) -> int:
+        return next(size for own, size in self.sizes if own == name)
 
     @property
-    def area(self) -> int:
-        """Height times width, in square pixels."""
-        return self.height * self.width
+    def height(self) -> int:
+        return self["height"]
 
-    def covers(self, height: int, width: int) -> bool:
-        """Whether a picture of `height` x `width` pixels fits inside."""
-        return self.height >= height and self.width >= width
+    @property
+    def width(self) -> int:
+        return self["width"]
+
+    @property
+    def volume(self) -> int:
+        """The product of the sizes: a picture's area in square pixels."""
+        return prod(size for _, size in self.sizes)
+
+    def covers(self, other: Bucket) -> bool:
+        """Whether what has these sizes fits inside."""
+        return all(self[name] >= size for name, size in other.sizes)
 
 
-def covering(buckets: Sequence[Bucket], height: int, width: int) -> Bucket | None:
-    """The bucket of least area that covers `height` x `width` pixels (ties: smaller height); None
-    if none does.
+def combinations(choices: Mapping[str, Sequence[int]]) -> tuple[Bucket, ...]:
+    """A bucket for every choice of one size a dimension, the largest first: one that does not fit
+    into memory shows at once, and memory pools grow once.
+    """
+    every = (
+        Bucket(**dict(zip(choices, sizes, strict=True))) for sizes in product(*choices.values())
+    )
+    return tuple(sorted(every, key=lambda bucket: (-bucket.volume, bucket.sizes)))
+
+
+def smallest_covering(buckets: Sequence[Bucket], sizes: Bucket) -> Bucket | None:
+    """The bucket of least volume that covers `sizes` (ties: the smaller first size); None if none
+    does.
     """
     return min(
-        (bucket for bucket in buckets if bucket.covers(height, width)),
-        key=lambda bucket: (bucket.area, bucket.height),
+        (bucket for bucket in buckets if bucket.covers(sizes)),
+        key=lambda bucket: (bucket.volume, bucket.sizes),
         default=None,
     )
+
+
+def joined(buckets: Sequence[Bucket]) -> Bucket:
+    """The smallest sizes that cover all of `buckets`.
+
+    Raises:
+        ValueError: there is none, or they have different dimensions.
+    """
+    names = {tuple(name for name, _ in bucket.sizes) for bucket in buckets}
+    if len(names) != 1:
+        raise ValueError(f"no common bucket of {[str(each) for each in buckets]}")
+    largest = {name: max(each[name] for each in buckets) for name in names.pop()}
+    return Bucket(*largest.values()) if buckets[0].is_picture else Bucket(**largest)
 
 
 def nearest_aspect(buckets: Sequence[Bucket], height: int, width: int) -> Bucket:
@@ -65,24 +115,22 @@ def nearest_aspect(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
 
     def distance(bucket: Bucket) -> tuple[Fraction, bool, int, int]:
         wide, tall = bucket.width * height, width * bucket.height
-        covers = bucket.covers(height, width)
-        area = bucket.area if covers else -bucket.area
+        covers = bucket.covers(Bucket(height, width))
+        area = bucket.volume if covers else -bucket.volume
         return Fraction(max(wide, tall), min(wide, tall)), not covers, area, bucket.height
 
     return min(buckets, key=distance)
 
 
-def round_up(size: Bucket | tuple[int, int], multiple: int) -> Bucket:
-    """The smallest size that covers `size`, a bucket or (height, width), with both sides on
-    `multiple` (pixels).
+def round_up(size: Bucket, multiple: int) -> Bucket:
+    """The smallest picture that covers `size` with both sides on `multiple` (pixels).
 
     Raises:
         ValueError: `multiple` is not positive.
     """
     if multiple < 1:
         raise ValueError(f"multiple must be positive, got {multiple}")
-    height, width = (size.height, size.width) if isinstance(size, Bucket) else size
-    return Bucket(-(-height // multiple) * multiple, -(-width // multiple) * multiple)
+    return Bucket(*(-(-side // multiple) * multiple for side in (size.height, size.width)))
 
 
 def split_rows(batch_sizes: Sequence[int], rows: int) -> tuple[int, ...]:

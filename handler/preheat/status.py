@@ -63,7 +63,7 @@ class StatusFile:
         eager though it should not be.
         """
         for bucket, row in self._buckets.items():
-            own = [each for each in rows if bucket_name(each) == bucket]
+            own = [each for each in rows if each["bucket"] == bucket]
             row["engine"] = _engine(own)
             row["reason"] = next(
                 (each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), ""
@@ -188,10 +188,3 @@ def _engine(rows: Sequence[Mapping[str, Any]]) -> str:
     if len(set(texts.values())) == 1:
         return next(iter(texts.values()))
     return ", ".join(f"{target} {text}" for target, text in texts.items())
-
-
-def bucket_name(row: Mapping[str, Any]) -> str:
-    """The bucket of a row of the state, as headers and metrics name it."""
-    if "dims" in row:
-        return " ".join(f"{name}={size}" for name, size in row["dims"].items()) or "fixed"
-    return f"{row['height']}x{row['width']}"

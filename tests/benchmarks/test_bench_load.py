@@ -148,7 +148,8 @@ def test_the_bare_loop_paints_every_request_in_full_batches_of_one_bucket() -> N
     sizes = [(60, 60), (90, 20), (64, 64), (10, 10), (50, 40)]
     batches = list(full_batches(sizes, buckets, 2))
     assert all(
-        len(batch) == 2 and all(bucket.covers(*size) for size in batch) for bucket, batch in batches
+        len(batch) == 2 and all(bucket.covers(Bucket(*size)) for size in batch)
+        for bucket, batch in batches
     )
     painted = Counter(size for _, batch in batches for size in batch)
     assert not Counter(sizes) - painted

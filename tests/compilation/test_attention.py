@@ -48,7 +48,7 @@ class Painter:
         self.module, self.result = module, torch.empty(0)
 
     def paint(self, batch: Batch, after_step: Any = None) -> Painted:
-        cells = batch.bucket.area // 64
+        cells = batch.bucket.volume // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
         return Painted(
@@ -131,10 +131,9 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
         assert (FLASH in operators) == (attention == "default") and MATH not in operators
         compiled = bench.painter.result.clone()
         with torch.inference_mode():
-            torch.manual_seed(bucket.area // 64)
-            expected = Attention.forward(
-                bench.painter.module, torch.randn(1, bucket.area // 64, 16)
-            )  # type: ignore[arg-type]
+            torch.manual_seed(bucket.volume // 64)
+            latents = torch.randn(1, bucket.volume // 64, 16)
+            expected = Attention.forward(bench.painter.module, latents)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
     assert watch.num_events == events and bench.router.run.incidents == 0
     assert {route.engine for route in bench.router.routes.values()} == {"compiled"}

@@ -52,10 +52,10 @@ class Machine:
         for bucket in self.config.pt2.shapes.buckets:
             for rows in range(1, size + 1):
                 timing = Timing(FIXED * rows / speed, self._step(bucket, rows))
-                self.budget.pace.measured(Load(bucket.area, 2 * rows, rows, 1), timing)
+                self.budget.pace.measured(Load(bucket.volume, 2 * rows, rows, 1), timing)
 
     def _step(self, bucket: Bucket, rows: int) -> float:
-        return rows * bucket.area / 1024**2 / PICTURE_STEPS / self.speed
+        return rows * bucket.volume / 1024**2 / PICTURE_STEPS / self.speed
 
     def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
         rows = len(batch.rows)
@@ -140,9 +140,7 @@ def test_no_batch_outlasts_the_response_timeout_and_nobody_is_put_off_twice(
     assert speed < 1.0 or not put_off, "the YAML fits the machine it is written for"
 
 
-def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_when_it_comes_again() -> (
-    None
-):
+def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_the_next_time() -> None:
     machine = Machine(0.2)
     # 40 picture-steps are 22 s here, 120 s hold 90 s of what was measured
     jobs = [

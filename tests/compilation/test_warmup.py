@@ -92,7 +92,7 @@ def test_the_plan_holds_every_variant_once_and_the_largest_first(
 ) -> None:
     plan = plan_variants(buckets, sizes, [True, False], ["text-to-image", "inpainting"])
     assert len(plan) == len(set(plan)) == len(buckets) * len(sizes) * 4
-    areas = [variant.bucket.area for variant in plan]
+    areas = [variant.bucket.volume for variant in plan]
     assert areas == sorted(areas, reverse=True)
     assert plan[0].batch_size == max(sizes) and plan[0].guidance
 
@@ -152,7 +152,7 @@ def test_a_variant_left_out_refuses_ready_where_the_config_says_so(watch: Compil
     forgotten = Variant(WIDE, 2, True, "text-to-image")
     server = Server(watch, leave_out=[forgotten], on_failure="fail")
     server.warmup.warm(VARIANTS)
-    with pytest.raises(WarmupError, match="on_failure is fail.*8x16 batch 2, guidance on"):
+    with pytest.raises(WarmupError, match=r"on_failure is fail.*8x16 batch 2, guidance on"):
         server.warmup.prove(VARIANTS)
 
 
@@ -194,7 +194,7 @@ def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(
     watch: CompileWatch,
 ) -> None:
     server = Server(watch, fails_on_wide, on_failure="fail")
-    with pytest.raises(WarmupError, match="(?s)8x16.*no lowering"):
+    with pytest.raises(WarmupError, match=r"(?s)8x16.*no lowering"):
         server.warmup.warm(VARIANTS)
 
 
@@ -229,9 +229,7 @@ def make_restless(target: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPa
 def test_compiled_code_that_never_settles_is_given_up(
     watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks
-    like.
-    """
+    """A compile event in the replay without a refusal: a CUDA graph recorded late looks so."""
     server = Server(watch)
     server.warmup.warm(VARIANTS)
     make_restless("unet", watch, monkeypatch)

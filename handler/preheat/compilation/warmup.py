@@ -13,13 +13,15 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, TypeVar
 
+from preheat.buckets import Bucket
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.modes import Route, Visits
-from preheat.compilation.pace import Load, Timing
+from preheat.compilation.pace import Timing
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Signature
+from preheat.compilation.variants import Variant
 from preheat.compilation.watch import (
     CompileWatch,
     allow_compiling,
@@ -39,40 +41,11 @@ Visited = Mapping[str, Visits]
 _MAX_PASSES = 4
 
 
-class Size(Protocol):
-    """A bucket, whatever its dimensions are: hashable, with a name that people read."""
-
-    def __hash__(self) -> int: ...
-
-    def __str__(self) -> str: ...
-
-    def document(self) -> dict[str, Any]:
-        """Its part of a row of the state."""
-
-
-class Warmable(Protocol):
-    """Whatever needs its own graph; hashable."""
-
-    @property
-    def bucket(self) -> Size: ...
-
-    @property
-    def batch_size(self) -> int: ...
-
-    @property
-    def load(self) -> Load:
-        """What the time of its run depends on."""
-
-    @property
-    def details(self) -> str:
-        """All but the bucket, for the log."""
-
-
 @dataclass(frozen=True, slots=True)
 class Record:
     """What warm-up did for one target in one bucket and batch size; a row of the state."""
 
-    bucket: Size
+    bucket: Bucket
     batch_size: int
     target: str
     engine: EngineName
@@ -87,17 +60,21 @@ class WarmupProgress:
 
     done: int
     total: int
-    variant: Warmable
+    variant: Variant
     seconds: float
 
 
 class Warmup:
     """One run of warm-up and proof.
 
-    Args: serve: runs one variant through the served path. routers: by target name. on_failure:
-      `eager` gives up the shapes at fault; `fail` raises. progress: told after each variant.
-      leave_out: variants that are not warmed although they are proven: how tests show that the
-      proof can fail. own_folder: see `watch.cache_counters`.
+    Args:
+        serve: runs one variant through the served path.
+        routers: by target name.
+        on_failure: `eager` gives up the shapes at fault; `fail` raises.
+        progress: told after each variant.
+        leave_out: variants that are not warmed although they are proven: how tests show that the
+            proof can fail.
+        own_folder: see `watch.cache_counters`.
     """
 
     def __init__(
@@ -108,21 +85,21 @@ class Warmup:
         *,
         on_failure: Literal["eager", "fail"],
         progress: Callable[[WarmupProgress], None] = lambda _: None,
-        leave_out: Collection[Warmable] = (),
+        leave_out: Collection[Variant] = (),
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
         self._own_folder = own_folder
-        self.timings: dict[Warmable, Timing] = {}
+        self.timings: dict[Variant, Timing] = {}
         """Of each variant's last run, which was that of the proof where it was replayed."""
-        self._records: dict[tuple[Size, int, str], Record] = {}
+        self._records: dict[tuple[Bucket, int, str], Record] = {}
 
     @property
     def records(self) -> list[Record]:
         return list(self._records.values())
 
-    def observe(self, variants: Iterable[Warmable]) -> None:
+    def observe(self, variants: Iterable[Variant]) -> None:
         """Run variants eagerly to learn which input dimensions vary between them; one graph will
         cover those.
 
@@ -141,13 +118,13 @@ class Warmup:
             if calls[name].shapes:
                 router.learn(calls[name].shapes.values())
 
-    def shows_nothing_new(self, variants: Sequence[Warmable], few: Sequence[Warmable]) -> bool:
+    def shows_nothing_new(self, variants: Sequence[Variant], few: Sequence[Variant]) -> bool:
         """Whether `few` of the variants, run eagerly, give every target all signatures that all of
         them do.
         """
         if not variants:
             return True
-        met: dict[Warmable, set[tuple[str, Signature]]] = {}
+        met: dict[Variant, set[tuple[str, Signature]]] = {}
         for variant in variants:
             with ExitStack() as stack:
                 calls = self._each(stack, Router.observing)
@@ -161,11 +138,12 @@ class Warmup:
         found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
         if not found:
             logger.warning(
-                "variants differ in more than rows and pictures: every single one is warmed and replayed"
+                "variants differ in more than rows and pictures: every single one is warmed and "
+                "replayed"
             )
         return found
 
-    def warm(self, variants: Sequence[Warmable]) -> None:
+    def warm(self, variants: Sequence[Variant]) -> None:
         """Compile every variant.
 
         Raises:
@@ -194,7 +172,7 @@ class Warmup:
             self._progress(WarmupProgress(done, len(chosen), variant, seconds))
             self._fail_if_asked(variant, visited)
 
-    def _warm_until_quiet(self, variant: Warmable) -> tuple[float, str | None]:
+    def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
         started, counters = time.perf_counter(), cache_counters(self._own_folder)
         for _ in range(_MAX_PASSES):
             events = self._watch.num_events
@@ -205,7 +183,7 @@ class Warmup:
             counters, cache_counters(self._own_folder)
         )
 
-    def prove(self, variants: Iterable[Warmable]) -> int:
+    def prove(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
@@ -234,7 +212,7 @@ class Warmup:
     def _num_events(self) -> int:
         return self._watch.num_events
 
-    def _time(self, variant: Warmable) -> None:
+    def _time(self, variant: Variant) -> None:
         timing = self._serve(variant)
         if timing is not None:
             self.timings[variant] = timing
@@ -262,7 +240,7 @@ class Warmup:
         return found
 
     def _note(
-        self, variant: Warmable, visited: Visited, seconds: float, outcome: str | None
+        self, variant: Variant, visited: Visited, seconds: float, outcome: str | None
     ) -> None:
         """Fold what this variant did into the rows of the state: the slowest engine, the sum of
         seconds.
@@ -286,7 +264,7 @@ class Warmup:
                 reason=(slower.reason if slower else None) or (before.reason if before else None),
             )
 
-    def _fail_if_asked(self, variant: Warmable, visited: Visited) -> None:
+    def _fail_if_asked(self, variant: Variant, visited: Visited) -> None:
         if self._on_failure != "fail":
             return
         for name, router in self._routers.items():

@@ -13,34 +13,34 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from preheat.compilation.warmup import Warmable
+from preheat.compilation.variants import Variant
 from preheat.config.model import ShapesConfig
 
 
 class Family(Protocol):
     """What a family of models knows of its variants; see `work.Work`."""
 
-    def variants(self, batch_sizes: Sequence[int]) -> Sequence[Warmable]: ...
+    def variants(self, batch_sizes: Sequence[int]) -> Sequence[Variant]: ...
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Warmable]: ...
+    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Warmable]: ...
+    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Warmable]: ...
+    def between(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class WarmupPlan:
     """Variants in the order they are run."""
 
-    observe: Sequence[Warmable]
+    observe: Sequence[Variant]
     """Run eagerly: their shapes show which dimensions one graph has to cover."""
-    probe: Sequence[Warmable]
+    probe: Sequence[Variant]
     """Run eagerly: must meet no signature that the family's `covering` of them misses. Empty:
     nothing to find out.
     """
-    warm: Sequence[Warmable]
-    verify: Sequence[Warmable]
+    warm: Sequence[Variant]
+    verify: Sequence[Variant]
     """Replayed with compiling forbidden."""
     num_graphs: int
     """An upper bound per code object."""
@@ -74,10 +74,14 @@ def warmup_plan(
 ) -> WarmupPlan:
     """What is warmed and replayed.
 
-    Args: served: the batch sizes that a run can have. warmed: those that warm-up has to meet.
-      graphs_per_variant: how many at most a code object needs. compiles: whether a target runs
-      compiled code. idle: whether no target has anything faster than eager. covers: whether
-      `family.covering` may be believed where something compiles; what `probe` finds out.
+    Args:
+        served: the batch sizes that a run can have.
+        warmed: those that warm-up has to meet.
+        graphs_per_variant: how many at most a code object needs.
+        compiles: whether a target runs compiled code.
+        idle: whether no target has anything faster than eager.
+        covers: whether `family.covering` may be believed where something compiles; what `probe`
+            finds out.
     """
     variants = family.variants(warmed)
     shortened = covers or not compiles

@@ -10,9 +10,10 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Router
-from preheat.compilation.warmup import Size, Warmable
+from preheat.compilation.variants import Variant
 from preheat.config.model import ShapesConfig
 from preheat.models.batching import RunReport
 from preheat.protocol.responses import Response
@@ -31,7 +32,7 @@ class Work(Protocol):
         """`pt2.shapes` as the model has resolved it."""
 
     @property
-    def sizes(self) -> Collection[Size]:
+    def sizes(self) -> Collection[Bucket]:
         """Every bucket."""
 
     @property
@@ -56,20 +57,18 @@ class Work(Protocol):
         anything is served.
         """
 
-    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Warmable]:
-        """Every variant in these batch sizes, the largest first; none where nothing can be
-        warmed.
-        """
+    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
+        """Every variant in these batch sizes, the largest first; none if nothing can be warmed."""
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every
         graph is static.
         """
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Warmable]:
+    def between(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """Variants beside these that must be served too, and so proven."""
 
     def serve_variant(self, variant: Any) -> Timing:

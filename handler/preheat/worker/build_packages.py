@@ -24,7 +24,7 @@ from preheat.cache.shared import CacheUse
 from preheat.cache.trust import Trust
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends import aot
-from preheat.compilation.warmup import Warmable
+from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.device import any_device, pick_device, share_cpu
 from preheat.errors import AheadError, PreheatError
@@ -86,7 +86,8 @@ class Rehearsal(Service):
             logger.debug("%s", path.name, exc_info=True)
             first_line = next(iter(str(error).strip().splitlines()), "")
             raise AheadError(
-                f"no package can be made of {each.target} in {' and '.join(each.buckets)}: {type(error).__name__}: {first_line}"
+                f"no package can be made of {each.target} in {' and '.join(each.buckets)}: "
+                f"{type(error).__name__}: {first_line}"
             ) from error
         return entry
 
@@ -97,7 +98,7 @@ class Rehearsal(Service):
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
         yield None  # packages are made anew, whatever others have compiled
 
-    def _heat(self, leave_out: Collection[Warmable], sharing: CacheUse | None) -> StatePhase:
+    def _heat(self, leave_out: Collection[Variant], sharing: CacheUse | None) -> StatePhase:
         made: dict[tuple[str, str], Wanted] = {}
         for bucket, variants in groupby(
             self._work.variants(self._warmed_sizes()), key=lambda variant: variant.bucket
@@ -108,7 +109,7 @@ class Rehearsal(Service):
         self._wanted = list(made.values())
         return "hot"
 
-    def _rehearse(self, variants: Iterable[Warmable]) -> Iterator[tuple[str, aot.PackageSpec]]:
+    def _rehearse(self, variants: Iterable[Variant]) -> Iterator[tuple[str, aot.PackageSpec]]:
         with ExitStack() as stack:
             calls = {
                 name: stack.enter_context(router.observing(keep=True))

@@ -15,7 +15,6 @@ from time import perf_counter
 from typing import Any, Protocol
 
 from preheat.models.batching import RunReport
-from preheat.status import bucket_name
 from preheat.worker.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -92,7 +91,7 @@ class Metrics:
         ):
             self._sink("counter", name, 0, "count", {})
         # The rows of several targets in one bucket and batch size share the time of their warm-up.
-        distinct = {(bucket_name(row), row["batch_size"]): row for row in state.buckets}
+        distinct = {(row["bucket"], row["batch_size"]): row for row in state.buckets}
         seconds: Counter[tuple[str, str]] = Counter()
         for (bucket, _), row in distinct.items():
             seconds[bucket, row["cache"]] += row["warm_seconds"]

@@ -33,7 +33,8 @@ from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Load, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
-from preheat.compilation.warmup import Record, Warmable, Warmup, WarmupProgress
+from preheat.compilation.variants import Variant
+from preheat.compilation.warmup import Record, Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, raise_recompile_limits
 from preheat.config.model import ModelConfig
@@ -44,7 +45,7 @@ from preheat.models.registry import has_model, load_work
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response
 from preheat.status import Phase as StatePhase
-from preheat.status import StatusFile, bucket_name
+from preheat.status import StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
@@ -80,7 +81,7 @@ class Service:
         *,
         status: StatusFile,
         metrics: Metrics | None = None,
-        leave_out: Collection[Warmable] = (),
+        leave_out: Collection[Variant] = (),
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
@@ -128,9 +129,7 @@ class Service:
         )
 
     def begin_call(self) -> None:
-        """A batch has come: `responseTimeout` runs from now on, until its answers go back
-        together.
-        """
+        """A batch has come: `responseTimeout` runs from now until its answers go back together."""
         self._budget.end()
         self._budget.begin()
 
@@ -247,11 +246,10 @@ class Service:
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, leave_out: Collection[Warmable], sharing: CacheUse | None) -> StatePhase:
+    def _heat(self, leave_out: Collection[Variant], sharing: CacheUse | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
-        if (
-            self._shapes.strategy == "exact"
-        ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
+        # plain torch.compile: for comparison, or because the YAML tells of no shapes
+        if self._shapes.strategy == "exact":
             why = (
                 "strategy exact"
                 if self.config.pt2.shapes.strategy == "exact"
@@ -291,11 +289,11 @@ class Service:
         self._learn_pace(warmup.timings)
         return "hot"
 
-    def _learn_pace(self, timings: Mapping[Warmable, Timing]) -> None:
+    def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
             self._budget.pace.measured(variant.load, timing)
-            key = (bucket_name(variant.bucket.document()), variant.batch_size)
+            key = (str(variant.bucket), variant.batch_size)
             if key not in self._loads or self._loads[key].rows < variant.load.rows:
                 self._loads[key] = variant.load
         assert self._budget.timeout is not None
@@ -306,7 +304,7 @@ class Service:
     def _show_pace(self) -> None:
         rows: list[Mapping[str, Any]] = []
         for row in self.state.buckets:
-            load = self._loads.get((bucket_name(row), row["batch_size"]))
+            load = self._loads.get((row["bucket"], row["batch_size"]))
             seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
             rows.append({**row, "seconds_per_step": round(seconds, 6)})
         self.state.buckets = rows
@@ -365,8 +363,10 @@ def _row(record: Record) -> dict[str, Any]:
     """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
     words.
     """
+    sizes = dict(record.bucket.sizes)
     return {
-        **record.bucket.document(),
+        "bucket": str(record.bucket),
+        **(sizes if record.bucket.is_picture else {"dims": sizes}),
         "batch_size": record.batch_size,
         "target": record.target,
         "engine": record.engine,

@@ -16,7 +16,7 @@ def test_the_limit_is_met_to_the_pixel_step(
 ) -> None:
     request = make_request(num_inference_steps=steps, num_images=num_images)
     bucket = Bucket(8 * side, 8)
-    fits = bucket.area * steps * num_images <= max_cost
+    fits = bucket.volume * steps * num_images <= max_cost
     try:
         check_cost(request, bucket, steps=steps, least_area=64, max_cost=max_cost)
     except RequestError as error:

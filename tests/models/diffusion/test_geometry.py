@@ -8,7 +8,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preheat.buckets import Bucket, covering, nearest_aspect, round_up
+from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
 from preheat.errors import RequestError
 from preheat.models.diffusion.geometry import (
     Box,
@@ -76,7 +76,11 @@ def test_every_plan_gives_exactly_the_asked_size_from_inside_what_was_painted(
             has_image=has_image,
         )
     except RequestError as error:
-        assert fit == "pad" and oversize == "reject" and covering(buckets, height, width) is None
+        assert (
+            fit == "pad"
+            and oversize == "reject"
+            and smallest_covering(buckets, Bucket(height, width)) is None
+        )
         assert error.code == 400 and error.field in ("height", "width")
         return
     assert (made.crop.height, made.crop.width) == (made.height, made.width) == (height, width)
@@ -204,7 +208,7 @@ def test_resize_lays_the_image_where_the_output_map_brings_it_back(
 def test_downscale_is_resize_once_nothing_covers(
     height: int, width: int, buckets: list[Bucket]
 ) -> None:
-    if covering(buckets, height, width) is not None:
+    if smallest_covering(buckets, Bucket(height, width)) is not None:
         return
     shrunk, resized = (
         plan(

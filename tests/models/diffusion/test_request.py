@@ -113,9 +113,9 @@ def parts(**more: bytes) -> dict[str, object]:
         {"body": FULL, "image": bytearray(FILE)},
         parts(image=FILE),
         {
-            name: value.decode() if name != "image" else value
+            name: value.decode() if name != "image" else value  # type: ignore[attr-defined]
             for name, value in parts(image=FILE).items()
-        },  # type: ignore[attr-defined]
+        },
     ],
     ids=[
         "json",

@@ -40,13 +40,13 @@ def check_cost(
     Raises:
         RequestError: it costs more; at fault is the factor that weighs most.
     """
-    cost = bucket.area * steps * request.num_images
+    cost = bucket.volume * steps * request.num_images
     if max_cost is None or cost <= max_cost:
         return
     factors = {
         "num_inference_steps": steps,
         "num_images": request.num_images,
-        "height": bucket.area / least_area,
+        "height": bucket.volume / least_area,
     }
     at_fault = max(factors, key=lambda name: factors[name])  # of equals the first
     painted = f"{request.num_images} x {bucket} x {steps} steps"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from preheat.buckets import Bucket, covering, nearest_aspect, round_up
+from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
 from preheat.errors import RequestError
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ def plan(
         raise ValueError("no buckets to plan with")
     if fit == "resize":
         return resize_into(nearest_aspect(buckets, height, width), height, width)
-    bucket = covering(buckets, height, width)
+    bucket = smallest_covering(buckets, Bucket(height, width))
     if bucket is not None:
         return pad_into(bucket, height, width, has_image=has_image)
     if oversize == "downscale":
@@ -125,7 +125,7 @@ def pad_into(
     Raises:
         ValueError: the bucket does not cover the size.
     """
-    if not bucket.covers(height, width):
+    if not bucket.covers(Bucket(height, width)):
         raise ValueError(f"bucket {bucket} does not cover {height}x{width}")
     top, left = (
         (0, 0) if has_image else ((bucket.height - height) // 2, (bucket.width - width) // 2)
@@ -213,8 +213,9 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
     nearest = nearest_aspect(buckets, height, width)
     return RequestError(
-        f"is too much: no bucket covers height {height} and width {width}; the nearest is {nearest} (height x width), "
-        f"the largest: {largest}; with pt2.shapes.oversize: downscale the server would paint a bucket and scale it up",
+        f"is too much: no bucket covers height {height} and width {width}; the nearest is "
+        f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
+        "the server would paint a bucket and scale it up",
         field,
     )
 
@@ -222,8 +223,6 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
 def _largest(buckets: Sequence[Bucket]) -> list[Bucket]:
     """The buckets that no other one covers: the reach of the model."""
     outer = [
-        one
-        for one in set(buckets)
-        if not any(other.covers(one.height, one.width) for other in set(buckets) - {one})
+        one for one in set(buckets) if not any(other.covers(one) for other in set(buckets) - {one})
     ]
-    return sorted(outer, key=lambda bucket: (-bucket.area, bucket.height))
+    return sorted(outer, key=lambda bucket: (-bucket.volume, bucket.height))

@@ -189,7 +189,7 @@ class PipelineWork:
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
             self._config.pipeline.limits,
-            max(bucket.area for bucket in self.shapes.buckets),
+            max(bucket.volume for bucket in self.shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
@@ -198,8 +198,9 @@ class PipelineWork:
             return None
         fitting = int(timeout / MARGIN / (self._config.batchSize * per_cost))
         return (
-            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is {timeout:.0f}: "
-            f"some will be told to come again (503); pipeline.limits.max_cost {fitting} would fit"
+            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is "
+            f"{timeout:.0f}: some will be told to come again (503); pipeline.limits.max_cost "
+            f"{fitting} would fit"
         )
 
     def measure_padding(self) -> Mapping[str, Any]:
@@ -235,7 +236,7 @@ class PipelineWork:
         dropped = self._dropped(request)
         job = replace(self._prepare(request, deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.area for bucket in self.shapes.buckets)
+        least_area = min(bucket.volume for bucket in self.shapes.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -294,15 +295,17 @@ def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> Shapes
         for side, pixels in enumerate((bucket.height, bucket.width)):
             if pixels % pipeline.multiple:
                 raise ConfigError(
-                    f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
+                    f"{pixels} is not a multiple of {pipeline.multiple}, which "
+                    f"{pipeline.family.name} needs",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
         if (
             max(bucket.height, bucket.width) > limits.max_side
-            or bucket.area > limits.max_image_pixels
+            or bucket.volume > limits.max_image_pixels
         ):
             raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
+                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "
+                f"{limits.max_image_pixels})",
                 f"pt2.shapes.buckets[{index}]",
             )
         if min(bucket.height, bucket.width) < limits.min_side:

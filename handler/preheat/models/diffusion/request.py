@@ -89,9 +89,7 @@ class ImageRequest:
 
 
 def run_steps(num_steps: int, strength: float | None) -> int:
-    """Of that many steps, those from `strength` on; all without an image, whose strength is
-    None.
-    """
+    """Of that many steps, those from `strength` on; all without an image (strength None)."""
     return num_steps if strength is None else int(min(num_steps * strength, num_steps))
 
 
@@ -115,8 +113,9 @@ def parse_row(
     numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add to its
     fields.
 
-    Raises: RequestError: anything that is not a legal request; nothing else is raised, whatever the
-      row holds.
+    Raises:
+        RequestError: anything that is not a legal request; nothing else is raised, whatever the row
+            holds.
     """
     if content_type is not None and content_type.lower().startswith(
         "application/x-www-form-urlencoded"
@@ -337,9 +336,7 @@ def _unknown(name: object) -> RequestError:
 
 
 def _shown(value: object) -> str:
-    """A value for a message: numbers and short words themselves, of anything else the kind
-    alone.
-    """
+    """A value for a message: numbers and short words themselves, of all else the kind alone."""
     if value is None or isinstance(value, bool):
         return json.dumps(value)
     if isinstance(value, float) or (

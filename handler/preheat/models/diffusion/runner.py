@@ -53,9 +53,7 @@ class Progress:
 
 
 class Watcher(Protocol):
-    """Told of every step of a job's pictures. After an out-of-memory split their steps begin
-    anew.
-    """
+    """Told of every step of a job's pictures. After an out-of-memory split steps begin anew."""
 
     def progress(self, progress: Progress) -> None: ...
 
@@ -195,8 +193,9 @@ class Engine(Batcher[Answer, Row]):
         A side that the request leaves out comes from its image (in proportion, where the other side
         is given), else from `default`.
 
-        Raises: RequestError: an image that cannot be read, or a size that no bucket covers under
-          `oversize: reject`.
+        Raises:
+            RequestError: an image that cannot be read, or a size that no bucket covers under
+                `oversize: reject`.
         """
         image = mask = None
         if request.image is not None:
@@ -219,9 +218,7 @@ class Engine(Batcher[Answer, Row]):
         shapes = self._shapes
         if shapes.strategy in ("dynamic", "exact"):
             own = self._own_size(height, width)
-            if shapes.strategy == "exact" or any(
-                bucket.covers(own.height, own.width) for bucket in shapes.buckets
-            ):
+            if shapes.strategy == "exact" or any(bucket.covers(own) for bucket in shapes.buckets):
                 return geometry.pad_into(own, height, width, has_image=has_image)
         return geometry.plan(
             height,
@@ -263,16 +260,16 @@ class Engine(Batcher[Answer, Row]):
         return answer.job.rows()
 
     def _kind(self, answer: Answer) -> str:
+        # Not the task: with one picture at a time in the VAE it is no more than a picture's worth.
         plan, request = answer.job.plan, answer.job.request
-        how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
-        return ", ".join(
-            [str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])]
-        )
+        guidance = "guidance" if request.guidance_scale > 1 else "no guidance"
+        eager = ["eager"] if plan.engine_hint == "eager" else []
+        return ", ".join([str(plan.bucket), guidance, *eager])
 
     def _load(self, answer: Answer, size: int) -> Load:
         request = answer.job.request
         rows = size * (2 if self._doubles and request.guidance_scale > 1 else 1)
-        return Load(answer.job.plan.bucket.area, rows, size, request.num_run_steps)
+        return Load(answer.job.plan.bucket.volume, rows, size, request.num_run_steps)
 
     def _identity(self, answer: Answer) -> int:
         # a seed that the client left out is drawn anew

@@ -9,27 +9,21 @@ from dataclasses import dataclass
 from itertools import product
 
 from preheat.buckets import Bucket
+from preheat.compilation import variants
 from preheat.compilation.pace import Load
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """Whatever needs its own graph. `guidance` doubles the denoiser's batch."""
+class Variant(variants.Variant):
+    """A pipeline's. `guidance` doubles the denoiser's batch."""
 
-    bucket: Bucket
-    batch_size: int
     guidance: bool
     task: str
 
-    def __str__(self) -> str:
-        return f"{self.bucket} {self.details}"
-
     @property
     def load(self) -> Load:
-        """What its time depends on, in one step."""
-        return Load(
-            self.bucket.area, self.batch_size * (2 if self.guidance else 1), self.batch_size, 1
-        )
+        rows = self.batch_size * (2 if self.guidance else 1)
+        return Load(self.bucket.volume, rows, self.batch_size, 1)
 
     @property
     def details(self) -> str:
@@ -50,7 +44,7 @@ def plan_variants(
         sorted(
             every,
             key=lambda v: (
-                -v.bucket.area,
+                -v.bucket.volume,
                 v.bucket.height,
                 -v.batch_size,
                 not v.guidance,

@@ -10,21 +10,22 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from preheat.buckets import Bucket, combinations
 from preheat.compilation.closeness import PADDED, compare
-from preheat.compilation.pace import Budget, Load, Pace, Timing
+from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Router
+from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig, ModuleConfig, ShapesConfig
 from preheat.config.module import is_mask
 from preheat.config.places import model_place
 from preheat.device import DTYPES
-from preheat.dims import Dims, combinations
 from preheat.errors import ConfigError, RequestError
 from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
@@ -40,26 +41,6 @@ MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
 UNREADABLE = ("text", "accept")
-
-
-@dataclass(frozen=True, slots=True)
-class Variant:
-    """Whatever needs its own graph."""
-
-    bucket: Dims
-    batch_size: int
-
-    def __str__(self) -> str:
-        return f"{self.bucket} {self.details}"
-
-    @property
-    def load(self) -> Load:
-        """What its time depends on."""
-        return Load(self.bucket.volume, self.batch_size, self.batch_size, 1)
-
-    @property
-    def details(self) -> str:
-        return f"batch {self.batch_size}"
 
 
 class ModuleWork:
@@ -89,7 +70,7 @@ class ModuleWork:
             ranges.ranges(names, module, self._own),
             tokenizer,
         )
-        self.sizes: tuple[Dims, ...] = combinations(self._own.choices) if self._own.inputs else ()
+        self.sizes: tuple[Bucket, ...] = combinations(self._own.choices) if self._own.inputs else ()
         self.fields = (*names, *UNREADABLE)
 
     @classmethod
@@ -181,8 +162,9 @@ class ModuleWork:
         unknown = [name for name in self._reader.names if name not in self._reader.ranges]
         if unknown:
             logger.warning(
-                "module.inputs is not declared: a request with whole numbers for %s is served eagerly, since an index outside its "
-                "table would end the worker; declare it, with its range, to have it compiled",
+                "module.inputs is not declared: a request with whole numbers for %s is served "
+                "eagerly, since an index outside its table would end the worker; declare it, with "
+                "its range, to have it compiled",
                 " or ".join(unknown),
             )
 
@@ -254,7 +236,8 @@ class ModuleWork:
                 else "into what is not finite"
             )
             logger.warning(
-                "padding changes answers by %s; a mask input with default: 1, padded with 0, would let the module see it",
+                "padding changes answers by %s; a mask input with default: 1, padded with 0, "
+                "would let the module see it",
                 how_far,
             )
         return found
@@ -287,7 +270,7 @@ class ModuleWork:
             "exact": exact,
         }
 
-    def _ends(self) -> tuple[Dims, Dims]:
+    def _ends(self) -> tuple[Bucket, Bucket]:
         return self.sizes[0], self.sizes[-1]
 
     def unfit(self) -> Mapping[str, int]:
@@ -350,7 +333,10 @@ class ModuleWork:
         size = sum(map(tensors.json_bytes, outputs)) if as_json and 26 * as_file > most else as_file
         if size <= most:
             return None
-        what = f"the answer has about {size} bytes, at most {most} are allowed (module.limits.max_response_bytes)"
+        what = (
+            f"the answer has about {size} bytes, at most {most} are allowed "
+            "(module.limits.max_response_bytes)"
+        )
         if as_json and as_file <= most:
             return RequestError(
                 f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406
@@ -358,9 +344,7 @@ class ModuleWork:
         return RequestError(what, "body", code=413)
 
     def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
-        """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and
-        1.
-        """
+        """A job of these sizes whose inputs any module takes: noise, and whole numbers 0 and 1."""
         dice = torch.Generator().manual_seed(seed)
         made: dict[str, torch.Tensor] = {}
         for name, spec in self._own.inputs.items():
@@ -422,7 +406,7 @@ def _is_index(tensor: torch.Tensor) -> bool:
     return not tensor.is_floating_point() and tensor.dtype is not torch.bool
 
 
-def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
+def _inside(bucket: Bucket, choices: Mapping[str, Sequence[int]]) -> dict[str, int]:
     """Sizes that are padded the most in this bucket: one more than the bucket below holds, or half
     of the smallest.
     """
@@ -434,7 +418,7 @@ def _inside(bucket: Dims, choices: Mapping[str, Sequence[int]]) -> dict[str, int
 
 
 def _measured(
-    bucket: Dims, choices: Mapping[str, Sequence[int]]
+    bucket: Bucket, choices: Mapping[str, Sequence[int]]
 ) -> list[tuple[tuple[str, int], ...]]:
     """Sizes to measure padding with: odd and even ones, since a module that halves them rounds one
     of the two up or down.
@@ -461,7 +445,8 @@ def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: Modul
         )
     grown = ", ".join(f"{dim}: ..." for dim in dims)
     raise ConfigError(
-        f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the module shrinks it, rounded up",
+        f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the "
+        "module shrinks it, rounded up",
         f"module.outputs.{name}.crop",
     )
 

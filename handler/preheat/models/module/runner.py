@@ -11,12 +11,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from preheat.buckets import Bucket, combinations, joined, smallest_covering
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
 from preheat.config.model import ShapesConfig
 from preheat.config.module import ModuleConfig, OutputConfig
 from preheat.device import DTYPES
-from preheat.dims import Dims, covering, joined
 from preheat.errors import ConfigError, ModuleError
 from preheat.models.batching import Batcher, Exactness, Outcome, RunReport
 from preheat.models.module.request import Accept, sizes_of
@@ -35,7 +35,7 @@ class Job:
     """Each (1, ...)."""
     sizes: Mapping[str, int]
     """Of the bucketed dimensions."""
-    bucket: Dims | None
+    bucket: Bucket | None
     """The smallest that holds it; None where it runs as it is, by itself."""
     planned_eager: bool = False
     """Outside every bucket on purpose (`oversize: eager`)."""
@@ -50,7 +50,7 @@ class Answer(Outcome):
 
     job: Job
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
-    ran_in: Dims | None = None
+    ran_in: Bucket | None = None
     """The bucket of the run, which its neighbours may have made larger than the job's own."""
     num_painted: int = 0
     """Elements of its inputs, padding included."""
@@ -112,7 +112,7 @@ class ModuleEngine(Batcher[Answer, Job]):
             budget=budget,
         )
         self._module, self._config, self._shapes = module, config, shapes
-        self._choices, self._dtype = config.choices, DTYPES[config.dtype]
+        self._buckets, self._dtype = combinations(config.choices), DTYPES[config.dtype]
         self.padded: Exactness = "padded"
         """What an answer is whose inputs were padded, until `rounding` has been measured."""
         self.output_names = tuple(config.outputs)
@@ -127,7 +127,7 @@ class ModuleEngine(Batcher[Answer, Job]):
         if self._shapes.strategy == "exact":
             return Job(inputs, {}, None, accept=accept, deadline=deadline)
         sizes = sizes_of(inputs, self._config.inputs)
-        bucket = covering(self._choices, sizes)
+        bucket = smallest_covering(self._buckets, Bucket(**sizes))
         return Job(inputs, sizes, bucket, bucket is None, accept, deadline)
 
     def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
@@ -227,7 +227,7 @@ class ModuleEngine(Batcher[Answer, Job]):
         return "bitwise" if self._shapes.invariant else "rounding"
 
     def _stacked(
-        self, name: str, jobs: Sequence[Job], bucket: Dims | None, size: int
+        self, name: str, jobs: Sequence[Job], bucket: Bucket | None, size: int
     ) -> torch.Tensor:
         """One input of a run, on the device: the jobs' rows padded to the bucket, the first one
         repeated up to `size`.
@@ -264,7 +264,8 @@ class ModuleEngine(Batcher[Answer, Job]):
             found = {f"output_{index}": value for index, value in enumerate(result)}
         else:
             raise ModuleError(
-                f"the module returns a {type(result).__name__}; tensors, alone, listed or named, can be served"
+                f"the module returns a {type(result).__name__}; tensors, alone, listed or named, "
+                "can be served"
             )
         wanted = self._config.outputs or {
             name: OutputConfig() for name, v in found.items() if isinstance(v, torch.Tensor)
