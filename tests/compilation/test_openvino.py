@@ -25,7 +25,8 @@ from preheat.compilation.router import Router
 from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.model import ModelConfig, Pt2Config
+from preheat.config.model import ModelConfig
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import ConfigError
 from preheat.torchserve import server
 
@@ -270,10 +271,11 @@ def test_a_missing_package_is_a_loud_eager(
 
 def test_nothing_is_reported_over_the_network() -> None:
     """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
-    script = "import sys; from preheat.compilation.backends import openvino; "
-    script += (
-        "openvino.import_openvino(); sys.exit(sys.modules['openvino_telemetry'] is not None or "
-        "'openvino.tools.ovc' not in sys.modules)"
+    script = (
+        "import sys; from preheat.compilation.backends.openvino import import_openvino; "
+        "import_openvino(); "
+        "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in "
+        "sys.modules)"
     )
     env = {**os.environ, "PYTHONPATH": str(server.ROOT / "handler")}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)

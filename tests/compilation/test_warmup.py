@@ -15,7 +15,7 @@ from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.watch import CompileWatch
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import WarmupError
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 
@@ -229,7 +229,9 @@ def make_restless(target: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPa
 def test_compiled_code_that_never_settles_is_given_up(
     watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A compile event in the replay without a refusal: a CUDA graph recorded late looks so."""
+    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks
+    like.
+    """
     server = Server(watch)
     server.warmup.warm(VARIANTS)
     make_restless("unet", watch, monkeypatch)

@@ -30,7 +30,8 @@ def export(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> torch.export
     that varies.
     """
     # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that
-    # mode. Eagerly: regional blocks are wrapped.
+    # mode.
+    # regional blocks are wrapped
     with torch.inference_mode(False), torch.no_grad(), own_forward(module), eagerly():
         _leave_inference_mode(module)
         args, kwargs = map_tensors(inputs[0], torch.clone), map_tensors(inputs[1], torch.clone)

@@ -14,7 +14,7 @@ from torch import nn
 from preheat.compilation.backends import inductor, ipex, openvino
 from preheat.compilation.backends.base import Backend, Prepared
 from preheat.compilation.router import Router
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import thawed
 from preheat.errors import ConfigError
 

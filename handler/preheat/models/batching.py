@@ -21,7 +21,7 @@ from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.model import ShapesConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
 

@@ -83,9 +83,9 @@ class Faults:
         def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> Painted:
             self.runs.append([len(batch.rows), 0])
 
-            def after(step: Any) -> None:
+            def after(*step: Any) -> None:
                 self.runs[-1][1] += 1
-                after_step(step)
+                after_step(*step)
 
             return paint(pipeline, batch, after)
 

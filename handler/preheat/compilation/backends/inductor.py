@@ -13,7 +13,7 @@ from torch import nn
 
 from preheat.compilation.backends.base import CompiledCode, EngineName
 from preheat.compilation.signatures import DynamicDims, Inputs, leaves, map_tensors
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 
 
 class TorchCompile:

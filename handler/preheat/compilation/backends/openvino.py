@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from preheat.compilation.backends.base import CompiledCode, EngineName
 from preheat.compilation.export import call_key, export, tensors
 from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 """By the least dtype of a module's weights."""

@@ -1,37 +1,27 @@
 """The request: what a client may ask for, parsed from whatever TorchServe hands over, every limit
 checked once.
 
-Each refusal is a RequestError that names the field; trouble with the body as a whole is laid at the
-field `body`. Messages quote numbers and short words, never a prompt or an image.
+Trouble with the body as a whole is laid at the field `body`; otherwise see `protocol.fields`.
 """
 
 from __future__ import annotations
 
-import json
 import secrets
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
-from difflib import get_close_matches
-from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, get_args
+from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 
 from preheat.errors import RequestError
 from preheat.models.diffusion import unserved
+from preheat.protocol.fields import Fields, envelope, shown_value, together
 from preheat.protocol.images import OutputFormat
-from preheat.protocol.json_text import (
-    LONGEST_WHOLE,
-    decoded,
-    from_base64,
-    in_bytes,
-    loads,
-    shown_name,
-)
+from preheat.protocol.json_text import decoded, loads
 
 if TYPE_CHECKING:
-    from preheat.config.model import DefaultsConfig, Guidance, LimitsConfig, Task
+    from preheat.config.diffusion import DefaultsConfig, Guidance, LimitsConfig, Task
 
 ResponseFormat = Literal["image", "b64_json"]
 T = TypeVar("T")
-Choice = TypeVar("Choice", bound=str)
 
 OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
@@ -123,7 +113,8 @@ def parse_row(
         # What `curl -d` says if it is told nothing else. TorchServe 0.12 takes such a body apart:
         # JSON arrives as no fields at all.
         raise RequestError(f"is form-encoded; {_SEND}", "body")
-    sent = _Sent(_fields_of(row, is_text=(content_type or "").lower().startswith("text/")))
+    is_text = (content_type or "").lower().startswith("text/")
+    sent = Fields(_fields_of(row, is_text=is_text), FIELDS, unserved.FIELDS)
     prompt = sent.text("prompt", limits.max_prompt_chars)
     if prompt is None:
         raise RequestError("is missing", "prompt")
@@ -183,102 +174,6 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
         raise RequestError("needs stream too: previews are its events", "preview_every")
 
 
-class _Sent:
-    """The fields as they came, read one at a time; None is as good as absent.
-
-    JSON has no bytes, so a value in bytes is always a part of its own (multipart, gRPC map).
-    """
-
-    def __init__(self, values: Mapping[str, object]) -> None:
-        for name in values:
-            if name not in FIELDS:
-                raise _unknown(name)
-        self._values = values
-
-    def text(self, name: str, max_chars: int) -> str | None:
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bytes):
-            value = decoded(value, name)
-        if not isinstance(value, str):
-            raise RequestError(f"must be text, got {_shown(value)}", name)
-        if len(value) > max_chars:
-            raise RequestError(
-                f"has {len(value)} characters, at most {max_chars} are allowed", name
-            )
-        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-            raise RequestError("holds a NUL or half a surrogate pair, which are not text", name)
-        return value
-
-    def choice(self, name: str, choices: tuple[Choice, ...]) -> Choice | None:
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, bytes):
-            value = decoded(value, name)
-        for one in choices:
-            if value == one:
-                return one
-        raise RequestError(f"must be one of {', '.join(choices)}, got {_shown(value)}", name)
-
-    def flag(self, name: str) -> bool | None:
-        value = self._numeral(name)
-        if value is None or isinstance(value, bool):
-            return value
-        raise RequestError(f"must be true or false, got {_shown(value)}", name)
-
-    def whole(self, name: str, low: int, high: int) -> int | None:
-        value = self._numeral(name)
-        if value is None:
-            return None
-        if type(value) is not int or not low <= value <= high:  # type(), since True is an int
-            raise RequestError(
-                f"must be a whole number from {low} to {high}, got {_shown(value)}", name
-            )
-        return value
-
-    def number(self, name: str, high: float, *, zero: bool = True) -> float | None:
-        value = self._numeral(name)
-        if value is None:
-            return None
-        # Compared before it is converted: Python compares a huge int exactly, and NaN to nothing.
-        if (
-            isinstance(value, int | float)
-            and type(value) is not bool
-            and 0 <= value <= high
-            and (zero or value > 0)
-        ):
-            return float(value)
-        legal = f"from 0 to {high:g}" if zero else f"above 0 and at most {high:g}"
-        raise RequestError(f"must be a number {legal}, got {_shown(value)}", name)
-
-    def file(self, name: str, max_bytes: int) -> bytes | None:
-        value = self._values.get(name)
-        if value is None:
-            return None
-        if isinstance(value, str):
-            value = from_base64(value, name, max_bytes)
-        if not isinstance(value, bytes):
-            raise RequestError(f"must be an image file in base64, got {_shown(value)}", name)
-        if not value:
-            raise RequestError("is empty", name)
-        if len(value) > max_bytes:
-            raise RequestError(f"has {len(value)} bytes, at most {max_bytes} are allowed", name)
-        return value
-
-    def _numeral(self, name: str) -> object:
-        """A number or a truth value, from a part of its own as JSON writes it."""
-        value = self._values.get(name)
-        if not isinstance(value, bytes):
-            return value
-        text = decoded(value, name)
-        try:
-            return loads(text)
-        except ValueError:
-            return text
-
-
 def _or(value: T | None, default: T) -> T:
     return default if value is None else value
 
@@ -287,63 +182,28 @@ def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
     """The fields by name, from any of the shapes that TorchServe gives a row; of text, `body` is
     the prompt.
     """
-    if not isinstance(row, Mapping) or not row:
-        # What `curl -d` without a content type comes down to: TorchServe drops form-encoded bodies.
-        raise RequestError(f"is empty; {_SEND}", "body")
-    parts = {name: in_bytes(value) for name, value in row.items()}
-    for envelope in ("data", "body"):
-        if envelope in parts:
-            del parts[envelope]
-            body = row[envelope]
-            inside = _object(decoded(bytes(body), "body") if is_text and _is_bytes(body) else body)
-            for name in parts:
-                if name in inside:
-                    raise RequestError(
-                        "is given twice, in the JSON and beside it", shown_name(name)
-                    )
-            return {**inside, **parts}
-    return parts
+    body, parts = envelope(row, hint=_SEND)
+    if isinstance(body, bytes | bytearray | memoryview) and (is_text or len(body)):
+        text = decoded(bytes(body), "body")
+        body = text if is_text else _json(text)
+    return together(_object(body), parts, "JSON")
 
 
-def _is_bytes(body: object) -> TypeGuard[bytes | bytearray | memoryview]:
-    return isinstance(body, bytes | bytearray | memoryview)
+def _json(text: str) -> Mapping[str, object]:
+    try:
+        body = loads(text)
+    except ValueError as error:
+        raise RequestError(f"is not JSON: {error}; {_SEND}", "body") from None
+    if not isinstance(body, dict):
+        raise RequestError(f"must be a JSON object, got {shown_value(body)}", "body")
+    return body
 
 
-def _object(body: object) -> dict[str, object]:
-    if _is_bytes(body) and len(body):
-        try:
-            body = loads(decoded(bytes(body), "body"))
-        except ValueError as error:
-            raise RequestError(f"is not JSON: {error}; {_SEND}", "body") from None
-        if not isinstance(body, dict):
-            raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
-    if isinstance(body, str) and body:
-        return {"prompt": body}
+def _object(body: object) -> Mapping[str, object]:
     if isinstance(body, Mapping):
-        return dict(body)
+        return body
     if body is None or body in (b"", ""):
         raise RequestError("is empty; send a JSON object", "body")
-    raise RequestError(f"must be a JSON object, got {_shown(body)}", "body")
-
-
-def _unknown(name: object) -> RequestError:
-    shown = shown_name(name)
-    if shown in unserved.FIELDS:
-        return RequestError(f"is not served: {unserved.FIELDS[shown]}", shown)
-    close = get_close_matches(shown, FIELDS, n=1)
-    hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(FIELDS)}"
-    return RequestError(f"is an unknown field; {hint}", shown)
-
-
-def _shown(value: object) -> str:
-    """A value for a message: numbers and short words themselves, of all else the kind alone."""
-    if value is None or isinstance(value, bool):
-        return json.dumps(value)
-    if isinstance(value, float) or (
-        isinstance(value, int) and value.bit_length() <= 4 * LONGEST_WHOLE
-    ):
-        return repr(value)
-    if isinstance(value, str):
-        return ascii(value) if len(value) <= 20 else f"text of {len(value)} characters"
-    kinds = {int: "a huge number", list: "a list", dict: "an object"}
-    return kinds.get(type(value), "something else")
+    if isinstance(body, str):
+        return {"prompt": body}
+    raise RequestError(f"must be a JSON object, got {shown_value(body)}", "body")

@@ -10,37 +10,37 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import torch
 
 from preheat.config.module import InputConfig, ModuleLimits
 from preheat.errors import RequestError, is_panic
 from preheat.models.module import tensors
-from preheat.protocol.json_text import decoded, from_base64, in_bytes, loads, shown_name
+from preheat.protocol.fields import envelope, together, unknown
+from preheat.protocol.json_text import decoded, from_base64, in_bytes, loads
 
 Kind = Literal["json", "npy", "safetensors", "image", "text"]
 Accept = Literal["application/json", "application/x-npy", "application/safetensors"]
 
+_FORMS: Mapping[Accept, tuple[Kind, tuple[str, ...]]] = {
+    "application/json": ("json", ()),
+    "application/x-npy": ("npy", ("application/npy",)),
+    "application/safetensors": (
+        "safetensors",
+        ("application/x-safetensors", "application/vnd.safetensors"),
+    ),
+}
+"""The content types that tensors are answered in, and others that they are known by."""
 _KINDS: Mapping[str, Kind] = {
-    "application/json": "json",
-    "application/x-npy": "npy",
-    "application/npy": "npy",
-    "application/safetensors": "safetensors",
-    "application/x-safetensors": "safetensors",
-    "application/vnd.safetensors": "safetensors",
+    alias: kind for form, (kind, others) in _FORMS.items() for alias in (form, *others)
 }
 _ACCEPTED: Mapping[str, Accept] = {
-    "application/json": "application/json",
     "application/*": "application/json",
     "*/*": "application/json",
-    "application/x-npy": "application/x-npy",
-    "application/npy": "application/x-npy",
-    "application/safetensors": "application/safetensors",
-    "application/x-safetensors": "application/safetensors",
-    "application/vnd.safetensors": "application/safetensors",
+    **{alias: form for form, (_, others) in _FORMS.items() for alias in (form, *others)},
 }
+_SEND = "send tensors as JSON, .npy or safetensors, with their Content-Type"
 _IMAGES = (b"\x89PNG", b"\xff\xd8\xff", b"RIFF", b"BM", b"GIF8", b"II*\0", b"MM\0*")
 _PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 TEXT, ACCEPT, INPUTS = "text", "accept", "inputs"
@@ -83,45 +83,32 @@ class Reader:
             RequestError: anything that is not a legal request; nothing else is raised, whatever the
                 row holds.
         """
-        if not isinstance(row, Mapping) or not row:
-            raise RequestError(
-                "is empty; send tensors as JSON, .npy or safetensors, with their Content-Type",
-                "body",
-            )
-        parts = {name: in_bytes(value) for name, value in row.items()}
+        body, parts = envelope(row, self.names, hint=_SEND)
         accept = _accepted(parts.pop(ACCEPT, None), headers.get("accept"))
-        sent: dict[str, Any] = {}
-        for envelope in ("data", "body"):
-            if envelope in parts and envelope not in self.names:
-                sent = self._of_body(parts.pop(envelope), headers.get("content-type"))
-                break
-        for name, value in parts.items():
-            if name in sent:
-                raise RequestError("is given twice, in the body and beside it", shown_name(name))
-            sent[name] = value
-        return self._tensors(sent), accept
+        inside = self._of_body(in_bytes(body), headers.get("content-type"))
+        return self._tensors(together(inside, parts, "body")), accept
 
-    def _of_body(self, body: object, content_type: str | None) -> dict[str, Any]:
+    def _of_body(self, body: object, content_type: str | None) -> Mapping[str, object]:
         """What the body holds by input name."""
         if isinstance(body, bytes):
             kind = _kind_by_type(content_type) or _kind_by_content(body)
             if kind == "json":
                 return self._of_json(self._json(body, "body"))
             if kind == "safetensors":
-                return dict(tensors.from_safetensors(body))
+                return tensors.from_safetensors(body)
             if kind == "text":
                 return {TEXT: decoded(body, TEXT)}
             return {self._only(images=kind == "image"): body}
         return self._of_json(body)
 
-    def _of_json(self, body: object) -> dict[str, Any]:
+    def _of_json(self, body: object) -> Mapping[str, object]:
         if isinstance(body, Mapping) and INPUTS in body and INPUTS not in self.names:
             unknown = set(body) - {INPUTS}
             if unknown:
                 raise self._unknown(min(map(str, unknown)))
             body = body[INPUTS]
         if isinstance(body, Mapping):
-            return dict(body)
+            return body
         if body is None or isinstance(body, str):
             raise RequestError("must be a JSON object of inputs, or a list", "body")
         return {self._only(images=False): body}
@@ -158,7 +145,7 @@ class Reader:
             raise RequestError(f"names no input, and this model's {what} are: {found}", "body")
         return chosen[0]
 
-    def _tensors(self, sent: dict[str, Any]) -> dict[str, torch.Tensor]:
+    def _tensors(self, sent: dict[str, object]) -> dict[str, torch.Tensor]:
         if TEXT in sent and TEXT not in self.names:
             sent |= self._tokenized(sent.pop(TEXT), sent)
         for name in sent:
@@ -211,7 +198,7 @@ class Reader:
                 tensors.check_shape(shape, spec, name, self.bounds)
         return tensors.from_list(value, spec.dtype if spec else None, name)
 
-    def _tokenized(self, text: object, beside: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    def _tokenized(self, text: object, beside: Mapping[str, object]) -> dict[str, torch.Tensor]:
         if self.tokenizer is None:
             raise RequestError("is not taken: this model has no tokenizer", TEXT)
         if isinstance(text, bytes):
@@ -273,14 +260,7 @@ class Reader:
         return complete
 
     def _unknown(self, name: object) -> RequestError:
-        shown = shown_name(name)
-        known = [*self.names, *([TEXT] if self.tokenizer else [])]
-        close = get_close_matches(shown, known, n=1)
-        return RequestError(
-            "is an unknown input; "
-            f"{f'did you mean {close[0]}?' if close else 'known: ' + ', '.join(known)}",
-            shown,
-        )
+        return unknown(name, [*self.names, *([TEXT] if self.tokenizer else [])], "input", "known:")
 
 
 def sizes_of(found: Mapping[str, torch.Tensor], specs: Mapping[str, InputConfig]) -> dict[str, int]:
