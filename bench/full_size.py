@@ -90,9 +90,7 @@ def modules(device: torch.device | str) -> dict[str, torch.nn.Module]:
 
 
 def build(folder: Path, device: torch.device) -> Path:
-    """Write the pipeline, 7 GB of safetensors, to `folder`, which must not exist; return
-    `folder`.
-    """
+    """Write the pipeline, 7 GB of safetensors, to `folder`, which must not exist; return it."""
     with tempfile.TemporaryDirectory() as scratch:
         small = tiny.build("sdxl", Path(scratch, "tiny"))
         networks = {name: module.to("cpu") for name, module in modules(device).items()}
@@ -116,7 +114,8 @@ def main() -> None:
     device = any_device()
     if device.type != "cuda":
         sys.exit(
-            f"the profile sdxl needs a CUDA GPU, and torch {torch.__version__} sees none; use the profile tiny on this machine"
+            f"the profile sdxl needs a CUDA GPU, and torch {torch.__version__} sees none; use the "
+            "profile tiny on this machine"
         )
     build(Path(sys.argv[1]), device)
 

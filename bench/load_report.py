@@ -74,7 +74,10 @@ def compared(bare: Sequence[float], served: Sequence[float]) -> dict[str, Any]:
 def compared_line(row: Mapping[str, Any]) -> str:
     each = ", ".join(f"{share:.1%}" for share in row["shares"])
     rates = f"{mean(row['served']):.2f} requests/s against {mean(row['bare']):.2f}"
-    return f"{row['traffic']}, batches of {row['batch']}: served over bare {row['share']:.1%} ({each}; {rates})"
+    return (
+        f"{row['traffic']}, batches of {row['batch']}: served over bare {row['share']:.1%} "
+        f"({each}; {rates})"
+    )
 
 
 def stages_table(document: Mapping[str, Any]) -> Table:
@@ -104,7 +107,10 @@ def verdict(document: Mapping[str, Any]) -> str:
         for row in rows
         if (row["traffic"], row["batch"]) == ("uniform", document["batch"])
     )
-    return f"served over bare: {said}; {TARGET:.0%} {'reached' if full >= TARGET else 'missed'} at the same batch size"
+    return (
+        f"served over bare: {said}; {TARGET:.0%} {'reached' if full >= TARGET else 'missed'} at "
+        "the same batch size"
+    )
 
 
 def write(document: Mapping[str, Any], folder: Path) -> None:
@@ -119,7 +125,10 @@ def line(row: Mapping[str, Any]) -> str:
     if "p50_ms" not in row:
         return f"{row['name']}: nothing answered, {row['failed']} failed"
     latency = f"p50 {row['p50_ms']} ms, p95 {row['p95_ms']}, p99 {row['p99_ms']}"
-    return f"{row['name']}: {row['requests_per_second']} requests/s, {latency}, {row['rows_per_run']} rows a run"
+    return (
+        f"{row['name']}: {row['requests_per_second']} requests/s, {latency}, {row['rows_per_run']} "
+        "rows a run"
+    )
 
 
 def table(document: Mapping[str, Any]) -> Table:
@@ -224,6 +233,9 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     for axes in (rate, latency):
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.label.set_fontsize(8)
-    title = f"{document['profile']}: {document['steps']} steps, batches of up to {document['batch']}, pictures encoded as PNG"
+    title = (
+        f"{document['profile']}: {document['steps']} steps, batches of up to {document['batch']}, "
+        "pictures encoded as PNG"
+    )
     figure.suptitle(f"{title}\n{headline(document)}", fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))

@@ -14,9 +14,7 @@ PACKAGES = ("torch", "triton", "diffusers", "transformers", "openvino", "torchse
 
 
 def machine() -> dict[str, object]:
-    """Processor, cores this process may use, RAM in bytes, and the GPUs where nvidia-smi knows
-    any.
-    """
+    """Processor, cores this process may use, RAM in bytes, and the GPUs that nvidia-smi knows."""
     return {
         "cpu": _cpu_model(),
         "num_cores": len(os.sched_getaffinity(0)),

@@ -102,9 +102,7 @@ def write(document: Mapping[str, Any], folder: Path) -> None:
 
 
 def on_one_line(found: re.Match[str]) -> str:
-    """A list of plain values, which json would give a line each. No string in JSON has a line
-    end.
-    """
+    """A list of plain values, which json would give a line each. No JSON string has a line end."""
     return re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[", 1)[:-2] + "]"
 
 
@@ -185,7 +183,10 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     for axes in (latency, compiles, ready):
         axes.spines[["top", "right"]].set_visible(False)
     requests = document["requests"]
-    title = f"{document['profile']}: {requests['num_requests']} requests, {requests['num_distinct_sizes']} sizes"
+    title = (
+        f"{document['profile']}: {requests['num_requests']} requests, "
+        f"{requests['num_distinct_sizes']} sizes"
+    )
     figure.suptitle(
         f"{title}, {document['steps']} steps, one at a time\n{headline(document)}", fontsize=10
     )

@@ -3,9 +3,11 @@
 The generated mix, by kind, with its share of the requests and of the distinct sizes:
 
     phone photo   40 %, 40 %   4:3, 3:4, 16:9 and 9:16, shrunk by an app to 70-100 % of what fits,
-    to the pixel shop export   40 %, 20 %   a few templates (1:1, 5:4, 4:5, 3:2, 2:3 at 75, 90 or
-    100 %, in tens of pixels) that recur hand crop     20 %, 40 %   any height and any width between
-    60 and 100 % of a bucket's, so mostly seen once
+                               to the pixel
+    shop export   40 %, 20 %   a few templates (1:1, 5:4, 4:5, 3:2, 2:3 at 75, 90 or 100 %, in tens
+                               of pixels) that recur
+    hand crop     20 %, 40 %   any height and any width between 60 and 100 % of a bucket's, so
+                               mostly seen once
 
 "What fits" is the largest picture of that shape that one of the buckets covers, so the same mix
 serves a toy of 256 pixels and a model of 1024, and every generated size is legal under every
@@ -106,8 +108,9 @@ def generate(
     There are fewer different ones only where a kind has fewer requests than sizes, as happens in
     very short runs.
 
-    Raises: TrafficError: a number is below 1, or the buckets are too small or too few for so many
-      different sizes.
+    Raises:
+        TrafficError: a number is below 1, or the buckets are too small or too few for so many
+            different sizes.
     """
     if num_requests < 1 or num_distinct < 1:
         raise TrafficError(
@@ -233,8 +236,8 @@ def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], bool]:
             missing = [name for name in ("height", "width") if name not in names]
             if missing:
                 raise TrafficError(
-                    f"{path} has no column {' and no column '.join(missing)}: its first line must name the columns "
-                    f"height,width[,count], got {','.join(names) or 'nothing'!r}"
+                    f"{path} has no column {' and no column '.join(missing)}: its first line must "
+                    f"name the columns height,width[,count], got {','.join(names) or 'nothing'!r}"
                 )
             rows = [(reader.line_num, row) for row in reader]
     except OSError as error:
@@ -253,7 +256,8 @@ def _side(
     if not least <= side <= most:
         scaled = "" if scale == 1 else f" after scaling by {scale}"
         raise TrafficError(
-            f"{where}: {name} {side}{scaled} is outside what the model allows, {least} to {most} pixels"
+            f"{where}: {name} {side}{scaled} is outside what the model allows, {least} to {most} "
+            "pixels"
         )
     return side
 

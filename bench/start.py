@@ -59,8 +59,9 @@ class Bench:
     """The servers of one run. `folder` holds what they leave for each other: Inductor's folder and
     the shared cache.
 
-    Args: num_threads: of each worker, the same in every scenario: compiled code is for a number of
-      threads, and four workers have to get along with the cores.
+    Args:
+        num_threads: of each worker, the same in every scenario: compiled code is for a number of
+            threads, and four workers have to get along with the cores.
     """
 
     def __init__(
@@ -315,7 +316,10 @@ def _line(row: Mapping[str, Any]) -> str:
         ", ".join(f"{count} {word}" for word, count in row["warmed"].items() if count)
         or "nothing compiled"
     )
-    return f"READY after {row['ready_seconds']} s, first image after {row['first_image_seconds']} s ({warmed})"
+    return (
+        f"READY after {row['ready_seconds']} s, first image after {row['first_image_seconds']} s "
+        f"({warmed})"
+    )
 
 
 def main() -> None:

@@ -44,7 +44,10 @@ PROMPTS = (
     "a lighthouse above a stormy sea",
     "portrait of an old fisherman, oil on canvas",
     "a bowl of lemons",
-    "product photo of a red leather handbag on white, soft light, a little shadow, seen from the front",
+    (
+        "product photo of a red leather handbag on white, soft light, a little shadow, "
+        "seen from the front"
+    ),
     "a city at night after the rain, neon, reflections, wide angle",
 )
 
@@ -144,7 +147,10 @@ def bench(
     scale: Annotated[
         float,
         typer.Option(
-            help="Multiply the log's sides: 0.25 brings a log of 1024-class sizes to the profile tiny."
+            help=(
+                "Multiply the log's sides: 0.25 brings a log of 1024-class sizes to the profile "
+                "tiny."
+            )
         ),
     ] = 1.0,
     requests: Annotated[

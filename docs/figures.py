@@ -1,4 +1,5 @@
-"""Figures of the house: sizes of modules and functions, widths, comments, README, tests beside code.
+"""Figures of the house: sizes of modules and functions, widths, comments, README, tests beside
+code.
 
     python docs/figures.py [CHECKOUT ...]     # default: this one; several stand side by side
 

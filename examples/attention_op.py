@@ -1,8 +1,8 @@
 """A kernel of your own as an opaque op, for `pt2.import: [attention_op.py]` beside the YAML.
 
-torch.compile does not look inside a custom op and does not break the graph at it. What the op returns for given inputs it learns from
-the fake, which therefore has to tell the truth about shape, dtype and strides
-(https://docs.pytorch.org/docs/stable/library.html#torch.library.custom_op).
+torch.compile does not look inside a custom op and does not break the graph at it. What the op
+returns for given inputs it learns from the fake, which therefore has to tell the truth about shape,
+dtype and strides (https://docs.pytorch.org/docs/stable/library.html#torch.library.custom_op).
 """
 
 from __future__ import annotations

@@ -51,8 +51,9 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def initialize(self, context: Any) -> None:
         """Load, compile, warm and prove; TorchServe shows READY when this returns.
 
-        Raises: SystemExit: the model cannot be served as its YAML says, and the log has the reason;
-          TorchServe tries again.
+        Raises:
+            SystemExit: the model cannot be served as its YAML says, and the log has the reason;
+                TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
         properties = {
@@ -133,16 +134,13 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
-        # Clients spell header names as they like, TorchServe's lookup is case-sensitive, and among
-        # the headers it keeps a dict for each multipart field. A gRPC call has none.
-        sent = self.context.get_all_request_header(index)
-        headers = {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+        headers = self._headers(index)
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.
         if (
             not row
-            and sent.get("describe") == "True"
+            and headers.get("describe") == "True"
             and not {"url_path", "content-type"} & headers.keys()
         ):
             return responses.json_response(200, self.describe_handle())
@@ -158,9 +156,19 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             self.metrics.failed(failure.code)
             return responses.from_error(failure)
 
+    def _headers(self, index: int) -> dict[str, str]:
+        """By lower-case name: clients spell them as they like, and TorchServe's lookup is
+        case-sensitive. The dicts that it keeps among them, one for each part of a body, are no
+        headers.
+        """
+        sent = self.context.get_all_request_header(index)
+        return {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
+
     def _is_grpc(self, index: int) -> bool:
-        """A gRPC call has no url_path; a client's own input of that name is a dict."""
-        return not isinstance(self.context.get_request_header(index, "url_path"), str)
+        """Whether neither HTTP/1.1's own header is there nor the one that /predictions adds; gRPC
+        has no way to send them. An HTTP client who is taken for gRPC would wait for ever.
+        """
+        return not {"url_path", "host"} & self._headers(index).keys()
 
     def _sender(self, index: int) -> Callable[[Response], None] | None:
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
@@ -197,7 +205,5 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         return False
 
     def _is_explain(self) -> bool:
-        """Never: an `explain` header would send the whole batch down a road that no pipeline
-        has.
-        """
+        """Never: an `explain` header would send the whole batch down a road no pipeline has."""
         return False

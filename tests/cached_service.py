@@ -72,16 +72,8 @@ def _die_at(point: str) -> None:
     """Replace the step that the writer does not survive; `packing` dies with half a bundle on the
     share.
     """
-    if point == "compiling":
-        PipelineWork.serve_variant = _half_then_die(PipelineWork.serve_variant)  # type: ignore[method-assign]
-    elif point == "second":
-        keep = CacheUse.keep
-
-        def keep_then_compile_and_die(use: CacheUse) -> None:
-            keep(use)
-            _die_at("compiling")
-
-        CacheUse.keep = keep_then_compile_and_die  # type: ignore[assignment, method-assign]
+    if point in ("compiling", "second"):
+        PipelineWork.serve_variant = _serve_then_die(point)  # type: ignore[method-assign]
     elif point == "packing":
         whole = bundle.pack
 
@@ -98,11 +90,21 @@ def _die_at(point: str) -> None:
         store._sync_folder = _die  # type: ignore[assignment]
 
 
-def _half_then_die(serve: Any) -> Any:
+def _serve_then_die(point: str) -> Any:
+    """`second`: in the variant after one that was kept for whoever takes over."""
+    serve, keep = PipelineWork.serve_variant, CacheUse.keep
+    kept: list[CacheUse] = []
+
+    def keep_and_note(use: CacheUse) -> None:
+        keep(use)
+        kept.append(use)
+
     def run(self: PipelineWork, variant: Any) -> None:
         serve(self, variant)
-        _die()
+        if point == "compiling" or kept:
+            _die()
 
+    CacheUse.keep = keep_and_note  # type: ignore[assignment, method-assign]
     return run
 
 

@@ -71,11 +71,8 @@ MODEL: Mapping[str, Any] = {
     "startupTimeout": 600,
     "maxRetryTimeoutInSec": 1200,
     "pt2": {
-        "compile": {
-            "enable": True,
-            "backend": "eager",
-            "dynamic": False,
-        },  # Dynamo's guards, without the wait for Inductor
+        # Dynamo's guards, without the wait for Inductor
+        "compile": {"enable": True, "backend": "eager", "dynamic": False},
         "shapes": {"buckets": [[64, 64]], "batch_sizes": "dynamic"},
     },
     "pipeline": {
@@ -118,7 +115,10 @@ class Finding:
             said
             or f"{sent.protocol} { ({name: _short(value) for name, value in sent.fields.items()}) }"
         )
-        return f"{self.fault} [{sent.kind}]\n  sent {said}\n  got {self.got.status} {_short(self.got.body, 300)}"
+        return (
+            f"{self.fault} [{sent.kind}]\n  sent {said}\n  got {self.got.status} "
+            f"{_short(self.got.body, 300)}"
+        )
 
 
 @dataclass(slots=True)
@@ -489,7 +489,8 @@ def main(
         f"  legal requests in between: {tally.num_probes}, answered wrong: {tally.num_wrong_probes}"
     )
     print(
-        f"  same worker throughout: {same_worker}; compiles since READY: {state['compiles_since_ready']}"
+        f"  same worker throughout: {same_worker}; compiles since READY: "
+        f"{state['compiles_since_ready']}"
     )
     print(f"  findings: {len(tally.findings)}")
     for finding, again in zip(smallest(tally.findings), alone, strict=True):

@@ -77,9 +77,7 @@ def page_faults(**settings: str) -> list[int]:
 
 
 def cuda_error(text: str, code: int | None = None) -> Exception:
-    """What torch raises for an error of the CUDA runtime; before 2.8 it was a plain
-    RuntimeError.
-    """
+    """What torch raises for a CUDA runtime's error; before 2.8 it was a plain RuntimeError."""
     error: Exception = getattr(torch, "AcceleratorError", RuntimeError)(text)
     if code is not None:
         error.error_code = code  # type: ignore[attr-defined]
@@ -374,14 +372,16 @@ asked = []
 def is_compiled():  # the first thing that whatever asks for GPUs looks at
     asker = sys._getframe(1)
     if asker.f_code.co_filename == torch.cuda.__file__:
-        asked.append(f"{asker.f_code.co_name} from {asker.f_back.f_code.co_filename}:{asker.f_back.f_lineno}")
+        caller = asker.f_back
+        asked.append(f"{asker.f_code.co_name} from {caller.f_code.co_filename}:{caller.f_lineno}")
     return False
 
 torch.cuda._is_compiled = is_compiled
 assert not torch.cuda.is_available() and len(asked) == 1, "the simulation sees who asks"
 asked.clear()
 import preheat_handler
-assert "ts.torch_handler.base_handler" in sys.modules and torch.cuda.is_available.__module__ == "torch.cuda"
+assert "ts.torch_handler.base_handler" in sys.modules
+assert torch.cuda.is_available.__module__ == "torch.cuda"
 print(*asked)
 """
 

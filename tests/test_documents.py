@@ -1,6 +1,4 @@
-"""README.md and docs/*.md: links that lead somewhere, lines that can be quoted, examples that
-run.
-"""
+"""README.md and docs/*.md: links that lead somewhere, quotable lines, examples that run."""
 
 from __future__ import annotations
 

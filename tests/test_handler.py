@@ -12,11 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from ts.context import Context
+from ts.context import Context, RequestProcessor
 from ts.protocol.otf_message_handler import _retrieve_input_data
 
 from preheat.config.model import DefaultsConfig, LimitsConfig
-from preheat.errors import ConfigError
 from preheat.models.diffusion.request import parse_row
 from preheat_handler import PreheatHandler
 
@@ -29,6 +28,19 @@ def load(folder: Path, text: str, gpu: int | None = None) -> None:
     PreheatHandler().initialize(
         Context("m", str(folder), manifest, 1, gpu, "0.12.0", model_yaml_config=read)
     )
+
+
+def refusal(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, gpu: int | None = None
+) -> str:
+    """What the status says of a load that ends the worker without a traceback."""
+    monkeypatch.setenv("PREHEAT_STATUS_DIR", str(folder / "status"))
+    with pytest.raises(SystemExit) as caught:
+        load(folder, text, gpu)
+    assert caught.value.code == 1
+    (status,) = (json.loads(file.read_text()) for file in (folder / "status").glob("*.json"))
+    assert status["state"] == "failed"
+    return str(status["message"])
 
 
 REFUSED = [
@@ -54,20 +66,17 @@ REFUSED = [
 def test_a_load_that_is_refused_says_why_to_whoever_waits(
     text: str, gpu: int | None, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("PREHEAT_STATUS_DIR", str(tmp_path / "status"))
-    with pytest.raises(ConfigError) as caught:
-        load(tmp_path, text, gpu)
-    assert message in str(caught.value)
-    (status,) = (json.loads(file.read_text()) for file in (tmp_path / "status").glob("*.json"))
-    assert status["state"] == "failed" and message in status["message"]
+    assert message in refusal(tmp_path, monkeypatch, text, gpu)
 
 
-def test_torchserves_own_yaml_keeps_its_last_word(tmp_path: Path) -> None:
+def test_torchserves_own_yaml_keeps_its_last_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Of keys that stand twice the last one counts there; this one is then refused for what it
     says.
     """
-    with pytest.raises(ConfigError, match="batchSize: must be greater than 0, got 0"):
-        load(tmp_path, "batchSize: 1\nbatchSize: 0")
+    said = refusal(tmp_path, monkeypatch, "batchSize: 1\nbatchSize: 0")
+    assert "batchSize: must be greater than 0, got 0" in said
 
 
 def received(content_type: str, value: bytes) -> dict[str, object]:
@@ -103,3 +112,27 @@ def test_a_body_means_the_same_whoever_decodes_it(
         row, content_type=content_type, limits=LimitsConfig(), defaults=DefaultsConfig()
     )
     assert request.prompt == prompt
+
+
+REST: list[dict[str, object]] = [
+    {"Host": "a", "url_path": ""},  # /predictions
+    {"host": "a", "Content-Type": "text/plain"},  # /invocations
+    {"url_path": ""},  # HTTP/1.0 asks for no Host
+]
+GRPC: list[dict[str, object]] = [
+    {},
+    {"url_path": {"content-type": ""}, "host": {"content-type": ""}},  # names of inputs
+    {"ts_request_sequence_id": "1"},  # TorchServe's own, of a stream of requests
+]
+
+
+@pytest.mark.parametrize(
+    ("headers", "grpc"), [(each, False) for each in REST] + [(each, True) for each in GRPC]
+)
+def test_a_request_is_known_for_rest_or_grpc_by_what_its_client_could_not_send_otherwise(
+    headers: dict[str, object], grpc: bool
+) -> None:
+    handler = PreheatHandler()
+    handler.context = Context("m", ".", {}, 1, None, "0.12.0")
+    handler.context.request_processor = [RequestProcessor(headers)]
+    assert handler._is_grpc(0) == grpc

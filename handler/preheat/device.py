@@ -127,9 +127,10 @@ def pick_device(
     `deviceType`. TorchServe 0.12 does not narrow CUDA_VISIBLE_DEVICES per worker, so without
     `set_device` every worker would also hold a context on GPU 0.
 
-    Raises: ConfigError: there is a GPU for this worker that torch cannot use, or none although the
-      YAML insists on one. A model that is sized for a GPU would compile for hours on a CPU, or be
-      served a hundred times slower without a word.
+    Raises:
+        ConfigError: there is a GPU for this worker that torch cannot use, or none although the YAML
+            insists on one. A model that is sized for a GPU would compile for hours on a CPU, or be
+            served a hundred times slower without a word.
     """
     if wanted == "cpu" or (gpu_id is None and wanted is None):
         return torch.device("cpu")
@@ -144,7 +145,10 @@ def pick_device(
         torch.cuda.set_device(device)
     except (AssertionError, RuntimeError) as error:  # the first: a torch without CUDA
         reason = str(error).strip().partition("\n")[0].rstrip(".")
-        text = f"TorchServe gave this worker GPU {gpu_id}, which torch {torch.__version__} cannot use: {reason}"
+        text = (
+            f"TorchServe gave this worker GPU {gpu_id}, which torch {torch.__version__} cannot "
+            f"use: {reason}"
+        )
         raise ConfigError(
             f"{text}. To serve on the CPU, say deviceType: cpu", "deviceType"
         ) from error

@@ -4,10 +4,10 @@
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
     ├── RunError         a legal request that could not be painted; becomes a 5xx answer
-    │   ├── DeadlinePassed       504: it waited longer than its client would
-    │   ├── PutOff               503: not begun, the call has no time left for it; Retry-After says when
-    │   ├── OutOfMemory          507: not even alone does it fit
-    │   └── PipelineFailure      500: the model raised
+    │   ├── DeadlinePassed   504: it waited longer than its client would
+    │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
+    │   ├── OutOfMemory      507: not even alone does it fit
+    │   └── PipelineFailure  500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
@@ -106,8 +106,8 @@ class PutOff(RunError):
 
     def __init__(self, retry_after: int) -> None:
         super().__init__(
-            f"not begun: with the requests before it the answer would take longer than responseTimeout; "
-            f"send it again after {retry_after} s"
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; send it again after {retry_after} s"
         )
         self.retry_after = retry_after
 

@@ -26,8 +26,9 @@ def load_files(names: Sequence[str], folder: Path, path: str = "pt2.import") -> 
     """Run the files `names`, relative to `folder`, once each per process; a file is imported under
     its stem.
 
-    Raises: ConfigError: there is no such file inside the folder, or it would stand in for another
-      module. What a file raises itself is raised as it is.
+    Raises:
+        ConfigError: there is no such file inside the folder, or it would stand in for another
+            module. What a file raises itself is raised as it is.
     """
     return [load_file(name, folder, f"{path}[{index}]") for index, name in enumerate(names)]
 

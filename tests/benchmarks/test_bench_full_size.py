@@ -59,7 +59,7 @@ def test_it_is_a_pipeline_that_preheat_loads(
 )
 def test_without_a_gpu_it_is_refused_in_one_clear_line(tmp_path: Path) -> None:
     with pytest.raises(
-        PreheatError, match="the profile sdxl needs a CUDA GPU.*sees none.*use the profile tiny"
+        PreheatError, match=r"the profile sdxl needs a CUDA GPU.*sees none.*use the profile tiny"
     ) as caught:
         build_full_size(tmp_path / "pipeline")
     assert "\n" not in str(caught.value) and not (tmp_path / "pipeline").exists()

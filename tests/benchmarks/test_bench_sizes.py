@@ -149,7 +149,7 @@ def test_a_log_that_cannot_be_used_says_where_and_why(
 
 
 def test_a_log_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(TrafficError, match="cannot read .*No such file"):
+    with pytest.raises(TrafficError, match=r"cannot read .*No such file"):
         sizes.read_log(tmp_path / "none.csv", **LIMITS)
 
 
@@ -157,7 +157,7 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
     path = log(tmp_path, "height,width\n100,100\n")
     with pytest.raises(TrafficError, match="scale must be positive"):
         sizes.read_log(path, **LIMITS, scale=0)
-    with pytest.raises(TrafficError, match="height 10 after scaling by 0.1 is outside"):
+    with pytest.raises(TrafficError, match=r"height 10 after scaling by 0\.1 is outside"):
         sizes.read_log(path, **LIMITS, scale=0.1)
 
 

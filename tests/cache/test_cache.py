@@ -120,7 +120,7 @@ import os, sys
 from pathlib import Path
 import torch
 import cold_worker
-from preheat.cache import load_inductor_cache
+from preheat.cache.shared import load_inductor_cache
 
 torch.set_num_threads(1)
 digest = load_inductor_cache("tiny", cold_worker.cache(Path(sys.argv[1])))
@@ -241,7 +241,8 @@ def test_a_waiter_takes_over_from_a_writer_that_is_killed(
     share = place.share("key")
     share.prepare()
     code = (
-        "import sys, time; from pathlib import Path; from preheat.cache.store import Share; from preheat.cache.trust import Trust;"
+        "import sys, time; from pathlib import Path; from preheat.cache.store import Share; from "
+        "preheat.cache.trust import Trust;"
         "share = Share(Path(sys.argv[1]), sys.argv[2], Trust('owner'), 1 << 30);"
         "lock, _ = share.lock(); share.mark(); print('compiling', flush=True); time.sleep(600)"
     )
@@ -284,11 +285,8 @@ def test_folders_of_dead_workers_are_removed_and_those_of_the_living_stay(
     dead, longer, elsewhere = (
         base / f"preheat-inductor-{name}@x" for name in (node, f"{node}-2", "another")
     )
-    for folder in (
-        dead,
-        longer,
-        elsewhere,
-    ):  # workers of other machines may live: on a network their locks may not be seen
+    # workers of other machines may live: on a network their locks may not be seen
+    for folder in (dead, longer, elsewhere):
         folder.mkdir()
         (folder / "owner.lock").touch()
     (base / f"preheat-inductor-{node}@link").symlink_to(base)
@@ -324,7 +322,8 @@ def test_the_folder_of_a_worker_that_was_killed_goes_with_the_next_start(
     base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     code = (
-        "import os, signal; from preheat.cache.scratch import own_folder; print(own_folder('inductor'), flush=True);"
+        "import os, signal; from preheat.cache.scratch import own_folder; "
+        "print(own_folder('inductor'), flush=True);"
         "os.kill(os.getpid(), signal.SIGKILL)"
     )
     environment = {**os.environ, **ENVIRONMENT, "TMPDIR": str(base)}

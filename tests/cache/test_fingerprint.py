@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 PRINT = """
 import sys
 import torch
-from preheat.config import PipelineConfig
+from preheat.config.model import PipelineConfig
 from preheat.cache.fingerprint import fingerprint
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 cpu = torch.device("cpu")
@@ -85,8 +85,14 @@ def test_no_address_no_place_and_no_order_of_a_set_is_in_it() -> None:
     }
 
 
-OLD = "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle rtm pti"
-NEW = "avx512f rdpid fpu ibrs ibpb stibp ssbd md_clear its_no cmov avx512_vnni sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c amx_tile abm"
+OLD = (
+    "fpu cmov sse2 pni ssse3 sse4_2 avx2 fma bmi1 bmi2 f16c avx512f avx512_vnni amx_tile abm hle "
+    "rtm pti"
+)
+NEW = (
+    "avx512f rdpid fpu ibrs ibpb stibp ssbd md_clear its_no cmov avx512_vnni sse2 pni ssse3 sse4_2 "
+    "avx2 fma bmi1 bmi2 f16c amx_tile abm"
+)
 
 
 def machine(monkeypatch: pytest.MonkeyPatch, folder: Path, flags: str, name: str = "flags") -> str:
@@ -138,7 +144,7 @@ def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 PLACE = """
 from pathlib import Path
-from preheat.cache import SharedCache
+from preheat.cache.shared import SharedCache
 from preheat.cache.trust import Trust
 
 print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)

@@ -95,9 +95,9 @@ def test_a_folder_that_is_not_there_is_refused_before_a_server_starts(
     with pytest.raises(ConfigError, match=r"^pipeline.path: no such folder: /models/nope$"):
         app.serve(inside)
     for wrong in ("/models/nope", "./nope", "../nope", "~/nope nope"):
-        with pytest.raises(PreheatError, match="^--model: no such folder: .*nope$"):
+        with pytest.raises(PreheatError, match=r"^--model: no such folder: .*nope$"):
             app.serve(inside, model=wrong)
-        with pytest.raises(PreheatError, match="^--model: no such folder: .*nope$"):
+        with pytest.raises(PreheatError, match=r"^--model: no such folder: .*nope$"):
             app.archive(inside, model=wrong)
 
 

@@ -423,7 +423,7 @@ def test_calls_that_differ_in_more_than_the_batch_get_packages_of_their_own() ->
 
 @pytest.mark.parametrize("strategy", ["dynamic", "exact"])
 def test_a_strategy_without_a_list_of_shapes_is_refused(strategy: str) -> None:
-    with pytest.raises(ConfigError, match="pt2.export.aot_compile"):
+    with pytest.raises(ConfigError, match=r"pt2\.export\.aot_compile"):
         ModelConfig.parse(
             {"pt2": {"export": {"aot_compile": True}, "shapes": {"strategy": strategy}}}
         )
@@ -473,7 +473,7 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
         aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
     )
     with pytest.raises(
-        AheadError, match="^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"
+        AheadError, match=r"^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"
     ):
         rehearsal.build(tmp_path / "aot")
     assert not (tmp_path / "aot" / aot.INDEX).exists()

@@ -132,9 +132,8 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
         compiled = bench.painter.result.clone()
         with torch.inference_mode():
             torch.manual_seed(bucket.volume // 64)
-            expected = Attention.forward(
-                bench.painter.module, torch.randn(1, bucket.volume // 64, 16)
-            )  # type: ignore[arg-type]
+            latents = torch.randn(1, bucket.volume // 64, 16)
+            expected = Attention.forward(bench.painter.module, latents)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
     assert watch.num_events == events and bench.router.run.incidents == 0
     assert {route.engine for route in bench.router.routes.values()} == {"compiled"}

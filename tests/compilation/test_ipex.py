@@ -18,7 +18,9 @@ from preheat.config.model import Pt2Config
 
 pytestmark = pytest.mark.skipif(
     find_spec("intel_extension_for_pytorch") is None,
-    reason="intel-extension-for-pytorch needs torch 2.8 and an environment of its own: make test-ipex",
+    reason=(
+        "intel-extension-for-pytorch needs torch 2.8 and an environment of its own: make test-ipex"
+    ),
 )
 
 

@@ -263,7 +263,10 @@ def test_a_missing_package_is_a_loud_eager(
 def test_nothing_is_reported_over_the_network() -> None:
     """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
     script = "import sys; from preheat.device import import_openvino; import_openvino(); "
-    script += "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in sys.modules)"
+    script += (
+        "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in "
+        "sys.modules)"
+    )
     env = {**os.environ, "PYTHONPATH": str(server.ROOT / "handler")}
     subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env=env)
 

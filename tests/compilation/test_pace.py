@@ -140,9 +140,7 @@ def test_no_batch_outlasts_the_response_timeout_and_nobody_is_put_off_twice(
     assert speed < 1.0 or not put_off, "the YAML fits the machine it is written for"
 
 
-def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_when_it_comes_again() -> (
-    None
-):
+def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_the_next_time() -> None:
     machine = Machine(0.2)
     # 40 picture-steps are 22 s here, 120 s hold 90 s of what was measured
     jobs = [

@@ -151,7 +151,7 @@ def test_a_variant_left_out_refuses_ready_where_the_config_says_so(watch: Compil
     forgotten = Variant(WIDE, 2, True, "text-to-image")
     server = Server(watch, leave_out=[forgotten], on_failure="fail")
     server.warmup.warm(VARIANTS)
-    with pytest.raises(WarmupError, match="on_failure is fail.*8x16 batch 2, guidance on"):
+    with pytest.raises(WarmupError, match=r"on_failure is fail.*8x16 batch 2, guidance on"):
         server.warmup.prove(VARIANTS)
 
 
@@ -193,7 +193,7 @@ def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(
     watch: CompileWatch,
 ) -> None:
     server = Server(watch, fails_on_wide, on_failure="fail")
-    with pytest.raises(WarmupError, match="(?s)8x16.*no lowering"):
+    with pytest.raises(WarmupError, match=r"(?s)8x16.*no lowering"):
         server.warmup.warm(VARIANTS)
 
 
@@ -214,9 +214,7 @@ def test_two_observed_batch_sizes_make_one_graph_a_bucket(watch: CompileWatch) -
 
 
 def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> None:
-    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks
-    like.
-    """
+    """A compile event in the replay without a refusal: a CUDA graph recorded late looks so."""
     server = Server(watch)
     server.warmup.warm(VARIANTS)
     plain = server.router._fast

@@ -34,7 +34,8 @@ deviceType: gpu
 deviceIds: [0, 1]
 handler: {profile: true, notes: [a]}
 pt2:
-  compile: {enable: true, backend: inductor, mode: default, dynamic: false, options: {epilogue_fusion: true}}
+  compile: {enable: true, backend: inductor, mode: default, dynamic: false,
+            options: {epilogue_fusion: true}}
   targets: [unet, vae.decoder]
   scope: regional
   on_failure: fail
@@ -55,8 +56,8 @@ pipeline:
   guidance: "on"
   tasks: [text-to-image, inpainting]
   fused_lora: /models/lora
-  limits: {max_steps: 50, max_prompt_chars: 500, max_image_bytes: 1000, max_image_pixels: 1000, min_side: 8,
-           max_side: 2048, max_images: 2, max_guidance_scale: 20}
+  limits: {max_steps: 50, max_prompt_chars: 500, max_image_bytes: 1000, max_image_pixels: 1000,
+           min_side: 8, max_side: 2048, max_images: 2, max_guidance_scale: 20}
   defaults: {num_inference_steps: 20, guidance_scale: 7, strength: 0.5, output_format: webp}
 """
 

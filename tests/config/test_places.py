@@ -125,7 +125,7 @@ import json, socket, sys
 from pathlib import Path
 socket.getaddrinfo = lambda *where, **_: sys.exit(f"asked the hub: {where}")
 import torch
-from preheat.config import ModelConfig
+from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
 from preheat.worker.worker import load_work
 for data in json.loads(sys.argv[1]):

@@ -30,8 +30,14 @@ FORMS = [
     "pt2: {compile: {enable: yes, backend: aot_eager}}",
     "pt2: {compile: {enable: off, backend: inductor}}",
     "pt2: {compile: {enable: false, backend: nonsense}}",
-    "pt2: {compile: {enable: true, backend: inductor, mode: reduce-overhead, dynamic: false, fullgraph: true}}",
-    "pt2: {compile: {backend: inductor, options: {epilogue_fusion: true, max_autotune: false}, enable: true}}",
+    (
+        "pt2: {compile: {enable: true, backend: inductor, mode: reduce-overhead, dynamic: false, "
+        "fullgraph: true}}"
+    ),
+    (
+        "pt2: {compile: {backend: inductor, options: {epilogue_fusion: true, max_autotune: false}, "
+        "enable: true}}"
+    ),
     "pt2: {compile: {enable: true, mode: }}",
     # `enable` is compared with == True.
     "pt2: {compile: {enable: 1}}",
@@ -51,7 +57,10 @@ FORMS = [
     "pt2: {compile: {enable: true, backend: [inductor]}}",
     *(f"pt2: {{compile: {{enable: true, backend: {backend.value}}}}}" for backend in PT2Backend),
     # Our keys beside it.
-    "pt2: {compile: {enable: true, backend: inductor}, shapes: {buckets: [[64, 64]]}, targets: [unet]}",
+    (
+        "pt2: {compile: {enable: true, backend: inductor}, shapes: {buckets: [[64, 64]]}, targets: "
+        "[unet]}"
+    ),
     "pt2: {compile: {enable: false}, shapes: {buckets: [[64, 64]]}}",
     "pt2: {shapes: {buckets: [[64, 64]]}}",
     "pt2: {targets: [unet], cache: {key: a}}",

@@ -89,7 +89,10 @@ def test_what_does_not_load_is_underlined_by_the_editor_too(text: str) -> None:
         "pt2: {compile: {enable: true, backend: openvino, options: {config: {}}}}",
         "pipeline: {guidance: off}",
         "module: {inputs: {x: {shape: [batch, n], buckets: {n: [4]}, pad: edge}}}",
-        "module: {inputs: {x: {shape: [batch, n], buckets: {n: [4]}}}, outputs: {y: {crop: {1: n}}}}",
+        (
+            "module: {inputs: {x: {shape: [batch, n], buckets: {n: [4]}}}, outputs: {y: {crop: {1: "
+            "n}}}}"
+        ),
     ],
 )
 def test_what_loads_is_not(text: str) -> None:

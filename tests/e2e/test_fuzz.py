@@ -1,6 +1,4 @@
-"""A short `make fuzz` against the server that the other tests ask; the long one finds what is
-rare.
-"""
+"""A short `make fuzz` against the server that the other tests ask; rare faults need a long one."""
 
 from __future__ import annotations
 

@@ -42,7 +42,10 @@ CONFIGS["resnet"]["module"]["inputs"]["pixel_values"]["buckets"] = {
     "height": list(HEIGHTS),
     "width": [WIDTH],
 }
-PLAIN = "import torch\n\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n        super().__init__(4, 3)\n"
+PLAIN = (
+    "import torch\n\n\nclass Net(torch.nn.Linear):\n    def __init__(self):\n"
+    "        super().__init__(4, 3)\n"
+)
 
 
 @dataclass(frozen=True)
@@ -174,7 +177,8 @@ def test_a_thousand_requests_of_random_lengths_and_sizes_compile_nothing(modules
                     worst, float((torch.tensor(answer["outputs"][key]) - alone[key]).abs().max())
                 )
     print(
-        f"largest difference between padded, batched, compiled and the unpadded eager encoder: {worst:.2g}"
+        "largest difference between padded, batched, compiled and the unpadded eager encoder: "
+        f"{worst:.2g}"
     )
     assert worst < 1e-4
     for name in ("bert", "resnet"):

@@ -29,9 +29,9 @@ import os as _os
 
 import torch as _torch
 
-from preheat import pipelines as _pipelines
+from preheat.models.diffusion import pipeline as _pipeline
 
-_paint = _pipelines.DiffusionPipeline.paint
+_paint = _pipeline.DiffusionPipeline.paint
 
 
 def _faulty(self, batch, *arguments):
@@ -44,7 +44,7 @@ def _faulty(self, batch, *arguments):
     return pixels
 
 
-_pipelines.DiffusionPipeline.paint = _faulty
+_pipeline.DiffusionPipeline.paint = _faulty
 """
 # Of sizes that only the first bucket covers: the other server has them all.
 LARGE: dict[str, Any] = {

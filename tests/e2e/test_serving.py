@@ -8,6 +8,7 @@ import base64
 import random
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,17 @@ from preheat.config.model import ModelConfig
 from preheat.status import StatusFile
 from preheat.torchserve.client import Reply
 from preheat.worker.worker import Service
-from served import BUCKETS, CONFIG, Served, noise, opened, random_request
+from served import (
+    BUCKETS,
+    CONFIG,
+    Served,
+    events,
+    kinds,
+    noise,
+    opened,
+    picture,
+    random_request,
+)
 
 
 def test_the_server_is_hot_and_says_so(served: Served) -> None:
@@ -85,6 +96,18 @@ def test_multipart_fields_and_files_are_a_request(served: Served) -> None:
     assert reply.status == 200 and opened(reply.body).size == (120, 90)
 
 
+@pytest.mark.parametrize("path", ["/models/{}/invoke", "/invocations", "/{}/predict"])
+def test_torchserves_other_paths_answer_as_predictions_does(served: Served, path: str) -> None:
+    """They give the worker no url_path; a stream over one of them comes in parts too."""
+    request = {"prompt": "a cat", "height": 64, "width": 64, "seed": 1}
+    url = served.running.inference + path.format(served.client.model)
+    answer = httpx.post(url, json=request, timeout=60)
+    assert answer.status_code == 200
+    assert answer.content == served.client.predict(request).body
+    told = events(httpx.post(url, json=request | {"stream": True}, timeout=60).content)
+    assert kinds(told)[-2:] == ["image", "done"] and picture(told[-2]) == answer.content
+
+
 @pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
 def test_every_output_format(served: Served, output_format: str) -> None:
     reply = served.client.predict(
@@ -132,6 +155,7 @@ def test_after_ready_no_size_compiles_anything(served: Served) -> None:
 def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> None:
     data = yaml.safe_load(CONFIG.read_text())
     data["pt2"]["compile"]["enable"] = False
+    data["pipeline"]["path"] = "."  # as an archive has it: tiny:sdxl is made before there is one
     eager = Service(
         ModelConfig.parse(data),
         tiny_sdxl.parent,

@@ -126,8 +126,9 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     made = Stock(folder, ports, env)
     for name, extra in (("kept", "--extra-files kept/pipeline"), ("empty", "")):
         made.run(
-            f"mkdir -p model-store; torch-model-archiver --model-name {name} --version 1.0 --export-path model-store "
-            f"--handler handler/preheat_handler.py --config-file model-config/sdxl.yaml {extra}"
+            f"mkdir -p model-store; torch-model-archiver --model-name {name} --version 1.0 "
+            "--export-path model-store --handler handler/preheat_handler.py --config-file "
+            f"model-config/sdxl.yaml {extra}"
         )
     try:
         commands = FLAT.replace("/models/sdxl", str(tiny_sdxl))

@@ -182,7 +182,7 @@ def test_a_modules_folder_and_imported_files_are_packed(config: Path, tmp_path: 
     mar = build_archive(config, transformers_folder(tmp_path / "bert"), output=tmp_path / "out")
     assert {"model/config.json", "model/model.safetensors", "ops/my_ops.py"} <= names(mar)
     (tmp_path / "ops" / "my_ops.py").unlink()
-    with pytest.raises(ArchiveError, match="my_ops.py does not exist"):
+    with pytest.raises(ArchiveError, match=r"my_ops\.py does not exist"):
         build_archive(config, tmp_path / "bert", output=tmp_path / "out")
 
 
@@ -210,7 +210,7 @@ def test_a_factory_is_packed_without_a_model_folder(
 
 def test_a_module_folder_must_be_one(config: Path, model: Path, tmp_path: Path) -> None:
     config.write_text(MODULE)
-    with pytest.raises(ArchiveError, match="no config.json"):
+    with pytest.raises(ArchiveError, match=r"no config\.json"):
         build_archive(config, model, output=tmp_path / "out")
     with pytest.raises(ArchiveError, match="torch-model-archiver"):
         build_archive(config, None, output=tmp_path / "out")

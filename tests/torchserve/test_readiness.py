@@ -317,7 +317,10 @@ def test_the_last_word_of_a_model_decides_about_failure(tmp_path: Path) -> None:
 
 def run_ready(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     """The command as a probe runs it; the last line on stderr is what it imported."""
-    code = "import sys\nfrom preheat.cli.app import main\ntry: main()\nfinally: print(*sorted(sys.modules), file=sys.stderr)"
+    code = (
+        "import sys\nfrom preheat.cli.app import main\ntry: main()\n"
+        "finally: print(*sorted(sys.modules), file=sys.stderr)"
+    )
     return subprocess.run(
         [sys.executable, "-c", code, "ready", *arguments],
         cwd=cwd,
@@ -330,7 +333,11 @@ def run_ready(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 def test_the_command_waits_for_a_server_that_was_not_started_here(tmp_path: Path) -> None:
     """As in a pod: no record of a server, and TorchServe's default address."""
-    code = "from preheat.cli import app; from preheat.torchserve import readiness; readiness.wait = lambda *args, **kwargs: exit('waits {seconds}'.format(**kwargs)); app.main()"
+    code = (
+        "from preheat.cli import app; from preheat.torchserve import readiness; "
+        "readiness.wait = lambda *args, **kwargs: exit('waits {seconds}'.format(**kwargs)); "
+        "app.main()"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code, "ready", "--wait", "7"],
         cwd=tmp_path,

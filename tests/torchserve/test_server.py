@@ -1,6 +1,4 @@
-"""Starting, finding and stopping, as far as it goes without a TorchServe; tests/e2e has the
-rest.
-"""
+"""Starting, finding and stopping, as far as it goes without TorchServe; tests/e2e has the rest."""
 
 from __future__ import annotations
 

@@ -60,9 +60,13 @@ Outcome = Literal["loaded", "published", "unchanged", "unshared"]
 class SharedCache:
     """A shared folder and what its bundles must fit.
 
-    Args: folder: `pt2.cache.shared`. trust: which bundles are believed. fingerprint: of machine,
-      versions, compile config and model structure; default: of machine and versions alone. device:
-      where the compiled code runs. max_bytes: of all bundles in the folder.
+    Args:
+        folder: `pt2.cache.shared`.
+        trust: which bundles are believed.
+        fingerprint: of machine, versions, compile config and model structure; default: of machine
+            and versions alone.
+        device: where the compiled code runs.
+        max_bytes: of all bundles in the folder.
     """
 
     folder: Path
@@ -89,11 +93,13 @@ class SharedCache:
 class CacheUse:
     """What became of sharing, for the log and the state.
 
-    Args: folder: this process's Inductor folder. outcome: `loaded`: a bundle was found, and nothing
-      could be added to it. `published`: this worker compiled, and others need not. `unchanged`:
-      nothing was compiled, so there was nothing to share. `unshared`: see `reason`. waited_seconds:
-      until the bundle was there, or it was clear that this worker has to compile. digest: of the
-      bundle that was loaded, the whole one; empty where there was none.
+    Args:
+        folder: this process's Inductor folder.
+        outcome: `loaded`: a bundle was found, and nothing could be added to it. `published`: this
+            worker compiled, and others need not. `unchanged`: nothing was compiled, so there was
+            nothing to share. `unshared`: see `reason`.
+        waited_seconds: until the bundle was there, or it was clear that this worker has to compile.
+        digest: of the bundle that was loaded, the whole one; empty where there was none.
     """
 
     folder: Path
@@ -328,9 +334,7 @@ def _load_or_lead(
 
 
 def _load(share: Share, local: Path) -> str:
-    """The digest of what was loaded; empty, with a warning where there is a reason, if nothing
-    was.
-    """
+    """The digest of what was loaded; empty if nothing was, with a warning if it has a reason."""
     began = time.monotonic()
     try:
         if not share.load(local):

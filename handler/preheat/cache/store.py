@@ -54,9 +54,13 @@ class NothingPublished(GaveUp):
 class Share:
     """One bundle's place in a shared folder.
 
-    Args: folder: shared by workers, on this machine or a network. context: everything the compiled
-      files depend on; names the bundle and is covered by its signature. trust: which bundles are
-      believed. max_bytes: of all bundles in the folder. partial: see `part`.
+    Args:
+        folder: shared by workers, on this machine or a network.
+        context: everything the compiled files depend on; names the bundle and is covered by its
+            signature.
+        trust: which bundles are believed.
+        max_bytes: of all bundles in the folder.
+        partial: see `part`.
     """
 
     folder: Path
@@ -131,7 +135,8 @@ class Share:
                 status = os.fstat(file.fileno())
             if status.st_size > self.max_bytes:
                 raise GaveUp(
-                    f"its {status.st_size} bytes are more than pt2.cache.max_bytes ({self.max_bytes})"
+                    f"its {status.st_size} bytes are more than pt2.cache.max_bytes "
+                    f"({self.max_bytes})"
                 )
             self._evict(self.max_bytes - status.st_size, now=status.st_mtime)
             scratch.replace(self.path)
@@ -185,7 +190,8 @@ class Share:
                     ) from None
                 if patience:
                     report(
-                        f"waiting for {self._writer()}, which compiles: {spent:.0f} s, at most {patience:.0f} s"
+                        f"waiting for {self._writer()}, which compiles: {spent:.0f} s, at most "
+                        f"{patience:.0f} s"
                     )
                 waited = True
                 continue

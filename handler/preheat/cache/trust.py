@@ -2,10 +2,9 @@
 one runs code here.
 
 `signed`: the file carries an HMAC-SHA256 made with a key that only the workers and the builder
-  hold. `owner`: the file and its
-folder belong to our uid and nobody else can write to them. A signature covers what the file is for
-as well (its `context`, such as a fingerprint), so that a genuine file cannot be passed off as
-another.
+hold. `owner`: the file and its folder belong to our uid and nobody else can write to them. A
+signature covers what the file is for as well (its `context`, such as a fingerprint), so that a
+genuine file cannot be passed off as another.
 """
 
 from __future__ import annotations
@@ -48,8 +47,9 @@ class Trust:
         """The rule that `pt2.cache.trust` and the environment mean; by default `signed` where there
         is a key, else `owner`.
 
-        Raises: ConfigError: `signed` without a key, or a key that cannot be used. Going on without
-          would believe anybody.
+        Raises:
+            ConfigError: `signed` without a key, or a key that cannot be used. Going on without
+                would believe anybody.
         """
         key = _read_key(environ)
         if asked == "signed" and key is None:
@@ -195,9 +195,7 @@ def _refuse_foreign(what: str, status: os.stat_result) -> None:
 
 
 def _read_key(environ: Mapping[str, str]) -> bytes | None:
-    """The key from the file or the environment. An empty one is a mistake, not a wish to have
-    none.
-    """
+    """The key from the file or the environment. An empty one is a mistake, no wish to have none."""
     file, text = environ.get(KEY_FILE_VARIABLE), environ.get(KEY_VARIABLE)
     if file is not None:
         source = f"{KEY_FILE_VARIABLE} ({file})"
@@ -213,7 +211,8 @@ def _read_key(environ: Mapping[str, str]) -> bytes | None:
         return None
     if len(key) < MIN_KEY_BYTES:
         raise ConfigError(
-            f"the key in {source} has {len(key)} bytes and needs {MIN_KEY_BYTES}: openssl rand -hex 32",
+            f"the key in {source} has {len(key)} bytes and needs {MIN_KEY_BYTES}: openssl rand "
+            "-hex 32",
             "pt2.cache.trust",
         )
     return key

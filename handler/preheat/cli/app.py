@@ -51,8 +51,8 @@ Config = Annotated[
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Pipeline or transformers folder, or a hub id (org/name), or tiny:sdxl (sd15, sd3, flux, bert, resnet): "
-        "one with random weights, made on the spot. Default: the YAML's path."
+        help="Pipeline or transformers folder, or a hub id (org/name), or tiny:sdxl (sd15, sd3, "
+        "flux, bert, resnet): one with random weights, made on the spot. Default: the YAML's path."
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The server's name, where several run here.")]
@@ -88,7 +88,10 @@ def archive(
         Format,
         typer.Option(
             "--format",
-            help="zip-store or default (deflated): a .mar; no-archive: a folder, which is served in place.",
+            help=(
+                "zip-store or default (deflated): a .mar; no-archive: a folder, which is served in "
+                "place."
+            ),
         ),
     ] = Format.zip_store,
     external: Annotated[
@@ -219,7 +222,8 @@ def serve(
     archived = is_archive(config)
     if archived and model is not None:
         raise PreheatError(
-            f"{config} is an archive, which holds its model or names it: leave out --model (make: MODEL=)"
+            f"{config} is an archive, which holds its model or names it: leave out --model (make: "
+            "MODEL=)"
         )
     model_name = config.name.removesuffix(".mar") if archived else config.stem
     name = _checked(name or model_name)
@@ -326,8 +330,9 @@ def _model(config: Path, model: str | None) -> str | None:
     if given is None:
         tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
         raise PreheatError(
-            f"{config} does not say where its model lies: give --model (make: MODEL=) or write {family}.path, "
-            f"either way a folder or a hub id; {tiny} is a small one with random weights"
+            f"{config} does not say where its model lies: give --model (make: MODEL=) or write "
+            f"{family}.path, either way a folder or a hub id; {tiny} is a small one with random "
+            "weights"
         )
     try:
         tiny_family = tiny_name(given, family)

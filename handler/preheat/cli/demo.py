@@ -83,7 +83,8 @@ def run(state: Path, out: Path, console: Console | None = None) -> None:
     console.print(table)
     _draw(table, out / "table.svg")
     console.print(
-        f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server is stopped."
+        f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server "
+        "is stopped."
     )
 
 
@@ -139,7 +140,10 @@ def build_tiny(family: str, folder: Path) -> Path:
     Raises:
         PreheatError: it failed.
     """
-    code = "import sys, pathlib; from preheat.models import tiny; tiny.build(sys.argv[1], pathlib.Path(sys.argv[2]))"
+    code = (
+        "import sys, pathlib; from preheat.models import tiny; tiny.build(sys.argv[1], "
+        "pathlib.Path(sys.argv[2]))"
+    )
     search = os.pathsep.join(
         filter(None, [str(server.ROOT / "handler"), os.environ.get("PYTHONPATH")])
     )
@@ -267,7 +271,10 @@ def _contact_sheet(pictures: Sequence[Picture], columns: int = 4) -> Image.Image
         ask, (height, width) = picture.ask, picture.bucket
         at = (left + (cell_width - ask.width) // 2, top + (cell_height - 30 - ask.height) // 2)
         sheet.paste(picture.image, at)
-        caption = f"{ask.height}x{ask.width} in {height}x{width}, {ask.task}, {ask.protocol}, {picture.engine}"
+        caption = (
+            f"{ask.height}x{ask.width} in {height}x{width}, {ask.task}, {ask.protocol}, "
+            f"{picture.engine}"
+        )
         draw.text(
             (left + cell_width // 2, top + cell_height - 18), caption, fill="black", anchor="mm"
         )

@@ -38,8 +38,7 @@ def export(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> torch.export
     that varies.
     """
     # Whatever the caller's mode is: an inference tensor in a graph can only ever be used in that
-    # mode.
-    # regional blocks are wrapped
+    # mode. Eagerly: regional blocks are wrapped.
     with torch.inference_mode(False), torch.no_grad(), own_forward(module), eagerly():
         _leave_inference_mode(module)
         args, kwargs = map_tensors(inputs[0], torch.clone), map_tensors(inputs[1], torch.clone)
@@ -69,10 +68,16 @@ def fault(result: Any, expected: Any, name: str = "") -> str | None:
         if not isinstance(tensor, torch.Tensor):
             continue
         if ours[path].shape != tensor.shape or ours[path].dtype != tensor.dtype:
-            return f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager {tuple(tensor.shape)} {tensor.dtype}"
+            return (
+                f"it returns {tuple(ours[path].shape)} {ours[path].dtype}, eager "
+                f"{tuple(tensor.shape)} {tensor.dtype}"
+            )
         error, tolerance = difference(ours[path], tensor), TOLERANCE.get(tensor.dtype, 0.0)
         if not error <= tolerance:  # NaN is a fault too
-            return f"its result differs from eager by {error:.2g} of the largest magnitude; {tolerance:g} is let through"
+            return (
+                f"its result differs from eager by {error:.2g} of the largest magnitude; "
+                f"{tolerance:g} is let through"
+            )
         worst = max(worst, (error, tolerance))
     if name:
         logger.info(
@@ -84,9 +89,7 @@ def fault(result: Any, expected: Any, name: str = "") -> str | None:
 
 
 def difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
-    """The largest difference between two tensors as a share of the largest magnitude in the
-    second.
-    """
+    """The largest difference between two tensors as a share of the second's largest magnitude."""
     if not theirs.numel():
         return 0.0
     reference = theirs.double()

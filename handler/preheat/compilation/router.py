@@ -43,10 +43,9 @@ class Phase(Enum):
     """What a router does with a call.
 
     OBSERVE: run eagerly and record shapes. WARM: new signatures are compiled. SERVE: only warmed
-        signatures run compiled.
-    PROVE: as SERVE, and what each signature met is recorded. OPEN: everything runs compiled,
-        whatever it costs (plain torch.compile:
-    `strategy: exact`, or a module of unknown shapes), until a compile fails.
+    signatures run compiled. PROVE: as SERVE, and what each signature met is recorded. OPEN:
+    everything runs compiled, whatever it costs (plain torch.compile: `strategy: exact`, or a module
+    of unknown shapes), until a compile fails.
     """
 
     OBSERVE = auto()
@@ -184,9 +183,7 @@ def contained(value: Any) -> dict[Any, Any] | None:
 
 
 def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
-    """A container of the same type as `value` that holds these instead, by the keys of
-    `contained`.
-    """
+    """A container of the type of `value` that holds these instead, by the keys of `contained`."""
     kind = type(value)
     if kind is dict:
         return dict(inside)
@@ -278,15 +275,21 @@ class Run:
 class Router:
     """Stands in for `module.forward` of one target.
 
-    Args: name: the target, such as `unet` or `vae.decoder`. forward: the target's own forward,
-      eager. fast: the optimised callable, or None where there is none (then everything is eager).
-      engine: what `fast` is called in state and headers. shape_bound: whether `fast` must only see
-      warmed signatures (compiled code); IPEX takes any shape. cuda_graphs: outputs live in a
-      graph's memory and are overwritten by the next replay, so they are cloned. channels_last: 4-D
-      inputs are converted to channels_last, not to contiguous, before either callable runs. make:
-      makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given the
-      dimensions that vary. fault: says why the first argument, what `fast` gave in warm-up, is not
-      the second, what eager gave; None: it is not compared.
+    Args:
+        name: the target, such as `unet` or `vae.decoder`.
+        forward: the target's own forward, eager.
+        fast: the optimised callable, or None where there is none (then everything is eager).
+        engine: what `fast` is called in state and headers.
+        shape_bound: whether `fast` must only see warmed signatures (compiled code); IPEX takes any
+            shape.
+        cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so
+            they are cloned.
+        channels_last: 4-D inputs are converted to channels_last, not to contiguous, before either
+            callable runs.
+        make: makes, in warm-up alone, the code for a call that nothing in `ahead` matches, given
+            the dimensions that vary.
+        fault: says why the first argument, what `fast` gave in warm-up, is not the second, what
+            eager gave; None: it is not compared.
     """
 
     def __init__(
@@ -532,10 +535,8 @@ class Router:
                 ):
                     reason = f"{self.engine}: {fault}"
                     logger.error("%s: %s; the target stays eager", self.name, reason)
-                    self._fast, self.reason = (
-                        None,
-                        reason,
-                    )  # it takes any shape, so no other one is to be trusted either
+                    # it takes any shape, so no other one is to be trusted either
+                    self._fast, self.reason = None, reason
                 else:
                     self.routes[key] = self.visited[key] = Route(self.engine, why)
                     return result

@@ -123,7 +123,10 @@ def _openvino(
     """
     if device.type != "cpu":
         return Road(
-            reason=f"openvino serves on the CPU, and this worker's device is {device}; use backend: inductor"
+            reason=(
+                f"openvino serves on the CPU, and this worker's device is {device}; use backend: "
+                "inductor"
+            )
         )
     try:
         import_openvino()

@@ -26,7 +26,6 @@ from preheat.compilation.router import (
     slowest,
 )
 from preheat.compilation.variants import Variant
-from preheat.compilation.variants import Variant
 from preheat.compilation.watch import (
     CompileWatch,
     allow_compiling,
@@ -69,10 +68,14 @@ class Step:
 class Warmup:
     """One run of warm-up and proof.
 
-    Args: serve: runs one variant through the served path. routers: by target name. on_failure:
-      `eager` gives up the shapes at fault; `fail` raises. progress: told after each variant.
-      leave_out: variants that are not warmed although they are proven: how tests show that the
-      proof can fail. own_folder: see `watch.cache_counters`.
+    Args:
+        serve: runs one variant through the served path.
+        routers: by target name.
+        on_failure: `eager` gives up the shapes at fault; `fail` raises.
+        progress: told after each variant.
+        leave_out: variants that are not warmed although they are proven: how tests show that the
+            proof can fail.
+        own_folder: see `watch.cache_counters`.
     """
 
     def __init__(
@@ -141,7 +144,8 @@ class Warmup:
         found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
         if not found:
             logger.warning(
-                "variants differ in more than rows and pictures: every single one is warmed and replayed"
+                "variants differ in more than rows and pictures: every single one is warmed and "
+                "replayed"
             )
         return found
 

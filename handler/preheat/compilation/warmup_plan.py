@@ -74,10 +74,14 @@ def warmup_plan(
 ) -> WarmupPlan:
     """What is warmed and replayed.
 
-    Args: served: the batch sizes that a run can have. warmed: those that warm-up has to meet.
-      graphs_per_variant: how many at most a code object needs. compiles: whether a target runs
-      compiled code. idle: whether no target has anything faster than eager. covers: whether
-      `family.covering` may be believed where something compiles; what `probe` finds out.
+    Args:
+        served: the batch sizes that a run can have.
+        warmed: those that warm-up has to meet.
+        graphs_per_variant: how many at most a code object needs.
+        compiles: whether a target runs compiled code.
+        idle: whether no target has anything faster than eager.
+        covers: whether `family.covering` may be believed where something compiles; what `probe`
+            finds out.
     """
     variants = family.variants(warmed)
     shortened = covers or not compiles

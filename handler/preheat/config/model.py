@@ -147,7 +147,8 @@ class CacheConfig(Section):
     def _absolute(cls, shared: str | None) -> str | None:
         if shared is not None and not Path(shared).is_absolute():
             raise ConfigError(
-                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; use an absolute path",
+                f"{shared!r} is relative, and TorchServe starts workers in a folder of its own; "
+                "use an absolute path",
                 "pt2.cache.shared",
             )
         return shared
@@ -216,7 +217,8 @@ class Pt2Config(Section):
         """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
         reasons = {
             "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
-            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models for; use buckets or fixed",
+            and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models "
+            "for; use buckets or fixed",
             "pt2.scope": self.scope == "regional"
             and "OpenVINO takes whole targets; use scope: full",
             "pt2.attention": self.attention != "default"
@@ -233,12 +235,14 @@ class Pt2Config(Section):
     def _export_needs_buckets(self) -> Pt2Config:
         if self.export.aot_compile and self.shapes.strategy in ("dynamic", "exact"):
             raise ConfigError(
-                f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; use buckets or fixed",
+                f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; "
+                "use buckets or fixed",
                 "pt2.export.aot_compile",
             )
         if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):
             raise ConfigError(
-                "freezes weights into the code, and packages compiled ahead of time hold none; leave it out",
+                "freezes weights into the code, and packages compiled ahead of time hold none; "
+                "leave it out",
                 "pt2.compile.options.freezing",
             )
         return self
@@ -262,7 +266,8 @@ class Pt2Config(Section):
                 or not path.stem.isidentifier()
             ):
                 raise ConfigError(
-                    f"{name!r} is no Python file of the archive; use a relative path such as my_ops.py",
+                    f"{name!r} is no Python file of the archive; use a relative path such as "
+                    "my_ops.py",
                     f"pt2.import[{index}]",
                 )
         return files
@@ -322,8 +327,7 @@ class PipelineConfig(Section):
     """Which pipeline is served and what its clients may ask."""
 
     path: Text = "."
-    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See
-    operations.md.
+    """A diffusers folder, or a hub id, or `tiny:sdxl`; `.` is the archive's own. See operations.md.
     """
     dtype: Dtype = "float32"
     """Of weights and computation.
@@ -375,7 +379,8 @@ class PipelineConfig(Section):
             )
         if scale > self.limits.max_guidance_scale:
             raise ConfigError(
-                f"{scale} is over pipeline.limits.max_guidance_scale ({self.limits.max_guidance_scale})",
+                f"{scale} is over pipeline.limits.max_guidance_scale "
+                f"({self.limits.max_guidance_scale})",
                 "pipeline.defaults.guidance_scale",
             )
         if self.guidance != "both" and (scale > 1) != (self.guidance == "on"):
@@ -515,12 +520,20 @@ class ModelConfig(Section):
         sizes = (max(shapes.batch_sizes),) if shapes.invariant else shapes.batch_sizes
         path = "pt2.shapes.batch_sizes"
         if max(sizes) < most:
-            yield f"{path}: a batch of {most} requests (batchSize) is split into runs of {max(sizes)}"
+            yield (
+                f"{path}: a batch of {most} requests (batchSize) is split into runs of {max(sizes)}"
+            )
         if min(sizes) > most:
-            yield f"{path}: every run is filled up to {min(sizes)} rows, and a batch has {most} requests at most (batchSize)"
+            yield (
+                f"{path}: every run is filled up to {min(sizes)} rows, and a batch has {most} "
+                "requests at most (batchSize)"
+            )
         elif max(sizes) > most:
             filled = "only num_images fills" if self.family == "pipeline" else "nothing fills"
-            yield f"{path}: {filled} runs of {max(sizes)}, since batches are of {most} requests at most (batchSize)"
+            yield (
+                f"{path}: {filled} runs of {max(sizes)}, since batches are of {most} requests at "
+                "most (batchSize)"
+            )
 
     def as_module(self) -> ModelConfig:
         """This config for a module of which it says nothing."""
@@ -598,8 +611,9 @@ class ModelConfig(Section):
         """The config a parsed YAML means. `data` is left as it is (TorchServe's own reading deletes
         from it).
 
-        Args: ours: read it as a YAML that names what it serves, even if it does not; see
-          `pt2_forms.normalized`.
+        Args:
+            ours: read it as a YAML that names what it serves, even if it does not; see
+                `pt2_forms.normalized`.
 
         Raises:
             ConfigError: an unknown key or a wrong value, with its YAML path.
@@ -618,8 +632,9 @@ class ModelConfig(Section):
     def load(cls, path: Path, *, ours: bool = False) -> ModelConfig:
         """The config in the YAML file at `path`; see `parse`.
 
-        Raises: ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key
-          twice, or a wrong value.
+        Raises:
+            ConfigError: the file cannot be read, is no YAML, or holds an unknown key, one key
+                twice, or a wrong value.
         """
         return cls.parse(read_yaml(path), ours=ours)
 

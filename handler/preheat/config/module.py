@@ -22,8 +22,8 @@ BATCH = "batch"
 DERIVED = ("input_ids", "decoder_input_ids", "token_type_ids", "position_ids")
 """Inputs whose range the config of a transformers model may tell."""
 NEEDS_RANGE = (
-    "is missing; say the least and the greatest whole number that the module takes, such as range: [0, 1]: "
-    "an index outside its table would end the worker"
+    "is missing; say the least and the greatest whole number that the module takes, such as range: "
+    "[0, 1]: an index outside its table would end the worker"
 )
 IMAGE_CHANNELS = 3
 
@@ -248,7 +248,8 @@ class ModuleConfig(Section):
             if cut is None or cut.dimension not in seen:
                 known = ", ".join(seen) or "none"
                 raise ConfigError(
-                    f"must be a bucketed dimension such as sequence or height/32, got {shown(text)}; known: {known}",
+                    "must be a bucketed dimension such as sequence or height/32, got "
+                    f"{shown(text)}; known: {known}",
                     f"{path}.{dim}",
                 )
 

@@ -77,8 +77,9 @@ def normalized(pt2: object, keys: Sequence[str], *, ours: bool) -> dict[str, Any
     Args:
         ours: the YAML names what it serves, so that nothing in it is TorchServe's to overlook.
 
-    Raises: ConfigError: not one of the forms, TorchServe's load would die of it, or, in a YAML of
-      ours, no backend of that name.
+    Raises:
+        ConfigError: not one of the forms, TorchServe's load would die of it, or, in a YAML of ours,
+            no backend of that name.
     """
     if isinstance(pt2, str):
         # TorchServe looks for its key inside the string, finds it, and dies of it
@@ -159,8 +160,8 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
         _refuse_unknown(backend, path)
         return CompileConfig(enable=True, kwargs=kwargs, legacy=legacy)
     warning = (
-        f"{path}: {shown(backend)} is not a backend that TorchServe supports, so nothing is compiled; "
-        f"it knows {', '.join(PT2_BACKENDS)}"
+        f"{path}: {shown(backend)} is not a backend that TorchServe supports, so nothing is "
+        f"compiled; it knows {', '.join(PT2_BACKENDS)}"
     )
     return CompileConfig(enable=False, kwargs=kwargs, legacy=legacy, warning=warning)
 

@@ -1,6 +1,4 @@
-"""What is wrong with a model YAML, said in the YAML's own words: path, value, what would be
-right.
-"""
+"""What is wrong with a model YAML, said in its own words: path, value, what would be right."""
 
 from __future__ import annotations
 

@@ -58,9 +58,7 @@ class Work(Protocol):
         """
 
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
-        """Every variant in these batch sizes, the largest first; none where nothing can be
-        warmed.
-        """
+        """Every variant in these batch sizes, the largest first; none if nothing can be warmed."""
 
     def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""

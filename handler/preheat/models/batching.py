@@ -239,7 +239,10 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             if is_device_lost(error):
                 raise SystemExit("the device is lost; TorchServe starts a new worker") from error
             logger.exception("a run of %d request(s) failed", len(group))
-            text = f"the model failed on this request ({type(error).__name__}); the server's log says more"
+            text = (
+                f"the model failed on this request ({type(error).__name__}); the server's log says "
+                "more"
+            )
             for answer in group:
                 if retry and len(group) > 1:
                     answer.restart()

@@ -29,7 +29,8 @@ _READABLE = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 
 # Measured on 1024x1024 pictures with the statistics of photos (1/f noise, hard edges, grain),
 # Pillow 13 with zlib-ng, one x86-64 core; milliseconds and megabytes:
-#   PNG   level 1: 95, 2.29   level 6 (the default): 135, 2.18   level 9: 135, 2.18   run lengths only: 63, 2.18
+#   PNG   level 1: 95, 2.29   level 6 (the default): 135, 2.18   level 9: 135, 2.18
+#         run lengths only: 63, 2.18
 #         (on flat graphics run lengths are as fast as level 1, but 0.46 against 0.27)
 #   JPEG  quality 92 with full colour: 5, 0.57   with halved colour: 3, 0.45
 #   WebP  quality 90, method 0: 47, 0.40   method 2: 62, 0.39   method 4 (the default): 130, 0.40
@@ -64,8 +65,9 @@ def decode(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
     PNG, JPEG, WebP, BMP, GIF and TIFF are read; of an animation, the first frame. The size is
     checked before a pixel is decoded.
 
-    Raises: RequestError: anything but a readable picture of at most `max_pixels` pixels, laid at
-      `field`.
+    Raises:
+        RequestError: anything but a readable picture of at most `max_pixels` pixels, laid at
+            `field`.
     """
     return _read(data, field, max_pixels, _over_white)
 
@@ -106,8 +108,8 @@ def _read(
         raise RequestError(
             f"has too many pixels, at most {max_pixels} are allowed", field
         ) from None
-
-    except Exception as error:
+    # Pillow's readers raise whatever a hostile file leads them to
+    except Exception as error:  # noqa: BLE001
         reason = ascii(str(error) or type(error).__name__)[1:-1][:100]
         raise RequestError(f"cannot be decoded: {reason}", field) from None
     image.info = {}  # nothing of the client's metadata travels on
@@ -115,9 +117,7 @@ def _read(
 
 
 def _loaded(data: bytes, field: str, max_pixels: int) -> Image.Image:
-    """The file's first frame in the mode it is stored in, once its header has been found
-    harmless.
-    """
+    """The file's first frame in the mode it is stored in, once its header is found harmless."""
     if data.startswith(_JPEG_HEAD) and data.count(_JPEG_SCAN) > _MAX_JPEG_SCANS:
         raise RequestError(f"is a JPEG of more than {_MAX_JPEG_SCANS} scans", field)
     image = Image.open(BytesIO(data), formats=_READABLE)

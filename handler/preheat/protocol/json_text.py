@@ -10,8 +10,7 @@ import re
 from preheat.errors import RequestError
 
 LONGEST_WHOLE = 40
-"""Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server
-busy.
+"""Digits. Nothing here needs more than 19, and int() of a million is a way to keep a server busy.
 """
 
 _LONG_WHOLE = b"0" * (LONGEST_WHOLE + 1)

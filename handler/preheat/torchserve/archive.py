@@ -67,7 +67,8 @@ def build_archive(
     name = _model_name(config)
     if archive_format not in get_args(ArchiveFormat):
         raise ArchiveError(
-            f"unknown archive format {archive_format!r}: one of {', '.join(get_args(ArchiveFormat))}"
+            f"unknown archive format {archive_format!r}: one of "
+            f"{', '.join(get_args(ArchiveFormat))}"
         )
     place = _place(loaded, model, external=external)
 
@@ -101,7 +102,8 @@ def _model_name(config: Path) -> str:
     name = config.stem
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", name):
         raise ArchiveError(
-            f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' and '_'"
+            f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' "
+            "and '_'"
         )
     return name
 
@@ -116,7 +118,8 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
         return None
     if model is None:
         raise ArchiveError(
-            "no model folder is given; for a --model-file use torch-model-archiver (README, Any other module)"
+            "no model folder is given; for a --model-file use torch-model-archiver (README, Any "
+            "other module)"
         )
     try:
         folder = folder_or_hub_id(
@@ -129,7 +132,8 @@ def _place(loaded: ModelConfig, model: str | Path | None, *, external: bool) -> 
         return str(folder.resolve()) if external else "."
     if not external:
         raise ArchiveError(
-            f"no such folder: {model}. If it is a hub id, its weights can only stay outside (external)"
+            f"no such folder: {model}. If it is a hub id, its weights can only stay outside "
+            "(external)"
         )
     return folder
 
@@ -139,7 +143,8 @@ def _check_weights(folder: Path) -> None:
     for path in files:
         if path.suffix.lower() in PICKLED:
             raise ArchiveError(
-                f"{path}: pickled weights can run code when they are read; convert them to safetensors or delete the file"
+                f"{path}: pickled weights can run code when they are read; convert them to "
+                "safetensors or delete the file"
             )
     if not any(path.suffix == ".safetensors" for path in files):
         raise ArchiveError(f"{folder} holds no safetensors weights")

@@ -159,9 +159,7 @@ class TorchServe:
         return ""
 
     def stop(self, seconds: float = 30) -> None:
-        """End the server and its workers, these processes and no others; return when they are
-        gone.
-        """
+        """End the server and its workers, these processes alone; return when they are gone."""
         java = processes.alive(self.pid, self.created)
         ours = processes.family(java) if java else []
         # Workers outlive a server that was killed; they carry its status folder in their
@@ -194,8 +192,9 @@ def start(
     file `base`, `env` over this process's environment. `cache` is the folder where Inductor keeps
     what it compiled.
 
-    Raises: ServerError: a port is taken, a server already runs from `run_dir`, or it ended within
-      `seconds`.
+    Raises:
+        ServerError: a port is taken, a server already runs from `run_dir`, or it ended within
+            `seconds`.
     """
     run_dir, ports = run_dir.resolve(), ports or Ports()
     running = find(run_dir)

@@ -86,7 +86,8 @@ class Rehearsal(Service):
             logger.debug("%s", path.name, exc_info=True)
             first_line = next(iter(str(error).strip().splitlines()), "")
             raise AheadError(
-                f"no package can be made of {each.target} in {' and '.join(each.buckets)}: {type(error).__name__}: {first_line}"
+                f"no package can be made of {each.target} in {' and '.join(each.buckets)}: "
+                f"{type(error).__name__}: {first_line}"
             ) from error
         return entry
 

@@ -32,7 +32,7 @@ class ServerState:
     names and sizes, for a module), batch_size, target, engine, warm_seconds, cache, reason,
     seconds_per_step (as estimated now; of a module, of a run)."""
     unfit: Mapping[str, int] = field(default_factory=dict)
-    """By kind of run, such as "1024x1024, text-to-image, guidance": the least batch size that did
+    """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""
     padding: Mapping[str, Any] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of

@@ -129,9 +129,7 @@ class Service:
         )
 
     def begin_call(self) -> None:
-        """A batch has come: `responseTimeout` runs from now on, until its answers go back
-        together.
-        """
+        """A batch has come: `responseTimeout` runs from now until its answers go back together."""
         self._budget.end()
         self._budget.begin()
 
@@ -250,9 +248,8 @@ class Service:
 
     def _heat(self, leave_out: Collection[Variant], sharing: CacheUse | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
-        if (
-            self._shapes.strategy == "exact"
-        ):  # plain torch.compile: for comparison, or because the YAML tells of no shapes
+        # plain torch.compile: for comparison, or because the YAML tells of no shapes
+        if self._shapes.strategy == "exact":
             why = (
                 "strategy exact"
                 if self.config.pt2.shapes.strategy == "exact"

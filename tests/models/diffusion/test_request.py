@@ -113,9 +113,9 @@ def parts(**more: bytes) -> dict[str, object]:
         {"body": FULL, "image": bytearray(FILE)},
         parts(image=FILE),
         {
-            name: value.decode() if name != "image" else value
+            name: value.decode() if name != "image" else value  # type: ignore[attr-defined]
             for name, value in parts(image=FILE).items()
-        },  # type: ignore[attr-defined]
+        },
     ],
     ids=[
         "json",
@@ -395,6 +395,7 @@ def test_what_is_no_image_is_refused(value: object) -> None:
     assert refused_of(image=CODED, mask_image=value).field == "mask_image"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 320))
 def test_an_image_is_allowed_up_to_its_limit_to_the_byte(size: int) -> None:
     data = b"\1" * size

@@ -162,7 +162,7 @@ def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_e
     (answer,) = ask(service, [5] * most)
     assert answer.engine == "eager" and answer.bucket == "none"
     with pytest.raises(
-        RequestError, match=f"input_ids: is {most + 1} long, .* positions for {most}"
+        RequestError, match=f"input_ids is {most + 1} long, .* positions for {most}"
     ):
         service.parse({"body": [5] * (most + 1)})
 
@@ -244,7 +244,8 @@ from preheat.errors import RequestError
 from models.module.test_ranges import X, served
 
 index = {"dtype": "int64", "shape": ["batch", 4096], "range": [0, 3]}
-service = served(Path(sys.argv[1]), {"index": index, "x": {"shape": ["batch", 4096], "default": 0.0}}, "inductor")
+inputs = {"index": index, "x": {"shape": ["batch", 4096], "default": 0.0}}
+service = served(Path(sys.argv[1]), inputs, "inductor")
 if sys.argv[2] == "unchecked":
     object.__setattr__(service._work._reader, "ranges", {})
 for number in (9, -9):

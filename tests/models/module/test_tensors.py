@@ -371,11 +371,24 @@ BYTES = st.binary(max_size=60) | st.sampled_from(
 
 
 @given(
-    st.dictionaries(st.sampled_from(["body", "data", "ids", "mask", "pixels", "text", "accept"]) | st.text(max_size=3),
-                    VALUES | BYTES | st.dictionaries(st.sampled_from(["inputs", "ids", "text"]), VALUES), max_size=3),
+    st.dictionaries(
+        st.sampled_from(["body", "data", "ids", "mask", "pixels", "text", "accept"])
+        | st.text(max_size=3),
+        VALUES | BYTES | st.dictionaries(st.sampled_from(["inputs", "ids", "text"]), VALUES),
+        max_size=3,
+    ),
     st.sampled_from([TEXTS, IMAGES]),
-    st.sampled_from(["application/json", "application/x-npy", "application/safetensors", "image/png", "text/plain", ""]),
-)  # fmt: skip
+    st.sampled_from(
+        [
+            "application/json",
+            "application/x-npy",
+            "application/safetensors",
+            "image/png",
+            "text/plain",
+            "",
+        ]
+    ),
+)
 def test_whatever_comes_is_a_request_or_a_refusal(
     row: dict[str, Any], reader: Reader, content_type: str
 ) -> None:

@@ -272,8 +272,9 @@ def _read_index(folder: Path, fingerprint: str, trust: Trust) -> list[Entry]:
         raise Untrusted(f"the index has format {document['format']}, this version reads {FORMAT}")
     if document["fingerprint"] != fingerprint:
         raise Untrusted(
-            f"built for fingerprint {document['fingerprint'][:12]} (torch {document['torch']}), this worker has "
-            f"{fingerprint[:12]} (torch {torch.__version__}): another machine, version or config"
+            f"built for fingerprint {document['fingerprint'][:12]} (torch {document['torch']}), "
+            f"this worker has {fingerprint[:12]} (torch {torch.__version__}): another machine, "
+            "version or config"
         )
     return [Entry.parse(entry) for entry in document["packages"]]
 

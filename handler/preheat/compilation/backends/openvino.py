@@ -29,10 +29,14 @@ class Model:
     """A compiled model, called as the module is that it was made from. Weights that it lays out
     anew are copies of its own, the others the module's.
 
-    Args: name: for the log. module: the target. inputs: a call of it. dims: the dimensions that
-      vary; static where that is more than a batch size, or where it is 1 in `inputs`, which
-      torch.export would hold to be the only one. properties: of OpenVINO's CPU plugin; see
-      `cpu_properties`. The precision is added: that of the module's weights now.
+    Args:
+        name: for the log.
+        module: the target.
+        inputs: a call of it.
+        dims: the dimensions that vary; static where that is more than a batch size, or where it is
+            1 in `inputs`, which torch.export would hold to be the only one.
+        properties: of OpenVINO's CPU plugin; see `cpu_properties`. The precision is added: that of
+            the module's weights now.
     """
 
     engine: EngineName = "openvino"
@@ -102,8 +106,9 @@ class Model:
 def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
     """OpenVINO's properties for a model on this worker's share of the cores.
 
-    Args: options: `pt2.compile.options` as OpenVINO documents them for torch.compile: `device`
-      (CPU), `config` (properties, which go over ours), `model_caching` and `cache_dir`.
+    Args:
+        options: `pt2.compile.options` as OpenVINO documents them for torch.compile: `device` (CPU),
+            `config` (properties, which go over ours), `model_caching` and `cache_dir`.
 
     Raises:
         ValueError: an option that has no meaning here.
@@ -111,13 +116,14 @@ def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
     unknown = options.keys() - {"device", "config", "model_caching", "cache_dir"}
     if unknown:
         raise ValueError(
-            f"unknown option {', '.join(sorted(unknown))}; known: device, config, model_caching, cache_dir"
+            f"unknown option {', '.join(sorted(unknown))}; known: device, config, model_caching, "
+            "cache_dir"
         )
     if str(options.get("device", "CPU")).upper() != "CPU":
         raise ValueError(f"option device is {options['device']}, and only CPU is served")
     config = options.get("config") or {}
     if not isinstance(config, Mapping):
-        raise ValueError(f"option config is no mapping of properties: {config!r}")
+        raise ValueError(f"option config is no mapping of properties: {config!r}")  # noqa: TRY004  as every option
     cached = (
         {"CACHE_DIR": str(options.get("cache_dir", "cache"))}
         if options.get("model_caching")

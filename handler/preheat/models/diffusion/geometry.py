@@ -213,8 +213,9 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
     nearest = nearest_aspect(buckets, height, width)
     return RequestError(
-        f"is too much: no bucket covers height {height} and width {width}; the nearest is {nearest} (height x width), "
-        f"the largest: {largest}; with pt2.shapes.oversize: downscale the server would paint a bucket and scale it up",
+        f"is too much: no bucket covers height {height} and width {width}; the nearest is "
+        f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
+        "the server would paint a bucket and scale it up",
         field,
     )
 

@@ -180,8 +180,9 @@ class PipelineWork:
             return None
         fitting = int(timeout / MARGIN / (self._config.batchSize * per_cost))
         return (
-            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is {timeout:.0f}: "
-            f"some will be told to come again (503); pipeline.limits.max_cost {fitting} would fit"
+            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is "
+            f"{timeout:.0f}: some will be told to come again (503); pipeline.limits.max_cost "
+            f"{fitting} would fit"
         )
 
     def measure_padding(self) -> Mapping[str, Any]:
@@ -284,7 +285,8 @@ def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> Shapes
         for side, pixels in enumerate((bucket.height, bucket.width)):
             if pixels % pipeline.multiple:
                 raise ConfigError(
-                    f"{pixels} is not a multiple of {pipeline.multiple}, which {pipeline.family.name} needs",
+                    f"{pixels} is not a multiple of {pipeline.multiple}, which "
+                    f"{pipeline.family.name} needs",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
         if (
@@ -292,7 +294,8 @@ def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> Shapes
             or bucket.volume > limits.max_image_pixels
         ):
             raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels {limits.max_image_pixels})",
+                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "
+                f"{limits.max_image_pixels})",
                 f"pt2.shapes.buckets[{index}]",
             )
         if min(bucket.height, bucket.width) < limits.min_side:

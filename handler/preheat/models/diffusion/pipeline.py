@@ -48,12 +48,16 @@ tenth of one 1024x1024.
 class Family:
     """What differs between pipeline families.
 
-    Args: name: for logs and fingerprints. denoiser: attribute of the module that runs once a step.
-      guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to the
-      model as a number. patch: latent cells a side that the denoiser packs into one token; a bucket
-      must be a multiple of VAE scale x patch. size_conditioning: the denoiser is told sizes (SDXL
-      micro-conditioning, arXiv 2307.01952, section 2.2). upcasts: its pipelines obey the VAE's
-      `force_upcast`; diffusers' others ignore it.
+    Args:
+        name: for logs and fingerprints.
+        denoiser: attribute of the module that runs once a step.
+        guidance: `cfg` doubles the batch while guidance_scale > 1; `embedded` feeds the scale to
+            the model as a number.
+        patch: latent cells a side that the denoiser packs into one token; a bucket must be a
+            multiple of VAE scale x patch.
+        size_conditioning: the denoiser is told sizes (SDXL micro-conditioning, arXiv 2307.01952,
+            section 2.2).
+        upcasts: its pipelines obey the VAE's `force_upcast`; diffusers' others ignore it.
     """
 
     name: str
@@ -157,8 +161,10 @@ class DiffusionPipeline:
     ) -> DiffusionPipeline:
         """Load a pipeline folder (or hub id) from safetensors.
 
-        Raises: PipelineError: it is not a diffusers pipeline of a known family, or its weights are
-          not safetensors. HubError: the hub does not give it.
+        Raises:
+            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not
+                safetensors.
+            HubError: the hub does not give it.
         """
         # diffusers warns with the text of a prompt that CLIP truncates; prompts are never logged.
         diffusers.utils.logging.set_verbosity_error()
@@ -237,9 +243,7 @@ class DiffusionPipeline:
         return module
 
     def structure(self) -> dict[str, Any]:
-        """What compiled code depends on: every component's class and config, without the
-        weights.
-        """
+        """What compiled code depends on: every component's class and config, not the weights."""
         parts: dict[str, Any] = {"pipeline": type(self._pipe).__name__}
         for name, component in sorted(self._pipe.components.items()):
             if isinstance(component, nn.Module):
@@ -399,9 +403,7 @@ def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
 
 
 def _guidance_variants(family: Family, config: PipelineConfig) -> tuple[bool, ...]:
-    """Whether guidance doubles the batch: the values that need warming, True first (it is
-    larger).
-    """
+    """Whether guidance doubles the batch: the values that need warming, True first (larger)."""
     if family.guidance == "embedded":
         return (False,)
     return {"both": (True, False), "on": (True,), "off": (False,)}[config.guidance]
@@ -462,15 +464,14 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
         raise PipelineError(
-            f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed would not give the same "
-            "picture; DPMSolverMultistepScheduler with algorithm_type sde-dpmsolver++ in its config is near"
+            f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed "
+            "would not give the same picture; DPMSolverMultistepScheduler with algorithm_type "
+            "sde-dpmsolver++ in its config is near"
         )
 
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
-    """Add a LoRA into the weights before anything is compiled, so that it costs nothing
-    afterwards.
-    """
+    """Add a LoRA into the weights before anything is compiled, so that it costs nothing later."""
     pipe.load_lora_weights(folder, use_safetensors=True)
     pipe.fuse_lora()
     pipe.unload_lora_weights()

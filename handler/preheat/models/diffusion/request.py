@@ -79,9 +79,7 @@ class ImageRequest:
 
 
 def run_steps(num_steps: int, strength: float | None) -> int:
-    """Of that many steps, those from `strength` on; all without an image, whose strength is
-    None.
-    """
+    """Of that many steps, those from `strength` on; all without an image (strength None)."""
     return num_steps if strength is None else int(min(num_steps * strength, num_steps))
 
 
@@ -105,8 +103,9 @@ def parse_row(
     numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add to its
     fields.
 
-    Raises: RequestError: anything that is not a legal request; nothing else is raised, whatever the
-      row holds.
+    Raises:
+        RequestError: anything that is not a legal request; nothing else is raised, whatever the row
+            holds.
     """
     if content_type is not None and content_type.lower().startswith(
         "application/x-www-form-urlencoded"

@@ -180,8 +180,9 @@ class Engine(Batcher[Answer, Row]):
         A side that the request leaves out comes from its image (in proportion, where the other side
         is given), else from `default`.
 
-        Raises: RequestError: an image that cannot be read, or a size that no bucket covers under
-          `oversize: reject`.
+        Raises:
+            RequestError: an image that cannot be read, or a size that no bucket covers under
+                `oversize: reject`.
         """
         image = mask = None
         if request.image is not None:
@@ -249,11 +250,11 @@ class Engine(Batcher[Answer, Row]):
         return answer.job.rows()
 
     def _kind(self, answer: Answer) -> str:
+        # Not the task: with one picture at a time in the VAE it is no more than a picture's worth.
         plan, request = answer.job.plan, answer.job.request
-        how = [request.task, "guidance" if request.guidance_scale > 1 else "no guidance"]
-        return ", ".join(
-            [str(plan.bucket), *how, *(["eager"] if plan.engine_hint == "eager" else [])]
-        )
+        guidance = "guidance" if request.guidance_scale > 1 else "no guidance"
+        eager = ["eager"] if plan.engine_hint == "eager" else []
+        return ", ".join([str(plan.bucket), guidance, *eager])
 
     def _load(self, answer: Answer, size: int) -> Load:
         request = answer.job.request

@@ -38,8 +38,13 @@ FIELDS: Mapping[str, str] = {
     "prompt_3": _ENCODERS.format("prompt"),
     "negative_prompt_2": _ENCODERS.format("negative_prompt"),
     "negative_prompt_3": _ENCODERS.format("negative_prompt"),
-    "clip_skip": "the text encoder's last layers are as the model folder has them; none is skipped by request",
-    "max_sequence_length": "prompts are read to the pipeline's own length; an answer says what was dropped",
+    "clip_skip": (
+        "the text encoder's last layers are as the model folder has them; none is skipped by "
+        "request"
+    ),
+    "max_sequence_length": (
+        "prompts are read to the pipeline's own length; an answer says what was dropped"
+    ),
     "guidance_rescale": "guidance is not rescaled; guidance_scale is its strength",
     "eta": _SCHEDULER,
     "scheduler": _SCHEDULER,
@@ -82,7 +87,10 @@ def folder_refusal(folder: Path, families: Collection[str]) -> str | None:
     if "Adapter" in name or "adapter" in index:
         return f"{name} holds an adapter, which is not served; {_BASES}"
     if index.get("requires_aesthetics_score") or _absent(index.get("text_encoder")):
-        return f"{name} is a refiner (or has no text encoder of its own), which is not served; {_BASES}"
+        return (
+            f"{name} is a refiner (or has no text encoder of its own), which is not served; "
+            f"{_BASES}"
+        )
     # diffusers makes each task's pipeline of another's folder.
     if name.replace("Img2Img", "").replace("Inpaint", "") not in families:
         return f"{name} is not served; known: {', '.join(families)}"

@@ -49,8 +49,8 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
         module = _from_model_file(model["modelFile"], folder)
     else:
         raise ModuleError(
-            "no module is named: give module.path or module.factory in the YAML, or --model-file to torch-model-archiver "
-            "(TorchScript and compiled libraries are not served)"
+            "no module is named: give module.path or module.factory in the YAML, or --model-file "
+            "to torch-model-archiver (TorchScript and compiled libraries are not served)"
         )
     if weights is not None and config.path is None:
         _load_weights(module, weights)

@@ -168,8 +168,9 @@ class ModuleWork:
         unknown = [name for name in self._reader.names if name not in self._reader.ranges]
         if unknown:
             logger.warning(
-                "module.inputs is not declared: a request with whole numbers for %s is served eagerly, since an index outside its "
-                "table would end the worker; declare it, with its range, to have it compiled",
+                "module.inputs is not declared: a request with whole numbers for %s is served "
+                "eagerly, since an index outside its table would end the worker; declare it, with "
+                "its range, to have it compiled",
                 " or ".join(unknown),
             )
 
@@ -241,7 +242,8 @@ class ModuleWork:
                 else "into what is not finite"
             )
             logger.warning(
-                "padding changes answers by %s; a mask input with default: 1, padded with 0, would let the module see it",
+                "padding changes answers by %s; a mask input with default: 1, padded with 0, "
+                "would let the module see it",
                 how_far,
             )
         return found
@@ -346,7 +348,10 @@ class ModuleWork:
         size = sum(map(tensors.json_bytes, outputs)) if as_json and 26 * as_file > most else as_file
         if size <= most:
             return None
-        what = f"the answer has about {size} bytes, at most {most} are allowed (module.limits.max_response_bytes)"
+        what = (
+            f"the answer has about {size} bytes, at most {most} are allowed "
+            "(module.limits.max_response_bytes)"
+        )
         if as_json and as_file <= most:
             return RequestError(
                 f"{what}; ask for application/safetensors, {as_file} bytes", ACCEPT, code=406
@@ -354,9 +359,7 @@ class ModuleWork:
         return RequestError(what, "body", code=413)
 
     def _prepared(self, sizes: Mapping[str, int], seed: int) -> Job:
-        """A job of these sizes whose inputs any module takes: noise, and whole numbers of 0 and
-        1.
-        """
+        """A job of these sizes whose inputs any module takes: noise, and whole numbers 0 and 1."""
         dice = torch.Generator().manual_seed(seed)
         made: dict[str, torch.Tensor] = {}
         for name, spec in self._own.inputs.items():
@@ -468,7 +471,8 @@ def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: Modul
         )
     grown = ", ".join(f"{dim}: ..." for dim in dims)
     raise ConfigError(
-        f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the module shrinks it, rounded up",
+        f"{what}; cut it: crop: {{{grown}}} with {' or '.join(config.choices)}, divided where the "
+        "module shrinks it, rounded up",
         f"module.outputs.{name}.crop",
     )
 

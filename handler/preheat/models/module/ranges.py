@@ -31,8 +31,9 @@ def ranges(names: Sequence[str], module: nn.Module, config: ModuleConfig) -> dic
     """What each input may hold: what the YAML says, else what the module's transformers config
     does, else 0 and 1 for a mask, by which some models count positions.
 
-    Raises: ConfigError: a declared input of whole numbers has no range, or one that is more than
-      the module takes.
+    Raises:
+        ConfigError: a declared input of whole numbers has no range, or one that is more than the
+            module takes.
     """
     own = _spans(module)
     found = own | {name: (0.0, 1.0) for name in names if is_mask(name)}

@@ -56,10 +56,13 @@ class Tokenizer(Protocol):
 class Reader:
     """Reads the requests of one module.
 
-    Args: specs: its inputs; None where the YAML declares none: then tensors are taken as they come,
-      for the arguments `names`. bounds: how large an input may be. computed: the module's dtype.
-      ranges: the least and the greatest number of an input. tokenizer: None where its folder has
-      none.
+    Args:
+        specs: its inputs; None where the YAML declares none: then tensors are taken as they come,
+            for the arguments `names`.
+        bounds: how large an input may be.
+        computed: the module's dtype.
+        ranges: the least and the greatest number of an input.
+        tokenizer: None where its folder has none.
     """
 
     names: Sequence[str]
@@ -76,8 +79,9 @@ class Reader:
         """The request's tensors by input, each with a batch dimension of 1, and the form of the
         answer.
 
-        Raises: RequestError: anything that is not a legal request; nothing else is raised, whatever
-          the row holds.
+        Raises:
+            RequestError: anything that is not a legal request; nothing else is raised, whatever the
+                row holds.
         """
         body, parts = envelope(row, self.names, hint=_SEND)
         accept = _accepted(parts.pop(ACCEPT, None), headers.get("accept"))
@@ -314,7 +318,8 @@ def _kind_by_content(data: bytes) -> Kind:
 def _refuse_pickle(data: bytes, name: str) -> None:
     if data.startswith(_PICKLES):
         raise RequestError(
-            "is a pickle or a zip archive (such as .npz), which is refused: reading it can run code; send safetensors",
+            "is a pickle or a zip archive (such as .npz), which is refused: reading it can run "
+            "code; send safetensors",
             name,
         )
 

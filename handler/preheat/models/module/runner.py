@@ -264,7 +264,8 @@ class ModuleEngine(Batcher[Answer, Job]):
             found = {f"output_{index}": value for index, value in enumerate(result)}
         else:
             raise ModuleError(
-                f"the module returns a {type(result).__name__}; tensors, alone, listed or named, can be served"
+                f"the module returns a {type(result).__name__}; tensors, alone, listed or named, "
+                "can be served"
             )
         wanted = self._config.outputs or {
             name: OutputConfig() for name, v in found.items() if isinstance(v, torch.Tensor)

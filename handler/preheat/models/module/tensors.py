@@ -106,8 +106,10 @@ class Bounds:
 def from_list(value: object, dtype: str | None, name: str) -> torch.Tensor:
     """A number, or lists of numbers nested to one shape, as a tensor of `dtype`.
 
-    Args: value: of a size that was checked: see `shape_of` and `check_shape`. dtype: None where
-      nobody says: then int64 for whole numbers, bool for truth values, else float32.
+    Args:
+        value: of a size that was checked: see `shape_of` and `check_shape`.
+        dtype: None where nobody says: then int64 for whole numbers, bool for truth values, else
+            float32.
 
     Raises:
         RequestError: ragged, too deep, or something in it is not of the dtype.
@@ -185,8 +187,8 @@ def from_npy(data: bytes, name: str) -> torch.Tensor:
         version = npy.read_magic(file)
         read = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}[version]
         shape, _, dtype = read(file, max_header_size=_LONGEST_NPY_HEADER)
-
-    except Exception:
+    # numpy parses the header as Python literals, and raises whatever that leads to
+    except Exception:  # noqa: BLE001
         raise RequestError(
             "is no .npy file that can be read: its header is corrupt", name
         ) from None
@@ -267,8 +269,9 @@ def checked(tensor: torch.Tensor, spec: InputConfig, name: str, bounds: Bounds) 
     """`tensor` with its leading batch dimension of 1, as `spec` wants it. Numbers are cast as those
     of JSON are: any to floats, whole ones to other whole ones that hold them.
 
-    Raises: RequestError: wrong dtype, or a number that the dtype wanted has not; otherwise as
-      `check_shape`.
+    Raises:
+        RequestError: wrong dtype, or a number that the dtype wanted has not; otherwise as
+            `check_shape`.
     """
     wanted = TORCH_DTYPES[spec.dtype]
     if tensor.dtype != wanted and not _castable(tensor.dtype, wanted):
@@ -308,10 +311,8 @@ def check_shape(
 
 
 def _castable(sent: torch.dtype, wanted: torch.dtype) -> bool:
-    if sent not in TORCH_DTYPES.values() or torch.bool in (
-        sent,
-        wanted,
-    ):  # uint16, float8: torch computes little with these
+    # uint16, float8: torch computes little with these
+    if sent not in TORCH_DTYPES.values() or torch.bool in (sent, wanted):
         return False
     return wanted.is_floating_point or not sent.is_floating_point
 
@@ -321,9 +322,8 @@ def _cast(tensor: torch.Tensor, wanted: torch.dtype, name: str) -> torch.Tensor:
         return tensor.to(wanted)
     cast = tensor.to(wanted)
     if wanted.is_floating_point:
-        fits = bool(cast.isfinite().all()) or not bool(
-            tensor.isfinite().all()
-        )  # what is not finite is `check_values`'s
+        # what is not finite is `check_values`'s
+        fits = bool(cast.isfinite().all()) or not bool(tensor.isfinite().all())
     else:
         fits = _holds(wanted, int(tensor.min()), int(tensor.max()))
     if not fits:
