@@ -13,6 +13,7 @@ OUT ?= .preheat/archives
 FORMAT ?= zip-store
 EXTERNAL ?=
 AOT ?=
+WATCH ?=
 WAIT ?= 1800
 PROFILE ?= tiny
 CSV ?=
@@ -39,7 +40,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz serve ready stop archive bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check serve ready status stop archive bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -75,6 +76,9 @@ test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real T
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
+check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl]
+	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION)
+
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
 		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
@@ -82,6 +86,9 @@ serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub i
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)
+
+status: $(STAMP) ## show workers, queue, restarts and what serves each bucket: [NAME=] [WATCH=1]
+	$(BIN)/preheat status $(NAME_OPTION) $(if $(WATCH),--watch)
 
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)

@@ -21,7 +21,7 @@ from preheat.compilation.backends import aot
 from preheat.compilation.export import difference
 from preheat.compilation.router import DynamicDims, Phase, map_tensors
 from preheat.compilation.targets import build_router
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 from preheat.device import DTYPES, keep_freed_memory, share_cpu
 from preheat.errors import PreheatError
 from preheat.torchserve import server

@@ -52,9 +52,9 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def _unet() -> nn.Module:
-    from preheat.models import tiny
+    from preheat.models.diffusion.tiny import PIPELINES
 
-    unet: nn.Module = tiny.FAMILIES["sdxl"]().unet
+    unet: nn.Module = PIPELINES["sdxl"]().unet
     return unet
 
 

@@ -14,7 +14,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
-from preheat.config.model import ModelConfig, names_a_family
+from preheat.config.model import ModelConfig
 from preheat.device import (
     cuda_unasked,
     is_out_of_memory,
@@ -61,6 +61,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
         }
         self.metrics = Metrics(self._emit)
+        self.metrics.start()
         status = StatusFile.from_environment(context.model_name or "model")
         status.write("loading")
         try:
@@ -94,6 +95,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         nothing.
         """
         self.service.begin_call()
+        self._arrivals: list[float] = []
         with self.metrics.timed("preheat_preprocess_seconds"):
             return [self._parse(index, row) for index, row in enumerate(data)]
 
@@ -117,6 +119,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             # and the worker dies.
             if self._is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
+        self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
@@ -129,12 +132,13 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """
         read = self.context.model_yaml_config or {}
         name = (self.manifest or {}).get("model", {}).get("configFile")
-        if name is None or not isinstance(read, Mapping) or not names_a_family(read):
+        if name is None or not isinstance(read, Mapping) or not ModelConfig.names_a_family(read):
             return ModelConfig.parse(read)
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
     def _parse(self, index: int, row: Mapping[str, object]) -> Any:
         headers = self._headers(index)
+        self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.
@@ -174,7 +178,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
         that every client can stand it.
         """
-        live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
+        live = not self._is_grpc(index) or self.service.config.family.streams_over_grpc
         return partial(self._send, index) if live else None
 
     def _send(self, index: int, part: Response) -> None:

@@ -208,7 +208,9 @@ def test_the_declaration_is_what_the_handler_emits() -> None:
     emitted = {
         name
         for path in sources
-        for name in re.findall(r'"(preheat_\w+_(?:total|seconds|bytes))"', path.read_text())
+        for name in re.findall(
+            r'"(preheat_\w+_(?:total|seconds|bytes|bucket|sum))"', path.read_text()
+        )
     }
     assert emitted == {name for name in declared() if name.startswith("preheat_")}
 
@@ -226,3 +228,14 @@ def test_torchserves_own_metrics_are_as_it_ships_them() -> None:
     assert all(
         entry in DECLARED["model_metrics"]["gauge"] for entry in shipped["model_metrics"]["gauge"]
     )
+
+
+def test_help_texts_say_what_is_counted_in_what_torchserve_reads_as_a_unit() -> None:
+    """Its own pattern of a metric's line takes words and spaces only."""
+    units = {
+        entry["name"]: entry["unit"]
+        for entries in DECLARED["model_metrics"].values()
+        for entry in entries
+        if entry["name"].startswith("preheat_")
+    }
+    assert all(re.fullmatch(r"\w+( \w+)+", unit) for unit in units.values()), units

@@ -8,6 +8,7 @@ import json
 import socket
 import struct
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ import yaml
 from ts.context import Context, RequestProcessor
 from ts.protocol.otf_message_handler import _retrieve_input_data
 
-from preheat.config.model import DefaultsConfig, LimitsConfig
+from preheat.config.diffusion import DefaultsConfig, LimitsConfig
 from preheat.models.diffusion.request import parse_row
 from preheat_handler import PreheatHandler
 
@@ -25,9 +26,9 @@ def load(folder: Path, text: str, gpu: int | None = None) -> None:
     (folder / "model.yaml").write_text(text)
     manifest = {"model": {"configFile": "model.yaml"}}
     read = yaml.safe_load(text)
-    PreheatHandler().initialize(
-        Context("m", str(folder), manifest, 1, gpu, "0.12.0", model_yaml_config=read)
-    )
+    context = Context("m", str(folder), manifest, 1, gpu, "0.12.0", model_yaml_config=read)
+    context.metrics = mock.Mock()
+    PreheatHandler().initialize(context)
 
 
 def refusal(

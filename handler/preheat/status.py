@@ -1,4 +1,4 @@
-"""How far a worker is: the status file that it writes, and what others read in it.
+"""How far a worker is and what it serves: the status file it writes, and what others read in it.
 
 Standard library only: `preheat ready` runs as a probe every few seconds.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,6 +25,7 @@ class StatusFile:
         self._document: dict[str, Any] = {
             "model": model,
             "pid": os.getpid(),
+            "started": time.time(),
             "state": "loading",
             "total": 0,
             "done": 0,
@@ -58,17 +60,12 @@ class StatusFile:
         self._document["lasting"] = lasting
         self.write("failed", message)
 
-    def finish(self, state: Phase, rows: Sequence[Mapping[str, Any]]) -> None:
-        """The worker serves. Of the state's `rows`, each bucket keeps its engine and why it is
-        eager though it should not be.
+    def serve(self, state: Mapping[str, Any]) -> None:
+        """The worker serves, or has answered a batch: the file holds its whole `state` from now
+        on.
         """
-        for bucket, row in self._buckets.items():
-            own = [each for each in rows if each["bucket"] == bucket]
-            row["engine"] = _engine(own)
-            row["reason"] = next(
-                (each["reason"] for each in own if each["engine"] == "eager" and each["reason"]), ""
-            )
-        self.write(state)
+        self._document["served"] = state
+        self.write(state["state"])
 
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())
@@ -106,8 +103,22 @@ class Status(NamedTuple):
     written: float
     lasting: bool = False
     """Of a failure: the next worker would fail alike."""
-    engines: tuple[Engine, ...] = ()
-    """Of the buckets, once they are served."""
+    started: float = 0.0
+    """Seconds since the epoch."""
+    served: Mapping[str, Any] = {}
+    """The worker's state after READY, as of its last batch; empty before."""
+
+    @property
+    def engines(self) -> tuple[Engine, ...]:
+        """Of the buckets, once they are served."""
+        rows: dict[str, list[Mapping[str, Any]]] = {}
+        for row in self.served.get("buckets", ()):
+            rows.setdefault(row["bucket"], []).append(row)
+        return tuple(Engine(bucket, _engine(own), _reason(own)) for bucket, own in rows.items())
+
+    @property
+    def alive(self) -> bool:
+        return Path("/proc", str(self.pid)).exists()
 
 
 def read_statuses(folder: Path) -> list[Status]:
@@ -117,33 +128,28 @@ def read_statuses(folder: Path) -> list[Status]:
     statuses = []
     for path in folder.glob("*.json"):
         try:
-            data = json.loads(path.read_bytes())
-            buckets = tuple(
-                (b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0)
-                for b in data["buckets"]
-            )
-            fields = (
-                str(data["model"]),
-                int(data["pid"]),
-                str(data["state"]),
-                int(data["done"]),
-                int(data["total"]),
-            )
-            engines = tuple(
-                Engine(b["bucket"], b["engine"], b["reason"])
-                for b in data["buckets"]
-                if "engine" in b
-            )
-            rest = (
-                str(data.get("message") or ""),
-                path.stat().st_mtime,
-                bool(data.get("lasting")),
-                engines,
-            )
-            statuses.append(Status(*fields, buckets, *rest))
-        except (OSError, ValueError, LookupError, TypeError):
+            statuses.append(_status(json.loads(path.read_bytes()), path.stat().st_mtime))
+        except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # gone meanwhile, or not a worker's
     return sorted(statuses, key=lambda status: status.written)
+
+
+def _status(data: Mapping[str, Any], written: float) -> Status:
+    return Status(
+        model=str(data["model"]),
+        pid=int(data["pid"]),
+        state=str(data["state"]),
+        done=int(data["done"]),
+        total=int(data["total"]),
+        buckets=tuple(
+            (b["bucket"], b["done"], b["total"], b.get("seconds") or 0.0) for b in data["buckets"]
+        ),
+        message=str(data.get("message") or ""),
+        written=written,
+        lasting=bool(data.get("lasting")),
+        started=float(data.get("started", 0)),
+        served={**data.get("served", {})},
+    )
 
 
 def failure(statuses: Sequence[Status]) -> str | None:
@@ -173,6 +179,10 @@ def failed(statuses: Sequence[Status]) -> Status | None:
         if told and told[-1].state == "failed" and (told[-1].lasting or told[-1] is own[-1]):
             return told[-1]
     return None
+
+
+def _reason(rows: Sequence[Mapping[str, Any]]) -> str:
+    return next((row["reason"] for row in rows if row["engine"] == "eager" and row["reason"]), "")
 
 
 def _engine(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -9,10 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 import preheat
 from preheat.cli import app, demo
+from preheat.cli.check import num_graphs
+from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PreheatError
 from preheat.torchserve import server
 from preheat.torchserve.archive import MANIFEST, is_archive
@@ -153,3 +156,105 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
 
 def test_the_version_is_told() -> None:
     assert CliRunner().invoke(app.app, ["--version"]).output == f"preheat {preheat.__version__}\n"
+
+
+# The mistakes of which a newcomer learnt only from a server that was started with them.
+MISTAKES = {
+    "a backend": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {compile: {enable: true, backend: openvno}}",
+        "'openvno' is no backend of torch.compile; did you mean openvino?",
+    ),
+    "a folder": (
+        "pipeline: {path: /models/nope}",
+        "pipeline.path: no such folder: /models/nope",
+    ),
+    "a folder beside the YAML": ("pipeline: {path: ./nope}", "pipeline.path: no such folder: "),
+    "a key that stands twice": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {shapes: {}}\npt2: {}",
+        "pt2: stands twice, in lines 2 and 3",
+    ),
+    "code that is not there": (
+        "module: {factory: 'net:make', inputs: {x: {shape: [batch, 4]}}}",
+        "the YAML names net.py, and ",
+    ),
+    "a tiny model": ("pipeline: {path: 'tiny:bert'}", "there is no tiny pipeline 'bert'; known: "),
+}
+DOUBTS = {
+    "batches that nothing fills": (
+        "module: {path: 'tiny:bert'}\nbatchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}",
+        "pt2.shapes.batch_sizes: nothing fills runs of 4, since batches are of 2 requests at most",
+    ),
+    "batches that are split": (
+        "batchSize: 4\npipeline: {path: 'tiny:sdxl'}\npt2: {shapes: {batch_sizes: [1, 2]}}",
+        "pt2.shapes.batch_sizes: a batch of 4 requests (batchSize) is split into runs of 2",
+    ),
+}
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_refused_before_anything_starts(
+    mistake: str,
+    command: str,
+    config: Callable[[str], Path],
+    built: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(server, "start", lambda *_, **__: pytest.fail("a server was started"))
+    text, message = MISTAKES[mistake]
+    with pytest.raises(PreheatError) as refused:
+        getattr(app, command)(config(text))
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("doubt", DOUBTS)
+def test_what_loads_and_is_hardly_meant_is_said_before_anything_starts(
+    doubt: str, config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, message = DOUBTS[doubt]
+    app.check(config(text))
+    said = capsys.readouterr().out
+    assert message in said and "lighthouse can be served" in said
+
+
+def test_a_model_that_is_given_is_checked_and_none_is_made(
+    config: Callable[[str], Path], built: list[str], capsys: pytest.CaptureFixture[str], here: Path
+) -> None:
+    empty = config("pipeline: {}")
+    app.check(empty, model="tiny:sdxl")
+    assert built == []
+    assert capsys.readouterr().out == (
+        "lighthouse can be served: pipeline tiny:sdxl, eager, nothing is compiled\n"
+    )
+    pickled = here / "pickled"
+    pickled.mkdir()
+    (pickled / "model_index.json").write_text("{}")
+    (pickled / "unet.bin").write_text("")
+    with pytest.raises(PreheatError, match="pickled weights can run code"):
+        app.check(empty, model="./pickled")
+    with pytest.raises(PreheatError, match="archive already"):
+        (here / "x.mar").write_text("")
+        app.check(here / "x.mar")
+
+
+TWO = "buckets: [[64, 64], [64, 96]]"
+
+
+@pytest.mark.parametrize(
+    ("pt2", "more", "graphs"),
+    [
+        (f"shapes: {{{TWO}, batch_sizes: [1, 2, 4]}}", "", 12),
+        (f"shapes: {{{TWO}, batch_sizes: [1, 2, 4]}}", "guidance: 'on'", 6),
+        (f"shapes: {{{TWO}, batch_sizes: [1, 2, 4], invariant: true}}", "guidance: 'off'", 2),
+        (f"shapes: {{{TWO}, batch_sizes: dynamic}}", "", 4),
+        (f"shapes: {{{TWO}, batch_sizes: dynamic}}", "guidance: 'on'", 2),
+        (f"targets: [unet, vae.decoder], shapes: {{{TWO}}}", "guidance: 'off'", 4),
+        ("targets: [vae.decoder]", "", 1),
+        ("shapes: {strategy: exact}", "", None),
+    ],
+)
+def test_the_number_of_graphs_follows_from_the_yaml(
+    pt2: str, more: str, graphs: int | None
+) -> None:
+    text = f"batchSize: 4\npt2: {{compile: {{enable: true}}, {pt2}}}\npipeline: {{{more}}}"
+    assert num_graphs(ModelConfig.parse(yaml.safe_load(text))) == graphs

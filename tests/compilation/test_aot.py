@@ -23,7 +23,8 @@ from preheat.compilation.export import export, fault
 from preheat.compilation.router import Inputs, Phase, Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.model import ModelConfig, Pt2Config
+from preheat.config.model import ModelConfig
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import AheadError, ConfigError
 from preheat.status import StatusFile
 from preheat.worker.build_packages import Rehearsal

@@ -18,7 +18,8 @@ from preheat.buckets import Bucket
 from preheat.compilation.router import Phase, Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.model import LimitsConfig, Pt2Config, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.models.diffusion.pipeline import Batch, Painted
 from preheat.models.diffusion.runner import Engine
 

@@ -14,7 +14,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from preheat.compilation.router import DynamicDims, Phase, Router, leaves, map_tensors, signature
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling, raise_recompile_limits
-from preheat.config.model import ModelConfig, Pt2Config
+from preheat.config.model import ModelConfig
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import ConfigError
 
 CPU = torch.device("cpu")

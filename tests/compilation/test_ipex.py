@@ -14,7 +14,7 @@ from torch import nn
 from preheat.compilation.export import difference
 from preheat.compilation.router import Phase, Router
 from preheat.compilation.targets import build_router
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 
 pytestmark = pytest.mark.skipif(
     find_spec("intel_extension_for_pytorch") is None,

@@ -22,7 +22,8 @@ from preheat.compilation.backends import openvino
 from preheat.compilation.router import DynamicDims, Inputs, Phase, Router, tensor_shapes
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.model import ModelConfig, Pt2Config
+from preheat.config.model import ModelConfig
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import ConfigError
 from preheat.torchserve import server
 

@@ -14,7 +14,7 @@ from preheat.compilation.router import Phase, Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.warmup import Step, Warmup
 from preheat.compilation.watch import CompileWatch
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 from preheat.errors import WarmupError
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 

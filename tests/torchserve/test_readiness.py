@@ -67,9 +67,12 @@ class Answer(BaseHTTPRequestHandler):
             name = path.removeprefix("/models/")
             wanted, states = models[name]
             workers = [
-                {"status": state, "pid": self.server.pid + i} for i, state in enumerate(states)
+                {"id": f"{9000 + i}", "status": state, "pid": self.server.pid + i}
+                for i, state in enumerate(states)
             ]
-            self.reply(200, [{"modelName": name, "minWorkers": wanted, "workers": workers}])
+            described = {"modelName": name, "minWorkers": wanted, "workers": workers}
+            described |= {"modelVersion": "1.0", "jobQueueStatus": {"pendingRequests": 7}}
+            self.reply(200, [described])
         else:
             self.reply(
                 404, {"code": 404, "type": "ModelNotFoundException", "message": "Model not found"}
@@ -135,8 +138,12 @@ def status(
     lasting: bool = False,
     engines: Sequence[Engine] = (),
 ) -> worker_status.Status:
+    rows = [
+        {"bucket": bucket, "target": "unet", "engine": engine, "reason": reason}
+        for bucket, engine, reason in engines
+    ]
     return worker_status.Status(
-        "fox", pid, state, done, 6, (), message, 0.0, lasting, tuple(engines)
+        "fox", pid, state, done, 6, (), message, 0.0, lasting, served={"buckets": rows}
     )
 
 
@@ -218,14 +225,13 @@ def test_engines_are_told_once_for_workers_that_agree_with_a_warning_where_one_f
 
 
 def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None:
-    row = {"height": 64, "width": 64, "target": "unet", "engine": "compiled", "reason": ""}
+    row = {"bucket": "64x64", "target": "unet", "engine": "compiled", "reason": ""}
     file = StatusFile(str(tmp_path), "fox")
     file.plan({"64x64": 1, "64x96": 1})
     file.step("64x64", 1.25)
-    wide = {**row, "width": 96}
-    file.finish(
-        "hot", [row, wide, {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}]
-    )
+    wide = {**row, "bucket": "64x96"}
+    eager = {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}
+    file.serve({"state": "hot", "buckets": [row, wide, eager], "requests": 0})
     (read,) = worker_status.read_statuses(tmp_path)
     assert read.buckets[0] == ("64x64", 1, 1, 1.25)
     assert read.engines == (
@@ -315,14 +321,16 @@ def test_the_last_word_of_a_model_decides_about_failure(tmp_path: Path) -> None:
     assert worker_status.failure(worker_status.read_statuses(tmp_path)) is None
 
 
-def run_ready(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def run_ready(
+    *arguments: str, cwd: Path, command: str = "ready"
+) -> subprocess.CompletedProcess[str]:
     """The command as a probe runs it; the last line on stderr is what it imported."""
     code = (
         "import sys\nfrom preheat.cli.app import main\ntry: main()\n"
         "finally: print(*sorted(sys.modules), file=sys.stderr)"
     )
     return subprocess.run(
-        [sys.executable, "-c", code, "ready", *arguments],
+        [sys.executable, "-c", code, command, *arguments],
         cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(HANDLER)},
         capture_output=True,
@@ -367,10 +375,8 @@ def test_the_command_shows_the_engines_of_the_server_that_it_knows(
     record(tmp_path, "fox", management, ["fox"], status_dir=str(tmp_path / "status"))
     file = StatusFile(str(tmp_path / "status"), "fox")
     file.plan({"64x64": 1})
-    file.finish(
-        "hot",
-        [{"height": 64, "width": 64, "target": "unet", "engine": "eager", "reason": "no g++"}],
-    )
+    row = {"bucket": "64x64", "target": "unet", "engine": "eager", "reason": "no g++"}
+    file.serve({"state": "hot", "buckets": [row]})
     lines = run_ready(cwd=tmp_path).stdout.splitlines()
     assert (
         lines[0] == "fox: eager 64x64"
@@ -425,6 +431,78 @@ def record(folder: Path, name: str, management: Management, models: list[str], *
     (run_dir / "server.json").write_text(
         json.dumps({"management": management.url, "models": models, **more})
     )
+
+
+SERVED = {
+    "version": "9.9",
+    "state": "hot",
+    "requests": 12,
+    "compiles_since_ready": 0,
+    "incidents": 1,
+    "eager_fallbacks": 2,
+    "padding": {"max_error": 0.01, "exact": "padded"},
+    "buckets": [
+        {
+            "bucket": "64x64",
+            "batch_size": 1,
+            "target": "unet",
+            "engine": "eager",
+            "reason": "no g++",
+            "seconds_per_step": 0.25,
+        }
+    ],
+}
+
+
+def status_of(folder: Path, management: Management, *arguments: str) -> str:
+    record(folder, "fox", management, ["fox"], status_dir=str(folder / "status"))
+    asked = run_ready(*arguments, cwd=folder, command="status")
+    assert asked.returncode == 0, asked.stderr
+    return asked.stdout
+
+
+def test_status_shows_workers_queue_restarts_and_what_serves(
+    management: Management, tmp_path: Path
+) -> None:
+    management.pid, management.models["fox"] = os.getpid(), (2, ["READY", "UNLOADING"])
+    for name, pid in (("dead", 1), ("old", 2)):
+        gone = {"model": "fox", "pid": pid, "state": "hot", "done": 1, "total": 1, "buckets": []}
+        (tmp_path / "status").mkdir(exist_ok=True)
+        (tmp_path / "status" / f"{name}.json").write_text(json.dumps(gone))
+    StatusFile(str(tmp_path / "status"), "fox").serve(SERVED)
+    (model,) = json.loads(status_of(tmp_path, management, "--json"))["models"]
+    wanted = {"model": "fox", "version": "1.0", "preheat": "9.9", "wanted": 2, "ready": 1}
+    wanted |= {"restarts": 2, "queue": 7, "failure": ""}
+    assert wanted.items() <= model.items()
+    warm, loading = model["workers"]
+    assert (warm["pid"], warm["state"], loading["state"]) == (os.getpid(), "READY", "loading")
+    assert warm["uptime_seconds"] >= 0 and loading["uptime_seconds"] is None
+    assert [warm["requests"], warm["incidents"], warm["eager_fallbacks"]] == [12, 1, 2]
+    assert warm["padding"]["max_error"] == 0.01 and loading["requests"] is None
+    assert warm["buckets"][0] == {
+        "bucket": "64x64",
+        "batch_size": 1,
+        "target": "unet",
+        "engine": "eager",
+        "reason": "no g++",
+        "seconds_per_step": 0.25,
+    }
+
+
+def test_status_is_readable(management: Management, tmp_path: Path) -> None:
+    management.pid, management.models["fox"] = os.getpid(), (1, ["READY"])
+    StatusFile(str(tmp_path / "status"), "fox").serve(SERVED)
+    text = status_of(tmp_path, management)
+    assert text.startswith("fox 1.0: 1 of 1 workers READY, 7 waiting, 0 restarts (preheat 9.9)\n")
+    assert "0.25" in text and "no g++" in text
+    assert text.endswith("padding changes an answer by 0.01 at most: padded\n")
+
+
+def test_status_of_a_server_that_is_gone_says_so(management: Management, tmp_path: Path) -> None:
+    management.shutdown()
+    management.server_close()
+    gone = run_ready("--management", management.url, cwd=tmp_path, command="status")
+    assert gone.returncode == 1 and "does not answer" in gone.stderr
 
 
 def test_progress_shows_workers_that_run_and_their_buckets() -> None:

@@ -4,11 +4,14 @@ probe.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 import signal
 import sys
+import time
+from contextlib import suppress
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -56,6 +59,19 @@ Model = Annotated[
     ),
 ]
 Name = Annotated[str | None, typer.Option(help="The server's name, where several run here.")]
+OneModel = Annotated[
+    str | None, typer.Option(help="Ask about this model alone. Default: about all.")
+]
+ManagementUrl = Annotated[
+    str | None,
+    typer.Option(
+        help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}."
+    ),
+]
+TokenFile = Annotated[
+    Path | None,
+    typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -109,12 +125,9 @@ def archive(
     ] = False,
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
-    from preheat.torchserve.archive import build_archive, is_archive
+    from preheat.torchserve.archive import build_archive
 
-    if is_archive(config):
-        raise PreheatError(
-            f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}"
-        )
+    _refuse_archive(config)
     place = _model(config, model)
     print(
         build_archive(
@@ -129,10 +142,24 @@ def archive(
 
 
 @app.command()
+def check(config: Config, model: Model = None) -> None:
+    """Verify what `serve` would, and start nothing: exit 1 with the reason if it would refuse."""
+    from preheat.cli.check import summary
+    from preheat.config.places import TINY_PREFIX
+    from preheat.torchserve.archive import packaged_place, verify
+
+    _refuse_archive(config)
+    loaded, place = verify(config), _named(config, model)
+    if place is None or not place.startswith(TINY_PREFIX):
+        packaged_place(loaded, place, external=True)
+    for warning in loaded.warnings:
+        typer.secho(warning, fg=typer.colors.YELLOW)
+    print(f"{config.stem} can be served: {summary(loaded, place)}")
+
+
+@app.command()
 def ready(
-    model: Annotated[
-        str | None, typer.Option(help="Ask about this model alone. Default: about all.")
-    ] = None,
+    model: OneModel = None,
     min_workers: Annotated[
         int | None,
         typer.Option(
@@ -142,55 +169,73 @@ def ready(
     wait: Annotated[
         float, typer.Option(min=0, help="Seconds to wait, showing how warm-up goes.")
     ] = 0,
-    management: Annotated[
-        str | None,
-        typer.Option(
-            help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}."
-        ),
-    ] = None,
+    management: ManagementUrl = None,
     name: Name = None,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
-    ] = None,
+    token_file: TokenFile = None,
 ) -> None:
     """Exit 0 when every worker is warm, 1 otherwise, and say what is missing.
 
     Unlike /ping it does not say yes before initialize() has returned. Made to be a Kubernetes exec
     probe.
     """
-    from preheat import status
     from preheat.torchserve import readiness
 
-    known = None if management else _recorded(name, required=name is not None)
-    url = management or (known or {}).get("management", MANAGEMENT)
-    models = model or (known or {}).get("models")
-    try:
-        token = readiness.read_token(token_file) if token_file else None
-    except (OSError, ValueError) as error:
-        _fail(f"no token: {error}")
-    folder = (known or {}).get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
-
-    def statuses() -> list[status.Status]:
-        return status.read_statuses(Path(folder)) if folder else []
-
-    verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
-    if wait and not verdict.ready and known:
-        _wait(_recall(known), min_workers, wait)
-        verdict = readiness.check(url, models, min_workers, token, statuses=statuses())
+    asked = _Asked.of(management, name, model, token_file)
+    place = (asked.url, asked.models, min_workers, asked.token)
+    verdict = readiness.check(*place, statuses=asked.statuses())
+    if wait and not verdict.ready and asked.known:
+        _wait(_recall(asked.known), min_workers, wait)
+        verdict = readiness.check(*place, statuses=asked.statuses())
     elif wait and not verdict.ready:
-        verdict = readiness.wait(
-            url, models, min_workers, token, seconds=wait, statuses=statuses, report=_say_waiting
-        )
+        verdict = readiness.wait(*place, seconds=wait, statuses=asked.statuses, report=_say_waiting)
     for line in verdict.missing:
         print(line)
     if verdict.ready:
-        asked = [
-            status for status in statuses() if models is None or status.model in _names(models)
-        ]
-        _print_engines([status for status in asked if Path("/proc", str(status.pid)).exists()])
+        _print_engines([status for status in asked.statuses() if status.alive])
         print("ready")
     raise typer.Exit(0 if verdict.ready else 1)
+
+
+@app.command()
+def status(
+    model: OneModel = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="One JSON object; with --watch, one a line.")
+    ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show it anew every second, until Ctrl-C.")
+    ] = False,
+    management: ManagementUrl = None,
+    name: Name = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Show each model's workers, queue and restarts, and what serves its buckets.
+
+    Asks the management API's list and the workers' status files, so it waits for no worker; what a
+    batch under way has done shows at its end. Exit 1 where the server does not answer.
+    """
+    from preheat.cli.status import show
+    from preheat.torchserve import overview, readiness
+
+    asked = _Asked.of(management, name, model, token_file)
+    server = readiness.Management(asked.url, asked.token)
+    with suppress(KeyboardInterrupt):
+        while True:
+            try:
+                views = overview.look(server, asked.models, asked.statuses())
+            except readiness.ERRORS as error:
+                if not watch:
+                    _fail(server.explain(error))
+                print(server.explain(error), file=sys.stderr)
+            else:
+                if as_json:
+                    document = {"models": [dataclasses.asdict(view) for view in views]}
+                    print(json.dumps(document), flush=True)
+                else:
+                    show(views, anew=watch)
+            if not watch:
+                return
+            time.sleep(1)
 
 
 @app.command()
@@ -314,41 +359,96 @@ def _checked(name: str) -> str:
     return name
 
 
+def _refuse_archive(config: Path) -> None:
+    from preheat.torchserve.archive import is_archive
+
+    if is_archive(config):
+        raise PreheatError(
+            f"{config} is an archive already, not a model YAML; to try it: preheat serve {config}"
+        )
+
+
 def _model(config: Path, model: str | None) -> str | None:
-    """The model to package: a folder, or a hub id; as given, else as the YAML says. None where a
-    factory makes it.
+    """`_named`, where a tiny model is the folder that it has been made in."""
+    from preheat.cli.demo import tiny_model
+    from preheat.config.places import TINY_PREFIX
+
+    named = _named(config, model)
+    if named is None or not named.startswith(TINY_PREFIX):
+        return named
+    print(f"{named}: a small model with random weights, to try things with", file=sys.stderr)
+    return str(tiny_model(named.removeprefix(TINY_PREFIX), STATE / "models"))
+
+
+def _named(config: Path, model: str | None) -> str | None:
+    """The model to package: a folder that is one, a hub id, or `tiny:` and a family; as given, else
+    as the YAML says. None where a factory makes it.
     """
     from preheat.config.model import ModelConfig
-    from preheat.config.places import Family, folder_or_hub_id, tiny_name
+    from preheat.config.places import folder_or_hub_id, tiny_name
 
-    loaded = ModelConfig.load(config)
-    if loaded.module is not None and loaded.module.factory is not None:
+    family = ModelConfig.load(config).family
+    if family.made_by is not None:
         return model
-    family: Family = "pipeline" if loaded.module is None else "module"
-    path = loaded.pipeline.path if loaded.module is None else loaded.module.path
-    given = model or (path if path != "." else None)
+    given = model or (family.path if family.path != "." else None)
     if given is None:
-        tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
         raise PreheatError(
             f"{config} does not say where its model lies: give --model (make: MODEL=) or write "
-            f"{family}.path, either way a folder or a hub id; {tiny} is a small one with random "
-            "weights"
+            f"{family.name}.path, either way a folder or a hub id; tiny:{family.tiny[0]} is a "
+            "small one with random weights"
         )
     try:
-        tiny_family = tiny_name(given, family)
-        if tiny_family is None:
-            place = folder_or_hub_id(given, Path() if model else config.parent, family)
-            if isinstance(place, str):
-                print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
-            return str(place)
+        if tiny_name(given, family) is not None:
+            return given
+        place = folder_or_hub_id(given, Path() if model else config.parent, family)
     except ConfigError as error:
         if model is None:
             raise
         raise PreheatError(f"--model: {error.message}") from None
-    from preheat.cli.demo import tiny_model
+    if isinstance(place, str):
+        print(f"{place}: no folder here, so it is taken for a hub id", file=sys.stderr)
+    return str(place)
 
-    print(f"{given}: a small model with random weights, to try things with", file=sys.stderr)
-    return str(tiny_model(tiny_family, STATE / "models"))
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """Which server a command asks, and where its workers write."""
+
+    url: str
+    models: str | Sequence[str] | None
+    token: str | None
+    known: dict[str, Any] | None
+    """What `server.json` says, if it was started here."""
+    folder: Path | None
+
+    @classmethod
+    def of(
+        cls, management: str | None, name: str | None, model: str | None, token_file: Path | None
+    ) -> _Asked:
+        from preheat.torchserve import readiness
+
+        known = None if management else _recorded(name, required=name is not None)
+        started = known or {}
+        try:
+            token = readiness.read_token(token_file) if token_file else None
+        except (OSError, ValueError) as error:
+            _fail(f"no token: {error}")
+        folder = started.get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
+        return cls(
+            url=management or started.get("management", MANAGEMENT),
+            models=model or started.get("models"),
+            token=token,
+            known=known,
+            folder=Path(folder) if folder else None,
+        )
+
+    def statuses(self) -> list[Status]:
+        """What the workers of these models wrote, if it is known where."""
+        from preheat.status import read_statuses
+
+        wanted = [self.models] if isinstance(self.models, str) else self.models
+        written = read_statuses(self.folder) if self.folder else []
+        return [each for each in written if wanted is None or each.model in wanted]
 
 
 def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:
@@ -388,10 +488,6 @@ def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
 
     with WarmupProgress() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
-
-
-def _names(models: str | Sequence[str]) -> Sequence[str]:
-    return [models] if isinstance(models, str) else models
 
 
 def _say_waiting(missing: Sequence[str]) -> None:

@@ -27,7 +27,7 @@ from rich.table import Table
 from preheat.cli.progress import WarmupProgress
 from preheat.errors import PreheatError
 from preheat.torchserve import server
-from preheat.torchserve.archive import build_archive
+from preheat.torchserve.archive import PACKAGE, build_archive
 from preheat.torchserve.client import Client, Reply
 
 CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
@@ -126,7 +126,8 @@ def tiny_model(family: str, models: Path) -> Path:
         PreheatError: it failed.
     """
     made_by = [metadata.version(name) for name in ("torch", "diffusers", "transformers")]
-    source = (Path(__file__).parent / "tiny.py").read_bytes()
+    sources = sorted(PACKAGE.glob("models/**/tiny.py"))
+    source = b"".join(path.read_bytes() for path in sources)
     digest = hashlib.sha256(source + repr(made_by).encode()).hexdigest()[:12]
     folder = models / f"tiny-{family}-{digest}"
     # which appears whole, by a rename

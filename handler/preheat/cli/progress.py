@@ -4,8 +4,6 @@ status files.
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -46,7 +44,7 @@ class WarmupProgress:
 
     def update(self, statuses: list[Status]) -> None:
         """Show what the workers that still run have written."""
-        running = [status for status in statuses if Path("/proc", str(status.pid)).exists()]
+        running = [status for status in statuses if status.alive]
         for status in running:
             title = f"{status.model} worker {status.pid}"
             self._show(

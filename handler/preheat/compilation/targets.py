@@ -17,7 +17,7 @@ from torch import nn
 from preheat.compilation.backends.openvino import Model, cpu_properties
 from preheat.compilation.export import fault
 from preheat.compilation.router import Ahead, DynamicDims, EngineName, Inputs, Router
-from preheat.config.model import Pt2Config
+from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import thawed
 from preheat.device import import_ipex, import_openvino, ipex_requested, missing_compiler
 from preheat.errors import ConfigError

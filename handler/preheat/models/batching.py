@@ -19,7 +19,7 @@ import torch
 from preheat.buckets import split_rows
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import EngineName, Router, slowest
-from preheat.config.model import ShapesConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
 

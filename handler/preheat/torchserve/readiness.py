@@ -12,7 +12,7 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -47,7 +47,7 @@ def check(
     per call. Never raises for a server that is absent or answers nonsense: that is not ready, with
     the reason in `missing`. `statuses`, what the workers wrote, say more of those that are missing.
     """
-    return _Probe(management, min_workers, token, timeout).ask(model, statuses)
+    return _Probe(Management(management, token, timeout), min_workers).ask(model, statuses)
 
 
 def wait(
@@ -67,7 +67,7 @@ def wait(
     `hopeful` is called before each sleep and ends the wait by returning False; `report` is told
     what is missing, at first and whenever it changes.
     """
-    probe, told = _Probe(management, min_workers, token), None
+    probe, told = _Probe(Management(management, token), min_workers), None
     deadline = time.monotonic() + seconds
     while True:
         wanted = [model] if isinstance(model, str) else model
@@ -127,62 +127,84 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
     return lines, warnings
 
 
+class Management:
+    """A management API by its URL. `timeout` is seconds per call; none waits for a worker."""
+
+    def __init__(self, url: str, token: str | None = None, timeout: float = 5.0) -> None:
+        self.url = (url if "://" in url else f"http://{url}").rstrip("/")
+        self._token, self._timeout = token, timeout
+
+    def names(self, model: str | Sequence[str] | None) -> list[str]:
+        """`model` as a list; None: every model that is registered."""
+        if model is None:
+            return [entry["modelName"] for entry in self._get("/models?limit=1000")["models"]]
+        return [model] if isinstance(model, str) else list(model)
+
+    def describe(self, name: str) -> dict[str, Any] | None:
+        """The model as TorchServe describes it; None where it is not registered."""
+        try:
+            described: dict[str, Any] = self._get(f"/models/{urllib.parse.quote(name)}")[0]
+        except urllib.error.HTTPError as error:
+            if error.code == 404:
+                return None
+            raise
+        return described
+
+    def explain(self, error: Exception) -> str:
+        """One of `ERRORS`, in a line."""
+        if isinstance(error, urllib.error.HTTPError):
+            return _refusal(error)
+        if isinstance(error, (OSError, HTTPException)):
+            reason = getattr(error, "reason", error)
+            return f"the management API at {self.url} does not answer: {reason}"
+        return f"the management API at {self.url} answers something that is not TorchServe's"
+
+    def _get(self, path: str) -> Any:
+        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
+        # a proxy knows nothing of this loopback
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        request = urllib.request.Request(f"{self.url}{path}", headers=headers)
+        with opener.open(request, timeout=self._timeout) as response:
+            return json.load(response)
+
+
+ERRORS = (OSError, HTTPException, ValueError, LookupError, TypeError, AttributeError)
+"""What asking a server raises that is absent, refuses or answers nonsense."""
+
+
 class _Probe:
     """Asks one management API, and remembers which workers it has seen."""
 
-    def __init__(
-        self, management: str, min_workers: int | None, token: str | None, timeout: float = 5.0
-    ) -> None:
-        address = management if "://" in management else f"http://{management}"
-        self._base, self._min_workers = address.rstrip("/"), min_workers
-        self._token, self._timeout = token, timeout
+    def __init__(self, management: Management, min_workers: int | None) -> None:
+        self._management, self._min_workers = management, min_workers
         self._pids: dict[str, set[int]] = {}
 
     def ask(self, model: str | Sequence[str] | None, statuses: Sequence[Status]) -> Readiness:
-        base = self._base
         try:
-            if model is None:
-                names = [entry["modelName"] for entry in self._get("/models?limit=1000")["models"]]
-            else:
-                names = [model] if isinstance(model, str) else list(model)
+            names = self._management.names(model)
             missing = [] if names else ["no model is registered"]
             for name in names:
-                missing += self._missing(
-                    name, [status for status in statuses if status.model == name]
-                )
-        except urllib.error.HTTPError as error:
-            missing = [_refusal(error)]
-        except (OSError, HTTPException) as error:
-            missing = [
-                f"the management API at {base} does not answer: {getattr(error, 'reason', error)}"
-            ]
-        except (ValueError, LookupError, TypeError, AttributeError):
-            missing = [f"the management API at {base} answers something that is not TorchServe's"]
+                own = [status for status in statuses if status.model == name]
+                missing += self._missing(name, own)
+        except ERRORS as error:
+            missing = [self._management.explain(error)]
         return Readiness(not missing, missing)
 
     def _missing(self, name: str, statuses: Sequence[Status]) -> list[str]:
-        try:
-            described = self._get(f"/models/{urllib.parse.quote(name)}")[0]
-        except urllib.error.HTTPError as error:
-            if error.code == 404:
-                return [f"{name}: not registered"]
-            raise
-        wanted, workers = (
-            max(int(described["minWorkers"]), self._min_workers or 0, 1),
-            described["workers"],
-        )
+        described = self._management.describe(name)
+        if described is None:
+            return [f"{name}: not registered"]
+        wanted, workers = wanted_workers(described, self._min_workers), described["workers"]
         pids = self._pids.setdefault(name, set())
-        pids.update(pid for worker in workers if (pid := worker.get("pid") or 0) > 0)
-        pids.update(status.pid for status in statuses)
+        restarts = count_restarts(workers, statuses, pids)
         num_ready = [worker["status"] for worker in workers].count(READY)
         if num_ready >= wanted:
             return []
         # TorchServe calls every worker that is not READY "UNLOADING", above all those that load.
         by_pid = {status.pid: status for status in statuses}
         others = {
-            _doing(by_pid.get(worker.get("pid"))) for worker in workers if worker["status"] != READY
+            doing(by_pid.get(worker.get("pid"))) for worker in workers if worker["status"] != READY
         }
-        restarts = len(pids) - len(workers)
         if restarts > 0:
             others.add(f"restarted {restarts} {'time' if restarts == 1 else 'times'}; see its log")
         detail = f" ({', '.join(sorted(others))})" if others else ""
@@ -192,16 +214,24 @@ class _Probe:
             *([reason] if reason else []),
         ]
 
-    def _get(self, path: str) -> Any:
-        headers = {"Authorization": f"Bearer {self._token}"} if self._token else {}
-        # a proxy knows nothing of this loopback
-        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-        request = urllib.request.Request(f"{self._base}{path}", headers=headers)
-        with opener.open(request, timeout=self._timeout) as response:
-            return json.load(response)
+
+def wanted_workers(described: Mapping[str, Any], at_least: int | None = None) -> int:
+    """How many of the workers of a model must be READY."""
+    return max(int(described["minWorkers"]), at_least or 0, 1)
 
 
-def _doing(status: Status | None) -> str:
+def count_restarts(
+    workers: Sequence[Mapping[str, Any]], statuses: Sequence[Status], pids: set[int]
+) -> int:
+    """How many workers more than there are now have been seen; `pids` are those seen before, and
+    take the new ones.
+    """
+    pids.update(pid for worker in workers if (pid := worker.get("pid") or 0) > 0)
+    pids.update(status.pid for status in statuses)
+    return max(0, len(pids) - len(workers))
+
+
+def doing(status: Status | None) -> str:
     """What a worker that is not READY does, for all that is known."""
     # it died; another takes its place
     if status is None or status.state not in ("loading", "warming"):

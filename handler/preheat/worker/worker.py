@@ -41,7 +41,7 @@ from preheat.config.model import ModelConfig
 from preheat.device import computes, peak_memory_bytes
 from preheat.errors import ConfigError, PutOff
 from preheat.models.batching import RunReport
-from preheat.models.registry import has_model, load_work
+from preheat.models.registry import load_work
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response
 from preheat.status import Phase as StatePhase
@@ -85,8 +85,7 @@ class Service:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
-        if not config.names_a_family and has_model(manifest or {}):
-            config = config.as_module()  # as BaseHandler: the manifest alone says what is served
+        config = config.in_archive(manifest or {})
         self.config, self._device, self._status = config, device, status
         self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
@@ -120,7 +119,7 @@ class Service:
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        status.finish(phase, self.state.buckets)
+        status.serve(self.state.document()["preheat"])
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -161,6 +160,7 @@ class Service:
                 self._metrics.failed(answer.error.code)
                 self.state.put_off += isinstance(answer.error, PutOff)
         self._metrics.state(self.current_state())
+        self._status.serve(self.state.document()["preheat"])
         return answers
 
     def respond(self, answers: Sequence[Any]) -> list[Response]:

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat.buckets import Bucket
-from preheat.config.model import LimitsConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
 from preheat.models.batching import RunReport
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preheat.buckets import Bucket
-from preheat.config.model import PipelineConfig
+from preheat.config.diffusion import PipelineConfig
 from preheat.models import tiny
 from preheat.models.diffusion import geometry, image_processor
 from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline, Row, Sketch

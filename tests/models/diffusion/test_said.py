@@ -19,7 +19,8 @@ from PIL import Image
 import old_folders
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
-from preheat.config.model import ModelConfig, PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.model import ModelConfig
 from preheat.errors import PipelineError, RequestError
 from preheat.models import tiny
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Row

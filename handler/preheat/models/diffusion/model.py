@@ -19,8 +19,10 @@ from torch import nn
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import MARGIN, Budget, Pace, Timing
 from preheat.compilation.router import Router
-from preheat.config.model import ModelConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES, num_cores
 from preheat.errors import ConfigError, RequestError
 from preheat.models.batching import RunReport
@@ -44,23 +46,31 @@ class PipelineWork:
         self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device
     ) -> None:
         self._pipeline, self._config, self._device = pipeline, config, device
-        self.shapes = _resolved_shapes(config, pipeline)
+        self._own = config.section(PipelineConfig)
+        self.shapes = _resolved_shapes(config.pt2.shapes, self._own.limits, pipeline)
         # The model's own threads sleep meanwhile, so there is a core for each.
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     @classmethod
-    def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
+    def load(
+        cls,
+        config: ModelConfig,
+        model_dir: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device,
+    ) -> PipelineWork:
         """Load the pipeline.
 
         Raises:
             ConfigError, PipelineError: it cannot be served as the YAML says.
         """
-        path = model_place(config.pipeline.path, model_dir, "pipeline")
-        return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
+        own = config.section(PipelineConfig)
+        path = model_place(own.path, model_dir, own)
+        return cls(DiffusionPipeline.load(path, own, device), config, device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self._config.pipeline.dtype]
+        return DTYPES[self._own.dtype]
 
     @property
     def sizes(self) -> Sequence[Bucket]:
@@ -73,7 +83,7 @@ class PipelineWork:
         return self._pipeline.target(name)
 
     def settings(self) -> Mapping[str, Any]:
-        return {"dtype": self._config.pipeline.dtype}
+        return {"dtype": self._own.dtype}
 
     def structure(self) -> Mapping[str, Any]:
         return self._pipeline.structure()
@@ -150,7 +160,7 @@ class PipelineWork:
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
-        defaults = self._config.pipeline.defaults
+        defaults = self._own.defaults
         with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
         return ImageRequest(
             prompt="a picture",
@@ -170,7 +180,7 @@ class PipelineWork:
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
-            self._config.pipeline.limits,
+            self._own.limits,
             max(bucket.volume for bucket in self.shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
@@ -200,7 +210,7 @@ class PipelineWork:
         deadline: float | None,
         send: Callable[[Response], None] | None,
     ) -> Job:
-        pipeline = self._config.pipeline
+        pipeline = self._own
         request = parse_row(
             row,
             content_type=headers.get("content-type"),
@@ -242,7 +252,7 @@ class PipelineWork:
             if text
         }
         dropped = {field: number for field, number in counted.items() if number}
-        if dropped and self._config.pipeline.limits.long_prompts == "reject":
+        if dropped and self._own.limits.long_prompts == "reject":
             field, number = next(iter(dropped.items()))
             raise RequestError(
                 f"is too long: the text encoders would not read its last {number} tokens", field
@@ -250,7 +260,7 @@ class PipelineWork:
         return dropped
 
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
-        limits = self._config.pipeline.limits
+        limits = self._own.limits
         return self._engine.prepare(
             request, limits=limits, default=self.shapes.buckets[0], deadline=deadline
         )
@@ -275,11 +285,12 @@ def _timing(seconds: float, ended: Sequence[float]) -> Timing:
     return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 
-def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
+def _resolved_shapes(
+    shapes: ShapesConfig, limits: LimitsConfig, pipeline: DiffusionPipeline
+) -> ShapesConfig:
     """The shapes with buckets filled in and checked against what the pipeline needs and the limits
     allow.
     """
-    shapes, limits = config.pt2.shapes, config.pipeline.limits
     buckets = shapes.buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):

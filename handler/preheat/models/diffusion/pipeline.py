@@ -28,7 +28,7 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.model import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task
 from preheat.device import DTYPES
 from preheat.errors import HubError, PipelineError, RequestError, in_one_line
 from preheat.models.diffusion.previews import LatentColours, plain_colours

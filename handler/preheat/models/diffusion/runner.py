@@ -18,7 +18,8 @@ from PIL import Image
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.model import LimitsConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import synchronize
 from preheat.errors import RequestError
 from preheat.models.batching import Batcher, Outcome, RunReport

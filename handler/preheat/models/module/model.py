@@ -20,9 +20,10 @@ from preheat.buckets import Bucket, combinations
 from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Phase, Router
 from preheat.compilation.variants import Variant
-from preheat.config.model import ModelConfig, ModuleConfig, ShapesConfig
-from preheat.config.module import is_mask
+from preheat.config.model import ModelConfig
+from preheat.config.module import ModuleConfig, is_mask
 from preheat.config.places import model_place
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, RequestError
 from preheat.models.batching import RunReport
@@ -59,9 +60,8 @@ class ModuleWork:
         config: ModelConfig,
         device: torch.device,
     ) -> None:
-        assert config.module is not None
         self._module, self._config, self._device = module, config, device
-        self._own: ModuleConfig = config.module
+        self._own = config.section(ModuleConfig)
         # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own
         # defaults, whenever a request comes.
         unknown = {} if self._own.inputs else {"strategy": "exact"}
@@ -88,11 +88,11 @@ class ModuleWork:
         Raises:
             ConfigError, ModuleError: it cannot be served as the YAML says.
         """
-        assert config.module is not None
-        module = loader.load(config.module, model_dir, manifest, device)
+        own = config.section(ModuleConfig)
+        module = loader.load(own, model_dir, manifest, device)
         tokenizer = None
-        if config.module.path is not None:
-            tokenizer = loader.load_tokenizer(model_place(config.module.path, model_dir, "module"))
+        if own.path is not None:
+            tokenizer = loader.load_tokenizer(model_place(own.path, model_dir, own))
         return cls(module, tokenizer, config, device)
 
     @property
