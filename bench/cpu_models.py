@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat.compilation.router import Inputs, map_tensors
+from preheat.compilation.signatures import Inputs, map_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,9 @@ def first_tensor(output: Any) -> torch.Tensor:
 
 
 def _unet() -> nn.Module:
-    from preheat.models import tiny
+    from preheat.models.diffusion.tiny import PIPELINES
 
-    unet: nn.Module = tiny.FAMILIES["sdxl"]().unet
+    unet: nn.Module = PIPELINES["sdxl"]().unet
     return unet
 
 

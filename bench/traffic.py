@@ -30,6 +30,7 @@ from bench.machine import machine, versions
 from bench.profiles import LOAD, PROFILES, STRATEGIES, Profile, model_yaml
 from bench.report import Answer, Measured
 from bench.sizes import Size, TrafficError
+from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
 from preheat.torchserve import server
@@ -255,7 +256,7 @@ def _strategies(chosen: list[str] | None) -> list[str]:
 def _traffic(
     profile: Profile, csv: Path | None, *, scale: float, num_requests: int | None, seed: int
 ) -> list[Size]:
-    limits = ModelConfig.parse(model_yaml(profile, "buckets")).pipeline.limits
+    limits = ModelConfig.parse(model_yaml(profile, "buckets")).section(PipelineConfig).limits
     if not 1 <= profile.num_steps <= limits.max_steps:
         raise TrafficError(f"steps must be 1 to {limits.max_steps}, got {profile.num_steps}")
     if csv is None:

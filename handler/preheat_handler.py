@@ -14,7 +14,7 @@ from ts.handler_utils.utils import send_intermediate_predict_response
 from ts.metrics.dimension import Dimension
 from ts.metrics.metric_type_enum import MetricTypes
 
-from preheat.config.model import ModelConfig, names_a_family
+from preheat.config.model import ModelConfig
 from preheat.device import (
     cuda_unasked,
     is_out_of_memory,
@@ -132,7 +132,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """
         read = self.context.model_yaml_config or {}
         name = (self.manifest or {}).get("model", {}).get("configFile")
-        if name is None or not isinstance(read, Mapping) or not names_a_family(read):
+        if name is None or not isinstance(read, Mapping) or not ModelConfig.names_a_family(read):
             return ModelConfig.parse(read)
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
@@ -178,7 +178,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
         that every client can stand it.
         """
-        live = not self._is_grpc(index) or self.service.config.pipeline.grpc_streaming
+        live = not self._is_grpc(index) or self.service.config.family.streams_over_grpc
         return partial(self._send, index) if live else None
 
     def _send(self, index: int, part: Response) -> None:

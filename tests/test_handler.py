@@ -16,7 +16,7 @@ import yaml
 from ts.context import Context, RequestProcessor
 from ts.protocol.otf_message_handler import _retrieve_input_data
 
-from preheat.config.model import DefaultsConfig, LimitsConfig
+from preheat.config.diffusion import DefaultsConfig, LimitsConfig
 from preheat.models.diffusion.request import parse_row
 from preheat_handler import PreheatHandler
 

@@ -42,10 +42,8 @@ WINGS: dict[str, Wing] = {
     "models/module": Wing(
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}
     ),
-    "models/registry.py": Wing(
-        {"config", "models", "models/diffusion", "models/module"}, {"torch"}
-    ),
-    "models/tiny.py": Wing(set(), {"torch", "diffusers", "transformers", "tokenizers"}),
+    "models/registry.py": Wing({"config", "models"}, {"torch"}),
+    "models/tiny.py": Wing({"config", "models/registry.py"}, {"torch"}),
     "worker": Wing(SERVING | {"models/registry.py", "worker"}, {"torch", "rich"}),
     "torchserve": Wing(
         {"ground", "config", "torchserve"},
@@ -129,7 +127,7 @@ def test_a_family_imports_no_other_family() -> None:
 @pytest.mark.parametrize(
     ("call", "home"),
     [
-        ("torch.compile(", "compilation/targets.py"),
+        ("torch.compile(", "compilation/backends/inductor.py"),
         ("torch.cuda.is_available(", "device.py"),
         ("set_stance(", "compilation/watch.py"),
     ],

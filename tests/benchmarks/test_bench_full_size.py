@@ -9,7 +9,7 @@ import torch
 
 from bench import full_size
 from bench.profiles import build_full_size
-from preheat.config.model import PipelineConfig
+from preheat.config.diffusion import PipelineConfig
 from preheat.errors import PreheatError
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 

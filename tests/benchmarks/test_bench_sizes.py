@@ -16,6 +16,7 @@ from bench.profiles import PROFILES, STRATEGIES, model_yaml
 from bench.report import Answer, Measured
 from bench.sizes import LEAST_SIDE, Size, TrafficError
 from preheat.buckets import Bucket, smallest_covering
+from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 
 TINY = PROFILES["tiny"].buckets
@@ -171,7 +172,10 @@ def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     assert config.pt2.compile.enable == (strategy != "eager")
     # Plain torch.compile decides on its own when sizes become dynamic.
     assert ("dynamic" in config.pt2.compile.kwargs) == (strategy not in ("eager", "exact"))
-    assert config.pipeline.tasks == ("text-to-image",) and config.pipeline.guidance == "on"
+    assert (
+        config.section(PipelineConfig).tasks == ("text-to-image",)
+        and config.section(PipelineConfig).guidance == "on"
+    )
 
 
 def test_percentiles_lie_between_the_nearest_ranks() -> None:

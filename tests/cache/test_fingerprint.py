@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 PRINT = """
 import sys
 import torch
-from preheat.config.model import PipelineConfig
+from preheat.config.diffusion import PipelineConfig
 from preheat.cache.fingerprint import fingerprint
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 cpu = torch.device("cpu")

@@ -15,10 +15,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.model import LimitsConfig, Pt2Config, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.models.diffusion.pipeline import Batch, Painted
 from preheat.models.diffusion.runner import Engine
 
@@ -82,7 +83,7 @@ class Bench:
         for bucket in BUCKETS:
             self.ask(bucket)
         forbid_compiling()
-        self.router.phase = Phase.SERVE
+        self.router.freeze()
 
     def ask(self, bucket: Bucket) -> set[str]:
         """Serve a request of this size; returns the operators that ran."""

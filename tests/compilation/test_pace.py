@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Load, Pace, Timing, interpolated
-from preheat.config.model import LimitsConfig, ModelConfig
+from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.model import ModelConfig
 from preheat.errors import DeadlinePassed, PutOff, RequestError
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
@@ -73,7 +74,7 @@ class Machine:
         Raises:
             RequestError: it costs too much.
         """
-        limits = self.config.pipeline.limits
+        limits = self.config.section(PipelineConfig).limits
         request = make_request(
             **({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes)
         )

@@ -15,7 +15,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from preheat.buckets import Bucket
-from preheat.config.model import SERVING_MODES, ModelConfig, Pt2Config, ShapesConfig
+from preheat.config.diffusion import PipelineConfig
+from preheat.config.model import SERVING_MODES, ModelConfig
+from preheat.config.module import ModuleConfig
+from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import TORCH_COMPILE_ARGUMENTS
 from preheat.config.yaml_text import read_yaml
 from preheat.errors import ConfigError
@@ -84,7 +87,7 @@ def test_every_key_arrives() -> None:
         (0, 1),
         {"profile": True, "notes": ["a"]},
     )
-    pt2, pipeline = config.pt2, config.pipeline
+    pt2, pipeline = config.pt2, config.section(PipelineConfig)
     assert pt2.compile.enable
     assert pt2.compile.kwargs == {
         "backend": "inductor",
@@ -131,14 +134,18 @@ def test_an_empty_mapping_is_all_defaults() -> None:
         (1,),
     )
     assert (config.pt2.shapes.fit, config.pt2.shapes.oversize) == ("pad", "reject")
-    assert (config.pipeline.path, config.pipeline.dtype, config.pipeline.guidance) == (
+    assert (
+        config.section(PipelineConfig).path,
+        config.section(PipelineConfig).dtype,
+        config.section(PipelineConfig).guidance,
+    ) == (
         ".",
         "float32",
         "both",
     )
-    assert config.pipeline.tasks == ("text-to-image", "image-to-image", "inpainting")
-    assert config.pipeline.limits.max_image_bytes == 10_000_000
-    assert config.pipeline.defaults.num_inference_steps == 30
+    assert config.section(PipelineConfig).tasks == ("text-to-image", "image-to-image", "inpainting")
+    assert config.section(PipelineConfig).limits.max_image_bytes == 10_000_000
+    assert config.section(PipelineConfig).defaults.num_inference_steps == 30
     assert config.batchSize == 1
 
 
@@ -151,16 +158,16 @@ def test_the_shipped_configs_load_and_compile(path: Path) -> None:
     assert config.pt2.compile.kwargs["dynamic"] is False
     assert set(config.pt2.compile.kwargs) <= set(inspect.signature(torch.compile).parameters)
     assert len(config.pt2.shapes.buckets) >= 3 or (
-        config.module is not None and config.module.choices
+        isinstance(config.family, ModuleConfig) and config.family.choices
     )
     assert config.startupTimeout is not None
     assert config.startupTimeout >= 1800
     # TorchServe's own 300 would end the retries of a slow start
     assert config.maxRetryTimeoutInSec is not None
-    if config.module is not None:
+    if not isinstance(config.family, PipelineConfig):
         return
     largest = max(max(bucket.height, bucket.width) for bucket in config.pt2.shapes.buckets)
-    assert largest <= config.pipeline.limits.max_side
+    assert largest <= config.section(PipelineConfig).limits.max_side
     if config.pt2.shapes.batch_sizes != "dynamic":
         assert config.batchSize <= max(config.pt2.shapes.batch_sizes)
 
@@ -238,22 +245,22 @@ def test_a_config_copies_pickles_and_dumps() -> None:
 
 
 def test_a_bare_on_or_off_is_what_it_looks_like() -> None:
-    assert parse("pipeline: {guidance: on}").pipeline.guidance == "on"
-    assert parse("pipeline: {guidance: off}").pipeline.guidance == "off"
+    assert parse("pipeline: {guidance: on}").section(PipelineConfig).guidance == "on"
+    assert parse("pipeline: {guidance: off}").section(PipelineConfig).guidance == "off"
 
 
 def test_without_guidance_the_default_scale_is_none() -> None:
-    assert parse("pipeline: {guidance: off}").pipeline.defaults.guidance_scale == 0.0
+    assert parse("pipeline: {guidance: off}").section(PipelineConfig).defaults.guidance_scale == 0.0
     assert (
-        parse(
-            "pipeline: {guidance: off, defaults: {num_inference_steps: 4}}"
-        ).pipeline.defaults.guidance_scale
+        parse("pipeline: {guidance: off, defaults: {num_inference_steps: 4}}")
+        .section(PipelineConfig)
+        .defaults.guidance_scale
         == 0.0
     )
     assert (
-        parse(
-            "pipeline: {guidance: off, defaults: {guidance_scale: 1}}"
-        ).pipeline.defaults.guidance_scale
+        parse("pipeline: {guidance: off, defaults: {guidance_scale: 1}}")
+        .section(PipelineConfig)
+        .defaults.guidance_scale
         == 1.0
     )
 
@@ -304,7 +311,8 @@ def test_a_contract_that_no_family_keeps_is_refused(
 
 
 def test_a_family_that_keeps_a_contract_may_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SERVING_MODES, "continuousBatching", (frozenset({"module"}), "batchSize"))
+    monkeypatch.setitem(SERVING_MODES, "continuousBatching", "batchSize")
+    monkeypatch.setattr(ModuleConfig, "serving_modes", frozenset({"continuousBatching"}))
     assert parse("continuousBatching: true\nmodule: {}").continuousBatching
     with pytest.raises(ConfigError, match="is not for a pipeline: batchSize"):
         parse("continuousBatching: true\npipeline: {}")

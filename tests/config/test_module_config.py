@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from preheat.config.model import ModelConfig
-from preheat.config.module import Cut
+from preheat.config.module import Cut, ModuleConfig
 from preheat.errors import ConfigError
 
 ROOT = Path(__file__).parents[2]
@@ -44,7 +44,7 @@ def test_the_issues_example_is_read_as_it_stands() -> None:
 @pytest.mark.parametrize("name", ["bert", "resnet"])
 def test_the_shipped_configs_load(name: str) -> None:
     config = ModelConfig.load(ROOT / "model-config" / f"{name}.yaml")
-    assert config.module is not None and config.module.inputs and config.names_a_family
+    assert config.section(ModuleConfig).inputs
 
 
 def test_a_cut_is_rounded_up() -> None:

@@ -12,19 +12,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from preheat.config.places import (
-    INDEX,
-    TINY,
-    Family,
-    folder_or_hub_id,
-    is_hub_id,
-    model_place,
-    tiny_name,
-)
+from preheat.config.diffusion import PipelineConfig
+from preheat.config.family import FamilyConfig
+from preheat.config.module import ModuleConfig
+from preheat.config.places import folder_or_hub_id, is_hub_id, model_place, tiny_name
 from preheat.errors import ConfigError
-from preheat.models import tiny
+from preheat.models.diffusion.tiny import PIPELINES
+from preheat.models.module.tiny import MODULES
 
-FAMILIES: tuple[Family, ...] = ("pipeline", "module")
+PIPELINE, MODULE = PipelineConfig(), ModuleConfig()
+FAMILIES: tuple[FamilyConfig, ...] = (PIPELINE, MODULE)
+INDEXES = sorted(family.weights_index for family in FAMILIES)
 NAMES = ("model", "sdxl", "bert", "preheat")
 
 
@@ -36,16 +34,14 @@ def put(folder: Path, *files: str) -> Path:
 
 
 @given(
-    at_root=st.sets(st.sampled_from(sorted(INDEX.values()))),
-    inside=st.dictionaries(
-        st.sampled_from(NAMES), st.sets(st.sampled_from(sorted(INDEX.values())))
-    ),
+    at_root=st.sets(st.sampled_from(INDEXES)),
+    inside=st.dictionaries(st.sampled_from(NAMES), st.sets(st.sampled_from(INDEXES))),
     family=st.sampled_from(FAMILIES),
 )
 def test_the_archives_model_is_its_root_else_model_else_the_only_one(
-    at_root: set[str], inside: dict[str, set[str]], family: Family
+    at_root: set[str], inside: dict[str, set[str]], family: FamilyConfig
 ) -> None:
-    index = INDEX[family]
+    index = family.weights_index
     candidates = sorted(name for name, files in inside.items() if index in files)
     with tempfile.TemporaryDirectory() as name:
         archive = put(
@@ -62,15 +58,15 @@ def test_the_archives_model_is_its_root_else_model_else_the_only_one(
         else:
             with pytest.raises(ConfigError) as raised:
                 model_place(".", archive, family)
-            assert raised.value.path == f"{family}.path"
+            assert raised.value.path == f"{family.name}.path"
             assert all(candidate in raised.value.message for candidate in candidates or [index])
 
 
 def test_a_flattened_pipeline_is_not_mistaken_for_its_parts(tmp_path: Path) -> None:
     put(tmp_path, "model_index.json", "unet/config.json", "vae/config.json", "preheat/errors.py")
-    assert model_place(".", tmp_path, "pipeline") == tmp_path
+    assert model_place(".", tmp_path, PIPELINE) == tmp_path
     with pytest.raises(ConfigError, match="unet or vae"):
-        model_place(".", tmp_path, "module")
+        model_place(".", tmp_path, MODULE)
 
 
 @pytest.mark.parametrize(
@@ -79,14 +75,14 @@ def test_a_flattened_pipeline_is_not_mistaken_for_its_parts(tmp_path: Path) -> N
 def test_what_is_written_as_a_folder_is_never_a_hub_id(path: str, tmp_path: Path) -> None:
     assert not is_hub_id(path)
     with pytest.raises(ConfigError, match="no such folder"):
-        model_place(path, tmp_path, "pipeline")
+        model_place(path, tmp_path, PIPELINE)
 
 
 @pytest.mark.parametrize("path", ["gpt2", "stabilityai/stable-diffusion-xl-base-1.0", "org/name_2"])
 def test_a_name_is_a_folder_where_there_is_one_and_else_a_hub_id(path: str, tmp_path: Path) -> None:
-    assert model_place(path, tmp_path, "module") == path
+    assert model_place(path, tmp_path, MODULE) == path
     put(tmp_path, f"{path}/config.json")
-    assert model_place(path, tmp_path, "module") == tmp_path / path
+    assert model_place(path, tmp_path, MODULE) == tmp_path / path
 
 
 def test_home_and_relative_folders_are_found(
@@ -94,8 +90,8 @@ def test_home_and_relative_folders_are_found(
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     folder = put(tmp_path / "sdxl", "model_index.json")
-    assert folder_or_hub_id("~/sdxl", Path("/"), "pipeline") == folder
-    assert folder_or_hub_id("../sdxl", tmp_path / "elsewhere", "pipeline") == folder
+    assert folder_or_hub_id("~/sdxl", Path("/"), PIPELINE) == folder
+    assert folder_or_hub_id("../sdxl", tmp_path / "elsewhere", PIPELINE) == folder
 
 
 def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path: Path) -> None:
@@ -103,21 +99,21 @@ def test_a_folder_that_is_no_model_says_what_it_lacks(tmp_path: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"^pipeline.path: .*sdxl is not a diffusers pipeline: .*model_index.json"
     ):
-        folder_or_hub_id("sdxl", tmp_path, "pipeline")
+        folder_or_hub_id("sdxl", tmp_path, PIPELINE)
 
 
 def test_tiny_models_are_those_that_can_be_made() -> None:
-    assert {name for name, family in TINY.items() if family == "pipeline"} == set(tiny.FAMILIES)
-    assert {name for name, family in TINY.items() if family == "module"} == set(tiny.MODULES)
-    assert (tiny_name("tiny:sd15", "pipeline"), tiny_name("org/name", "pipeline")) == ("sd15", None)
+    assert PIPELINE.tiny == tuple(PIPELINES)
+    assert MODULE.tiny == tuple(MODULES)
+    assert (tiny_name("tiny:sd15", PIPELINE), tiny_name("org/name", PIPELINE)) == ("sd15", None)
     with pytest.raises(ConfigError, match="known: tiny:bert, tiny:resnet"):
-        tiny_name("tiny:sdxl", "module")
+        tiny_name("tiny:sdxl", MODULE)
 
 
 def test_a_worker_makes_no_tiny_model(tmp_path: Path) -> None:
     put(tmp_path, "model_index.json")
     with pytest.raises(ConfigError, match=r"tiny:sdxl is made by .*use \. for"):
-        model_place("tiny:sdxl", tmp_path, "pipeline")
+        model_place("tiny:sdxl", tmp_path, PIPELINE)
 
 
 LOAD = """
@@ -127,7 +123,7 @@ socket.getaddrinfo = lambda *where, **_: sys.exit(f"asked the hub: {where}")
 import torch
 from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
-from preheat.worker.worker import load_work
+from preheat.models.registry import load_work
 for data in json.loads(sys.argv[1]):
     try:
         load_work(ModelConfig.parse(data), Path(sys.argv[2]), {}, torch.device("cpu"))

@@ -15,6 +15,7 @@ from diffusers import (
 from PIL import Image
 
 from preheat.models import tiny
+from preheat.models.diffusion.tiny import PIPELINES
 
 
 def digest(folder: Path) -> dict[str, str]:
@@ -25,7 +26,7 @@ def digest(folder: Path) -> dict[str, str]:
     }
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
     pipeline = AutoPipelineForText2Image.from_pretrained(tiny.build(family, tmp_path / family))
     asked = {"prompt": "a fox", "num_inference_steps": 2, "height": 64, "width": 96}
@@ -43,7 +44,7 @@ def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
     assert again.size == inpainted.size == (96, 64)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_prompts_matter(family: str, tmp_path: Path) -> None:
     pipeline = AutoPipelineForText2Image.from_pretrained(tiny.build(family, tmp_path / family))
     painted = [

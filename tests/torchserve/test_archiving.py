@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from typing import Any, cast
@@ -11,6 +14,7 @@ import pytest
 import yaml
 
 from preheat.errors import ArchiveError, ConfigError
+from preheat.torchserve import archive as archiving
 from preheat.torchserve.archive import ArchiveFormat, build_archive
 
 YAML = "# a comment that stays\nminWorkers: 1\npipeline:\n  dtype: float32\n"
@@ -31,6 +35,27 @@ def model(tmp_path: Path) -> Path:
     (folder / "model_index.json").write_text("{}")
     (folder / "unet" / "diffusion_pytorch_model.fp16.safetensors").write_bytes(b"weights")
     return folder
+
+
+HANDLER = Path(archiving.__file__).parents[2]
+SOURCES = {
+    path.relative_to(HANDLER).as_posix()
+    for path in (HANDLER / "preheat_handler.py", *HANDLER.glob("preheat/**/*.py"))
+}
+
+
+def test_an_installed_preheat_has_every_file(tmp_path: Path) -> None:
+    """As the build backend makes the wheel, offline and in a copy: it leaves files behind."""
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info")
+    shutil.copytree(HANDLER, tmp_path / "handler", ignore=unwanted)
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(HANDLER.parent / name, tmp_path)
+    build = "from setuptools.build_meta import build_wheel; build_wheel('.')"
+    subprocess.run(
+        [sys.executable, "-c", build], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
+    )
+    (wheel,) = tmp_path.glob("*.whl")
+    assert {name for name in names(wheel) if name.endswith(".py")} == SOURCES
 
 
 def names(mar: Path) -> set[str]:
@@ -61,12 +86,11 @@ def test_a_mar_holds_the_entry_the_package_the_yaml_and_the_weights(
         assert {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED} <= {
             method
         }
-    assert {
-        "preheat_handler.py",
-        "preheat/__init__.py",
-        "preheat/errors.py",
-        "model/model_index.json",
-    } <= names(mar)
+    ours = {
+        file for file in SOURCES if not file.startswith(("preheat/cli/", "preheat/torchserve/"))
+    }
+    assert ours | {"model/model_index.json"} <= names(mar)
+    assert not any(name.startswith(("preheat/cli", "preheat/torchserve")) for name in names(mar))
     assert not any("__pycache__" in name for name in names(mar))
 
 

@@ -9,7 +9,6 @@ import io
 import json
 import os
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.models import tiny
 from preheat.models.diffusion.pipeline import FAMILIES
-from preheat.models.diffusion.runner import Answer, Job, Progress
+from preheat.models.diffusion.runner import Answer, Job
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
 from preheat.status import StatusFile
@@ -145,17 +144,16 @@ def _watch_previews(service: Service, body: dict[str, Any]) -> None:
     """Ask for a stream with a preview of every step, and see each picture told all of them."""
     job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
     size = (job.plan.width // 8, job.plan.height // 8)
-    seen: list[tuple[int, int, int]] = []
-
-    class Look:
-        def progress(self, progress: Progress) -> None:
-            seen.append((progress.index, progress.step, progress.of))
-            assert progress.sketch().size == size
-
-    (answer,) = service.run([replace(job, watcher=Look())])
+    (answer,) = service.run([job])
     answer.raise_if_failed()
-    of = seen[0][2]
-    assert sorted(seen) == [(index, step, of) for index in range(3) for step in range(1, of + 1)]
+    (response,) = service.respond([answer])
+    told = [json.loads(line) for line in response.body.splitlines()]
+    steps = [event for event in told if event["event"] == "step"]
+    of = steps[0]["of"]
+    assert sorted(event["index"] for event in steps) == sorted([0, 1, 2] * of)
+    assert [event["step"] for event in steps if event["index"] == 2][-1] == of
+    for event in steps:
+        assert Image.open(io.BytesIO(base64.b64decode(event["preview"]))).size == size
 
 
 def test_every_known_family_is_tried_here() -> None:

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from preheat.config.model import TrustMode
+from preheat.config.pt2 import TrustMode
 from preheat.errors import ConfigError, Untrusted
 
 KEY_VARIABLE = "PREHEAT_CACHE_KEY"

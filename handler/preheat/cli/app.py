@@ -385,20 +385,17 @@ def _named(config: Path, model: str | None) -> str | None:
     as the YAML says. None where a factory makes it.
     """
     from preheat.config.model import ModelConfig
-    from preheat.config.places import Family, folder_or_hub_id, tiny_name
+    from preheat.config.places import folder_or_hub_id, tiny_name
 
-    loaded = ModelConfig.load(config)
-    if loaded.module is not None and loaded.module.factory is not None:
+    family = ModelConfig.load(config).family
+    if family.made_by is not None:
         return model
-    family: Family = "pipeline" if loaded.module is None else "module"
-    path = loaded.pipeline.path if loaded.module is None else loaded.module.path
-    given = model or (path if path != "." else None)
+    given = model or (family.path if family.path != "." else None)
     if given is None:
-        tiny = "tiny:sdxl" if family == "pipeline" else "tiny:bert"
         raise PreheatError(
             f"{config} does not say where its model lies: give --model (make: MODEL=) or write "
-            f"{family}.path, either way a folder or a hub id; {tiny} is a small one with random "
-            "weights"
+            f"{family.name}.path, either way a folder or a hub id; tiny:{family.tiny[0]} is a "
+            "small one with random weights"
         )
     try:
         if tiny_name(given, family) is not None:

@@ -126,7 +126,8 @@ def tiny_model(family: str, models: Path) -> Path:
         PreheatError: it failed.
     """
     made_by = [metadata.version(name) for name in ("torch", "diffusers", "transformers")]
-    source = (PACKAGE / "models" / "tiny.py").read_bytes()
+    sources = sorted(PACKAGE.glob("models/**/tiny.py"))
+    source = b"".join(path.read_bytes() for path in sources)
     digest = hashlib.sha256(source + repr(made_by).encode()).hexdigest()[:12]
     folder = models / f"tiny-{family}-{digest}"
     # which appears whole, by a rename

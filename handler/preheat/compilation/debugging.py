@@ -15,7 +15,7 @@ import torch
 from torch._inductor import config as inductor_config
 from torch._logging._internal import set_logs
 
-from preheat.config.model import DebugConfig
+from preheat.config.pt2 import DebugConfig
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from preheat.compilation.variants import Variant
-from preheat.config.model import ShapesConfig
+from preheat.config.pt2 import ShapesConfig
 
 
 class Family(Protocol):

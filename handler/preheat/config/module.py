@@ -7,11 +7,14 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from math import prod
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from preheat.config.schema import FrozenDict, Listed, Positive, Section, Text
+from preheat.config.family import FamilyConfig
+from preheat.config.pt2 import Pt2Config
+from preheat.config.schema import Dtype, FrozenDict, Listed, Positive, Section, Text
 from preheat.config.yaml_errors import refuse_twice, shown
 from preheat.errors import ConfigError
 
@@ -139,10 +142,15 @@ class ModuleLimits(Section):
     """
 
 
-class ModuleConfig(Section):
+class ModuleConfig(FamilyConfig):
     """Which module is served. Neither `path` nor `factory`: TorchServe's own --model-file and
     --serialized-file.
     """
+
+    name: ClassVar[str] = "module"
+    weights_index: ClassVar[str] = "config.json"
+    kind: ClassVar[str] = "a transformers folder"
+    tiny: ClassVar[tuple[str, ...]] = ("bert", "resnet")
 
     path: Text | None = None
     """A transformers folder, or a hub id, or `tiny:bert`; `.` is the archive's own."""
@@ -151,7 +159,7 @@ class ModuleConfig(Section):
     factory: Text | None = None
     """`package.module:function`, in the archive: returns the module. It is given the archive's
     folder if it takes an argument."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    dtype: Dtype = "float32"
     """Of weights and computation."""
     inputs: Annotated[Mapping[str, InputConfig], AfterValidator(FrozenDict.of)] = FrozenDict()
     """In the order of forward. Empty: nothing can be warmed, and a request is one call, as it
@@ -169,6 +177,43 @@ class ModuleConfig(Section):
         return {
             name: sizes for spec in self.inputs.values() for name, sizes in spec.buckets.items()
         }
+
+    @property
+    def made_by(self) -> str | None:
+        return self.factory
+
+    @classmethod
+    def is_meant_by(cls, manifest: Mapping[str, Any]) -> bool:
+        """It was made with --model-file or --serialized-file."""
+        return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
+
+    def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
+        return batches * prod(map(len, self.choices.values())) if self.inputs else None
+
+    def check(self, pt2: Pt2Config) -> None:
+        shapes = pt2.shapes
+        if shapes.buckets:
+            raise ConfigError(
+                "a module's buckets are sizes of its inputs: module.inputs", "pt2.shapes.buckets"
+            )
+        if shapes.strategy not in ("buckets", "exact"):
+            raise ConfigError(
+                f"{shapes.strategy} is for pipelines; a module has buckets or exact",
+                "pt2.shapes.strategy",
+            )
+        if shapes.fit != "pad":
+            raise ConfigError(
+                f"{shapes.fit} is for pipelines; a module's inputs are padded", "pt2.shapes.fit"
+            )
+        if shapes.oversize == "downscale":
+            raise ConfigError(
+                "downscale is for pipelines; use reject or eager", "pt2.shapes.oversize"
+            )
+        if pt2.export.aot_compile and not self.inputs:
+            raise ConfigError(
+                "has no shapes to compile ahead of time; declare module.inputs",
+                "pt2.export.aot_compile",
+            )
 
     @model_validator(mode="after")
     def _agree(self) -> ModuleConfig:

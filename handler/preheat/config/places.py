@@ -11,34 +11,15 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Literal
 
+from preheat.config.family import FamilyConfig
 from preheat.errors import ConfigError
 
-Family = Literal["pipeline", "module"]
-"""A YAML's section that names a model."""
-
-INDEX: Mapping[Family, str] = {"pipeline": "model_index.json", "module": "config.json"}
-"""The file at the root of a model folder."""
-KIND: Mapping[Family, str] = {
-    "pipeline": "a diffusers pipeline",
-    "module": "a transformers folder",
-}
 TINY_PREFIX = "tiny:"
-TINY: Mapping[str, Family] = {
-    "sdxl": "pipeline",
-    "sd15": "pipeline",
-    "sd3": "pipeline",
-    "flux": "pipeline",
-    "bert": "module",
-    "resnet": "module",
-}
-"""What `tiny:` makes (preheat.models.tiny, which imports torch), and for which section."""
 
 
-def tiny_name(path: str, family: Family) -> str | None:
+def tiny_name(path: str, family: FamilyConfig) -> str | None:
     """`sdxl` of `tiny:sdxl`; None where `path` is something else.
 
     Raises:
@@ -47,9 +28,11 @@ def tiny_name(path: str, family: Family) -> str | None:
     if not path.startswith(TINY_PREFIX):
         return None
     name = path.removeprefix(TINY_PREFIX)
-    if TINY.get(name) != family:
-        known = ", ".join(TINY_PREFIX + each for each, other in TINY.items() if other == family)
-        raise ConfigError(f"there is no tiny {family} {name!r}; known: {known}", f"{family}.path")
+    if name not in family.tiny:
+        known = ", ".join(TINY_PREFIX + each for each in family.tiny)
+        raise ConfigError(
+            f"there is no tiny {family.name} {name!r}; known: {known}", f"{family.name}.path"
+        )
     return name
 
 
@@ -60,7 +43,7 @@ def is_hub_id(path: str) -> bool:
     return re.fullmatch(r"(?!\.{1,2}(/|$))[\w.-]+(/[\w.-]+)?", path, re.ASCII) is not None
 
 
-def folder_or_hub_id(path: str, base: Path, family: Family) -> str | Path:
+def folder_or_hub_id(path: str, base: Path, family: FamilyConfig) -> str | Path:
     """What `path` names, seen from the folder `base`: a model folder that exists (absolute), or a
     hub id.
 
@@ -71,15 +54,16 @@ def folder_or_hub_id(path: str, base: Path, family: Family) -> str | Path:
     if not folder.is_dir():
         if is_hub_id(path):
             return path
-        raise ConfigError(f"no such folder: {folder}", f"{family}.path")
-    if not (folder / INDEX[family]).is_file():
+        raise ConfigError(f"no such folder: {folder}", f"{family.name}.path")
+    if not (folder / family.weights_index).is_file():
         raise ConfigError(
-            f"{folder} is not {KIND[family]}: it has no {INDEX[family]}", f"{family}.path"
+            f"{folder} is not {family.kind}: it has no {family.weights_index}",
+            f"{family.name}.path",
         )
     return folder
 
 
-def model_place(path: str, archive: Path, family: Family) -> str | Path:
+def model_place(path: str, archive: Path, family: FamilyConfig) -> str | Path:
     """Where `pipeline.path` or `module.path` points, given the unpacked archive: a model folder, or
     a hub id.
 
@@ -92,16 +76,16 @@ def model_place(path: str, archive: Path, family: Family) -> str | Path:
         raise ConfigError(
             f"{path} is made by `preheat serve` and `preheat archive`, not by a worker; "
             "use . for the model that lies in the archive",
-            f"{family}.path",
+            f"{family.name}.path",
         )
     return folder_or_hub_id(path, archive, family)
 
 
-def _inside(archive: Path, family: Family) -> Path:
+def _inside(archive: Path, family: FamilyConfig) -> Path:
     """The archive's model folder: its root (the stock archiver flattens folders), else `model/`,
     else the only one.
     """
-    index, where = INDEX[family], f"{family}.path"
+    index, where = family.weights_index, f"{family.name}.path"
     for folder in (archive, archive / "model"):
         if (folder / index).is_file():
             return folder

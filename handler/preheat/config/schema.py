@@ -25,6 +25,8 @@ BUCKET_MULTIPLE = 8
 """Pixels to a latent cell in every family; a pipeline that needs more says so when it is loaded."""
 
 T = TypeVar("T")
+Dtype = Literal["float32", "float16", "bfloat16"]
+"""What weights and computation may be in."""
 
 
 class Section(BaseModel):

@@ -14,7 +14,7 @@ from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Pace, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.variants import Variant
-from preheat.config.model import ShapesConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import RunReport
 from preheat.protocol.responses import Response
 

@@ -17,10 +17,12 @@ from typing import Generic, Literal, Protocol, TypeVar
 import torch
 
 from preheat.buckets import split_rows
+from preheat.compilation.attention import attention_backend
+from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.pace import Budget, Load
-from preheat.compilation.router import EngineName, Router, slowest
-from preheat.config.model import ShapesConfig
-from preheat.device import attention_backend, is_device_lost, is_out_of_memory, release_memory
+from preheat.compilation.router import Router
+from preheat.config.pt2 import ShapesConfig
+from preheat.device import is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
 
 logger = logging.getLogger(__name__)
@@ -322,7 +324,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """
         smallest = num_rows <= min(self._batch_sizes)
         for router in self._routers.values():
-            router.start_run(planned_eager=planned_eager, smallest=smallest)
+            router.start_run(bypass=planned_eager, smallest=smallest)
         started = time.perf_counter()
         # One grad mode for warm-up and serving: a graph warmed under another one would be compiled
         # again.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,22 +12,22 @@ import torch
 from preheat.config.model import ModelConfig
 from preheat.models.base import Work
 
-
-def has_model(manifest: Mapping[str, Any]) -> bool:
-    """Whether the archive was made with --model-file or --serialized-file."""
-    return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
+FAMILIES = {
+    "pipeline": "preheat.models.diffusion.model:PipelineWork",
+    "module": "preheat.models.module.model:ModuleWork",
+}
+"""By the YAML's section: who loads the model that it names."""
 
 
 def load_work(
     config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device
 ) -> Work:
-    """The model that the YAML names, loaded; a family's libraries are imported only where it is
-    served.
+    """The model that the YAML, or else the archive's manifest, names.
+
+    Raises:
+        ConfigError, ModuleError, PipelineError: it cannot be served as the YAML says.
     """
-    if config.module is not None:
-        from preheat.models.module.model import ModuleWork
-
-        return ModuleWork.load(config, model_dir, manifest, device)
-    from preheat.models.diffusion.model import PipelineWork
-
-    return PipelineWork.load(config, model_dir, device)
+    module, _, name = FAMILIES[config.family.name].partition(":")
+    family = getattr(importlib.import_module(module), name)
+    work: Work = family.load(config, model_dir, manifest, device)
+    return work

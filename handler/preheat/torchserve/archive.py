@@ -1,9 +1,9 @@
 """A model folder and a model YAML become an archive that TorchServe loads.
 
-The archive's root holds the entry file, the package `preheat/`, `<name>.yaml`, the Python files
-that the YAML names and, unless weights stay outside, `model/`: the pipeline's or transformers
-folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's name is the
-YAML's stem.
+The archive's root holds the entry file, the wings of `preheat/` that a worker needs, `<name>.yaml`,
+the Python files that the YAML names and, unless weights stay outside, `model/`: the pipeline's or
+transformers folder as it was. Packages that were compiled ahead of time lie in `aot/`. The model's
+name is the YAML's stem.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from typing import Any, Literal, get_args
 
 import yaml
 
-from preheat.config.model import ModelConfig, Pt2Config
+from preheat.config.model import ModelConfig
 from preheat.config.places import folder_or_hub_id
+from preheat.config.pt2 import Pt2Config
 from preheat.config.yaml_errors import keys_of
 from preheat.errors import ArchiveError, ConfigError
 
@@ -32,6 +33,8 @@ ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 
 ENTRY = Path(__file__).resolve().parents[2] / "preheat_handler.py"
 PACKAGE = Path(__file__).resolve().parents[1]
+NO_WORKERS = frozenset({"cli", "torchserve", "__pycache__"})
+"""What of the package no worker imports (tests/test_imports.py)."""
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 EXPORTED = {"aot_compile": True}
 MANIFEST = Path("MAR-INF", "MANIFEST.json")
@@ -81,7 +84,10 @@ def build_archive(
         )
         files = work / "files"  # the archiver copies its contents, not the folder itself
         files.mkdir()
-        (files / "preheat").symlink_to(PACKAGE)
+        (files / "preheat").mkdir()
+        for wing in PACKAGE.iterdir():
+            if wing.name not in NO_WORKERS:
+                (files / "preheat" / wing.name).symlink_to(wing)
         if place == ".":
             (files / "model").symlink_to(Path(os.path.expanduser(str(model))).resolve())
         _copy_code(loaded, config.parent, files)
@@ -122,10 +128,12 @@ def packaged_place(loaded: ModelConfig, model: str | Path | None, *, external: b
     Raises:
         ArchiveError: it lies nowhere, or is no model that can be packaged.
     """
-    if loaded.module is not None and loaded.module.factory is not None:
+    family = loaded.family
+    if family.made_by is not None:
         if model is not None:
             raise ArchiveError(
-                "the YAML's module.factory makes the module, so there is no model folder to package"
+                f"the YAML's {family.name}.factory makes the {family.name}, so there is no model "
+                "folder to package"
             )
         return None
     if model is None:
@@ -134,9 +142,7 @@ def packaged_place(loaded: ModelConfig, model: str | Path | None, *, external: b
             "other module)"
         )
     try:
-        folder = folder_or_hub_id(
-            str(model), Path(), "pipeline" if loaded.module is None else "module"
-        )
+        folder = folder_or_hub_id(str(model), Path(), family)
     except ConfigError as error:
         raise ArchiveError(error.message) from None
     if isinstance(folder, Path):
@@ -165,8 +171,8 @@ def _check_weights(folder: Path) -> None:
 def _code(loaded: ModelConfig, source: Path) -> list[str]:
     """The Python files and packages that the YAML names, from beside it."""
     named = list(loaded.pt2.imports)
-    if loaded.module is not None and loaded.module.factory is not None:
-        root = loaded.module.factory.partition(":")[0].partition(".")[0]
+    if loaded.family.made_by is not None:
+        root = loaded.family.made_by.partition(":")[0].partition(".")[0]
         named.append(root if (source / root).is_dir() else f"{root}.py")
     return named
 
@@ -189,7 +195,7 @@ def _adapted(config: Path, loaded: ModelConfig, place: str | None, *, aot: bool)
     """
     text = config.read_text(encoding="utf-8")
     data: dict[str, Any] = yaml.safe_load(text)
-    section = "pipeline" if loaded.module is None else "module"
+    section = loaded.family.name
     own, pt2 = data.get(section) or {}, data.get("pt2") or {}
     changed: dict[str, Any] = {}
     if place is not None and own.get("path", ".") != place:

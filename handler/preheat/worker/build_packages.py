@@ -11,7 +11,7 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,11 +22,11 @@ from torch._logging._internal import set_logs
 
 from preheat.cache.shared import CacheUse
 from preheat.cache.trust import Trust
+from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends import aot
-from preheat.compilation.router import Phase
 from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
-from preheat.device import any_device, attention_backend, pick_device, share_cpu
+from preheat.device import any_device, pick_device, share_cpu
 from preheat.errors import AheadError, PreheatError
 from preheat.status import Phase as StatePhase
 from preheat.status import StatusFile
@@ -40,7 +40,7 @@ class Wanted:
     """A package to be made; buckets that a target cannot tell apart share it."""
 
     target: str
-    plan: aot.Plan
+    plan: aot.PackageSpec
     buckets: list[str]
 
 
@@ -109,15 +109,17 @@ class Rehearsal(Service):
         self._wanted = list(made.values())
         return "hot"
 
-    def _rehearse(self, variants: Iterable[Variant]) -> Iterator[tuple[str, aot.Plan]]:
-        for router in self._routers.values():
-            router.phase, router.examples = Phase.OBSERVE, {}
-        for variant in variants:
-            self._work.serve_variant(variant)
-        for name, router in self._routers.items():
-            assert router.examples is not None
-            for plan in aot.plan(list(router.examples.values())):
-                yield name, plan
+    def _rehearse(self, variants: Iterable[Variant]) -> Iterator[tuple[str, aot.PackageSpec]]:
+        with ExitStack() as stack:
+            calls = {
+                name: stack.enter_context(router.observing(keep=True))
+                for name, router in self._routers.items()
+            }
+            for variant in variants:
+                self._work.serve_variant(variant)
+        for name, observed in calls.items():
+            for spec in aot.specs(list(observed.examples.values())):
+                yield name, spec
 
 
 def main(config_path: Path, root: Path, folder: Path) -> None:

@@ -31,17 +31,17 @@ from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Load, Timing
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Record, Step, Warmup
+from preheat.compilation.warmup import Record, Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, raise_recompile_limits
 from preheat.config.model import ModelConfig
 from preheat.device import computes, peak_memory_bytes
 from preheat.errors import ConfigError, PutOff
 from preheat.models.batching import RunReport
-from preheat.models.registry import has_model, load_work
+from preheat.models.registry import load_work
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response
 from preheat.status import Phase as StatePhase
@@ -85,8 +85,7 @@ class Service:
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
-        if not config.names_a_family and has_model(manifest or {}):
-            config = config.as_module()  # as BaseHandler: the manifest alone says what is served
+        config = config.in_archive(manifest or {})
         self.config, self._device, self._status = config, device, status
         self._metrics = metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
@@ -259,7 +258,7 @@ class Service:
             logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self._routers.values():
-                router.phase = Phase.OPEN
+                router.open()
             return "cold"
         self.state.state = "warming"
         plan = self._plan()
@@ -331,7 +330,7 @@ class Service:
         every = wants_every_size(self.config.pt2.compile.kwargs, self._device)
         return warmed_sizes(self._shapes, self.config.batchSize, every=every)
 
-    def _show(self, sharing: CacheUse | None, step: Step) -> None:
+    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
         if sharing is not None:
             sharing.keep()

@@ -14,10 +14,11 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from preheat.buckets import Bucket
-from preheat.config.model import LimitsConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
 from preheat.models.batching import RunReport
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Step
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
 from preheat.models.diffusion.request import ImageRequest
 from preheat.models.diffusion.runner import Engine, Job
 
@@ -43,7 +44,7 @@ class Canvas:
         """
         self.batches.append(batch)
         for number in range(1, batch.num_inference_steps + 1):
-            after_step(Step(number, batch.num_inference_steps, lambda row: _cells(batch, row)))
+            after_step(number, batch.num_inference_steps, lambda row: _cells(batch, row))
         if any(row.prompt == "explode" for row in batch.rows):
             raise ArithmeticError("boom")
         if len(batch.rows) > self.most_rows:

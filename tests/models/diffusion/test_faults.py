@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import old_folders
-from preheat.compilation.router import Router
+from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Painted
@@ -64,14 +64,14 @@ class Faults:
     calls: int = 0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        run_fast, paint = Router._run_fast, DiffusionPipeline.paint
+        run, paint = TorchCompile.__call__, DiffusionPipeline.paint
 
-        def failing(router: Router, args: Any, kwargs: Any) -> Any:
-            result = run_fast(router, args, kwargs)
+        def failing(code: TorchCompile, *args: Any, **kwargs: Any) -> Any:
+            result = run(code, *args, **kwargs)
             rows = self.runs[-1][0]
             if (
                 self.stage is not None
-                and router.name == STAGES[self.stage]
+                and code.name == f"{STAGES[self.stage]}-compiled"
                 and rows > self.most_rows
             ):
                 self.calls += 1
@@ -83,13 +83,13 @@ class Faults:
         def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> Painted:
             self.runs.append([len(batch.rows), 0])
 
-            def after(step: Any) -> None:
+            def after(*step: Any) -> None:
                 self.runs[-1][1] += 1
-                after_step(step)
+                after_step(*step)
 
             return paint(pipeline, batch, after)
 
-        patch.setattr(Router, "_run_fast", failing)
+        patch.setattr(TorchCompile, "__call__", failing)
         patch.setattr(DiffusionPipeline, "paint", counted)
 
 

@@ -13,10 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from preheat.buckets import Bucket
-from preheat.config.model import PipelineConfig
+from preheat.config.diffusion import PipelineConfig
 from preheat.models import tiny
 from preheat.models.diffusion import geometry, image_processor
-from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline, Row, Step
+from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline, Row, Sketch
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from worker.test_service import FAMILY_NAMES
 
@@ -53,9 +53,9 @@ def test_every_family_tells_its_steps_and_shows_them(
     seen: list[tuple[int, int]] = []
     shown: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
 
-    def look(step: Step) -> None:
-        seen.append((step.number, step.of))
-        shown.extend(step.sketch(row) for row in (0, 1))
+    def look(step: int, of: int, sketch: Sketch) -> None:
+        seen.append((step, of))
+        shown.extend(sketch(row) for row in (0, 1))
 
     pipeline.paint(_batch(seeds=(1, 2)), look)
     of = seen[0][1]
@@ -63,7 +63,7 @@ def test_every_family_tells_its_steps_and_shows_them(
     assert {sketch.shape for sketch in shown} == {(12, 6, 3)}
     assert (shown[0] != shown[1]).any(), "two seeds look alike"
     alone: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
-    pipeline.paint(_batch(seeds=(2, 2)), lambda step: alone.append(step.sketch(0)))
+    pipeline.paint(_batch(seeds=(2, 2)), lambda *step: alone.append(step[2](0)))
     assert np.abs(alone[0].astype(int) - shown[1]).max() <= 1, (
         "a row's sketch depends on its neighbour"
     )
@@ -113,6 +113,6 @@ def test_a_tiny_autoencoder_is_fitted_too(tmp_path: Path) -> None:
     pipeline = DiffusionPipeline.load(tmp_path / "taesd", PipelineConfig(), torch.device("cpu"))
     shown: list[tuple[int, ...]] = []
     pixels = pipeline.paint(
-        _batch(seeds=(1, 2)), lambda step: shown.append(step.sketch(0).shape)
+        _batch(seeds=(1, 2)), lambda *step: shown.append(step[2](0).shape)
     ).pixels
     assert pixels.shape[0] == 2 and set(shown) == {(12, 6, 3)}

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from preheat.config.model import DefaultsConfig, LimitsConfig
+from preheat.config.diffusion import DefaultsConfig, LimitsConfig
 from preheat.errors import RequestError
 from preheat.models.diffusion.request import FIELDS, NUM_SEEDS, ImageRequest, parse_row
 

@@ -19,10 +19,11 @@ from PIL import Image
 import old_folders
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
-from preheat.config.model import ModelConfig, PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.model import ModelConfig
 from preheat.errors import PipelineError, RequestError
 from preheat.models import tiny
-from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline, Row, Step
+from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Row
 from preheat.models.diffusion.prompts import Reader
 from preheat.protocol.responses import Response
 from preheat.status import StatusFile
@@ -203,19 +204,21 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
     pipeline.target("unet").register_forward_hook(lambda *_: calls.append(1))
     for task in ("text-to-image", "image-to-image"):
         calls.clear()
-        seen: list[Step] = []
+        seen: list[tuple[int, int]] = []
         torch.manual_seed(1)
-        first = pipeline.paint(_batch(task, 5), seen.append).pixels
+        first = pipeline.paint(_batch(task, 5), _noting(seen)).pixels
         request = make_request(
             num_inference_steps=6, strength=0.5, image=None if task == "text-to-image" else b"i"
         )
         assert pipeline.num_calls(request) == len(calls)
         of = request.num_run_steps
-        assert [(step.number, step.of) for step in seen] == [
-            (number, of) for number in range(1, of + 1)
-        ]
+        assert seen == [(number, of) for number in range(1, of + 1)]
         torch.manual_seed(2)
         assert np.array_equal(pipeline.paint(_batch(task, 5)).pixels, first), "noise from elsewhere"
+
+
+def _noting(seen: list[tuple[int, int]]) -> AfterStep:
+    return lambda step, of, _: seen.append((step, of))
 
 
 @pytest.mark.parametrize("family", ["sd3", "flux"])

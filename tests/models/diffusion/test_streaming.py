@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.diffusion.test_engine import Bench
+from preheat.models.diffusion.responses import from_answer, plan_headers
 from preheat.models.diffusion.runner import Answer
-from preheat.models.diffusion.streaming import CONTENT_TYPE, Stream
+from preheat.protocol.events import CONTENT_TYPE, EventStream
 from preheat.protocol.responses import Response
 
 FILE = b"file"
@@ -37,13 +38,15 @@ def streamed(
     jobs = [bench.job(**wish) for wish in wishes]
     parts: list[list[Response]] = [[] for _ in jobs]
     watched = [
-        replace(job, watcher=Stream.begun(job, own.append)) if job.request.stream else job
+        replace(job, events=EventStream(own.append, plan_headers(job)))
+        if job.request.stream
+        else job
         for job, own in zip(jobs, parts, strict=True)
     ]
     answers = bench.engine.run(watched)
     for answer, own in zip(answers, parts, strict=True):
-        if isinstance(answer.job.watcher, Stream):
-            own.append(answer.job.watcher.finish(answer, [FILE] * len(answer.pictures)))
+        if answer.job.events is not None:
+            own.append(from_answer(answer, [FILE] * len(answer.pictures)))
     return answers, [events([part.body for part in own]) for own in parts]
 
 
@@ -159,9 +162,9 @@ def test_an_error_is_the_last_event_and_carries_what_an_answer_would() -> None:
 def test_without_a_sender_all_events_are_the_answer() -> None:
     bench = Bench()
     job = bench.job(stream=True, num_inference_steps=2)
-    stream = Stream.begun(job, None)
-    (answer,) = bench.engine.run([replace(job, watcher=stream)])
-    response = stream.finish(answer, [FILE])
+    stream = EventStream(None, plan_headers(job))
+    (answer,) = bench.engine.run([replace(job, events=stream)])
+    response = from_answer(answer, [FILE])
     kinds = [event["event"] for event in events([response.body])]
     assert kinds == ["queued", "step", "step", "image", "done"]
     assert (

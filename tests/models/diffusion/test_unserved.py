@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from models.diffusion.test_request import refused_of
-from preheat.config.model import PipelineConfig
+from preheat.config.diffusion import PipelineConfig
 from preheat.errors import PipelineError, RequestError
 from preheat.models import tiny
 from preheat.models.diffusion import unserved
 from preheat.models.diffusion.pipeline import FAMILIES, DiffusionPipeline
 from preheat.models.diffusion.request import FIELDS
+from preheat.models.diffusion.tiny import PIPELINES
 
 
 @pytest.mark.parametrize("name", sorted(unserved.FIELDS))
@@ -112,7 +113,7 @@ def test_a_folder_that_is_no_pipeline_is_called_what_it_is(
     assert named in refused_folder(tmp_path)
 
 
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("family", PIPELINES)
 def test_the_folders_that_are_served_are_not_refused(family: str, tmp_path: Path) -> None:
     folder = tiny.build(family, tmp_path / "model")
     assert unserved.folder_refusal(folder, FAMILIES) is None

@@ -16,7 +16,7 @@ from torch import nn
 
 from models.module.test_module_service import BERT, ask, models, start  # noqa: F401  a fixture
 from preheat.compilation.backends import openvino
-from preheat.compilation.router import DynamicDims
+from preheat.compilation.signatures import DynamicDims
 from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, RequestError

@@ -15,7 +15,7 @@ from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
 from preheat.errors import RequestError
 
 if TYPE_CHECKING:
-    from preheat.config.model import Fit, Oversize
+    from preheat.config.pt2 import Fit, Oversize
 
 
 @dataclass(frozen=True, slots=True)

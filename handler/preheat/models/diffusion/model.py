@@ -19,8 +19,10 @@ from torch import nn
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import MARGIN, Budget, Pace, Timing
 from preheat.compilation.router import Router
-from preheat.config.model import ModelConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES, num_cores
 from preheat.errors import ConfigError, RequestError
 from preheat.models.batching import RunReport
@@ -28,30 +30,11 @@ from preheat.models.diffusion import responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
-from preheat.models.diffusion.runner import Answer, Engine, Job, Progress
-from preheat.models.diffusion.streaming import Stream
+from preheat.models.diffusion.runner import Answer, Engine, Job
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 from preheat.protocol import images
+from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
-
-
-class _StepClock:
-    """Watches one run: when its steps ended."""
-
-    def __init__(self) -> None:
-        self._ended: list[float] = []
-
-    def progress(self, progress: Progress) -> None:
-        self._ended.append(time.perf_counter())
-
-    def timing(self, seconds: float) -> Timing:
-        """Of a run that took `seconds`; its last step counts, what is first about the first one
-        does not.
-        """
-        if len(self._ended) < 2:
-            return Timing(seconds, 0.0)
-        per_step = self._ended[-1] - self._ended[-2]
-        return Timing(max(0.0, seconds - per_step * len(self._ended)), per_step)
 
 
 class PipelineWork:
@@ -63,23 +46,31 @@ class PipelineWork:
         self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device
     ) -> None:
         self._pipeline, self._config, self._device = pipeline, config, device
-        self.shapes = _resolved_shapes(config, pipeline)
+        self._own = config.section(PipelineConfig)
+        self.shapes = _resolved_shapes(config.pt2.shapes, self._own.limits, pipeline)
         # The model's own threads sleep meanwhile, so there is a core for each.
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     @classmethod
-    def load(cls, config: ModelConfig, model_dir: Path, device: torch.device) -> PipelineWork:
+    def load(
+        cls,
+        config: ModelConfig,
+        model_dir: Path,
+        manifest: Mapping[str, Any],
+        device: torch.device,
+    ) -> PipelineWork:
         """Load the pipeline.
 
         Raises:
             ConfigError, PipelineError: it cannot be served as the YAML says.
         """
-        path = model_place(config.pipeline.path, model_dir, "pipeline")
-        return cls(DiffusionPipeline.load(path, config.pipeline, device), config, device)
+        own = config.section(PipelineConfig)
+        path = model_place(own.path, model_dir, own)
+        return cls(DiffusionPipeline.load(path, own, device), config, device)
 
     @property
     def dtype(self) -> torch.dtype:
-        return DTYPES[self._config.pipeline.dtype]
+        return DTYPES[self._own.dtype]
 
     @property
     def sizes(self) -> Sequence[Bucket]:
@@ -92,7 +83,7 @@ class PipelineWork:
         return self._pipeline.target(name)
 
     def settings(self) -> Mapping[str, Any]:
-        return {"dtype": self._config.pipeline.dtype}
+        return {"dtype": self._own.dtype}
 
     def structure(self) -> Mapping[str, Any]:
         return self._pipeline.structure()
@@ -157,18 +148,19 @@ class PipelineWork:
         met too.
         """
         jobs = [self._prepare(self._sample(variant, seed)) for seed in range(variant.batch_size)]
-        clock, began = _StepClock(), time.perf_counter()
-        jobs[0] = replace(jobs[0], watcher=clock)
+        told: list[float] = []  # when the batch began, then when each of its steps ended
+        events = EventStream(lambda _: told.append(time.perf_counter()), {})
+        jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
         answers = self._engine.run(jobs, retry=False)
         for job, answer in zip(jobs, answers, strict=True):
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
-        return clock.timing(time.perf_counter() - began)
+        return _timing(time.perf_counter() - began, told[1:])
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
-        defaults = self._config.pipeline.defaults
+        defaults = self._own.defaults
         with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
         return ImageRequest(
             prompt="a picture",
@@ -188,7 +180,7 @@ class PipelineWork:
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
-            self._config.pipeline.limits,
+            self._own.limits,
             max(bucket.volume for bucket in self.shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
@@ -218,7 +210,7 @@ class PipelineWork:
         deadline: float | None,
         send: Callable[[Response], None] | None,
     ) -> Job:
-        pipeline = self._config.pipeline
+        pipeline = self._own
         request = parse_row(
             row,
             content_type=headers.get("content-type"),
@@ -247,7 +239,9 @@ class PipelineWork:
         if self._budget.timeout is not None:
             seconds = self._engine.seconds([Answer(job)], generous=True)
             check_time(request, job.plan.bucket, seconds, self._budget.timeout)
-        return replace(job, watcher=Stream.begun(job, send)) if request.stream else job
+        if not request.stream:
+            return job
+        return replace(job, events=EventStream(send, responses.plan_headers(job)))
 
     def _dropped(self, request: ImageRequest) -> dict[str, int]:
         """Tokens that are cut off, by the field that they stand in."""
@@ -258,7 +252,7 @@ class PipelineWork:
             if text
         }
         dropped = {field: number for field, number in counted.items() if number}
-        if dropped and self._config.pipeline.limits.long_prompts == "reject":
+        if dropped and self._own.limits.long_prompts == "reject":
             field, number = next(iter(dropped.items()))
             raise RequestError(
                 f"is too long: the text encoders would not read its last {number} tokens", field
@@ -266,7 +260,7 @@ class PipelineWork:
         return dropped
 
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
-        limits = self._config.pipeline.limits
+        limits = self._own.limits
         return self._engine.prepare(
             request, limits=limits, default=self.shapes.buckets[0], deadline=deadline
         )
@@ -275,21 +269,28 @@ class PipelineWork:
         return self._engine.run(jobs)
 
     def respond(self, answers: Sequence[Answer]) -> list[Response]:
-        """Streams send what is left of them; all pictures are encoded side by side before."""
         files = responses.encoded(answers, self._encoders)
         return [
-            answer.job.watcher.finish(answer, own)
-            if isinstance(answer.job.watcher, Stream)
-            else responses.from_answer(answer, own)
-            for answer, own in zip(answers, files, strict=True)
+            responses.from_answer(answer, own) for answer, own in zip(answers, files, strict=True)
         ]
 
 
-def _resolved_shapes(config: ModelConfig, pipeline: DiffusionPipeline) -> ShapesConfig:
+def _timing(seconds: float, ended: Sequence[float]) -> Timing:
+    """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
+    about the first one does not.
+    """
+    if len(ended) < 2:
+        return Timing(seconds, 0.0)
+    per_step = ended[-1] - ended[-2]
+    return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
+
+
+def _resolved_shapes(
+    shapes: ShapesConfig, limits: LimitsConfig, pipeline: DiffusionPipeline
+) -> ShapesConfig:
     """The shapes with buckets filled in and checked against what the pipeline needs and the limits
     allow.
     """
-    shapes, limits = config.pt2.shapes, config.pipeline.limits
     buckets = shapes.buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):

@@ -28,7 +28,7 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.model import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task
 from preheat.device import DTYPES
 from preheat.errors import HubError, PipelineError, RequestError, in_one_line
 from preheat.models.diffusion.previews import LatentColours, plain_colours
@@ -110,19 +110,12 @@ class Batch:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A denoising step that a run has just done: `number`, from 1, of `of`."""
-
-    number: int
-    of: int
-    sketch: Callable[[int], NDArray[np.uint8]]
-    """What a row of the batch looks like so far: a pixel per latent cell, (latent height, latent
-    width, 3).
-    """
-
-
-AfterStep = Callable[[Step], None]
+Sketch = Callable[[int], NDArray[np.uint8]]
+"""What a row of the batch looks like after a step: a pixel per latent cell, (latent height, latent
+width, 3). Only good until the next step.
+"""
+AfterStep = Callable[[int, int, Sketch], None]
+"""Told the number of the denoising step that a run has just done, from 1, and of how many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -302,7 +295,7 @@ class DiffusionPipeline:
         )
         return None if parameter is None else int(parameter.default)
 
-    def paint(self, batch: Batch, after_step: AfterStep = lambda _: None) -> Painted:
+    def paint(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Painted:
         """Run one batch through diffusers; `after_step` is told of every denoising step that was
         asked for.
         """
@@ -317,7 +310,7 @@ class DiffusionPipeline:
             number = (index + 1) * of // calls
             if number > index * of // calls:
                 after_step(
-                    Step(number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket))
+                    number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket)
                 )
             return {}
 

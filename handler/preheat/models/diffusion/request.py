@@ -18,7 +18,7 @@ from preheat.protocol.images import OutputFormat
 from preheat.protocol.json_text import decoded, loads
 
 if TYPE_CHECKING:
-    from preheat.config.model import DefaultsConfig, Guidance, LimitsConfig, Task
+    from preheat.config.diffusion import DefaultsConfig, Guidance, LimitsConfig, Task
 
 ResponseFormat = Literal["image", "b64_json"]
 T = TypeVar("T")

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from preheat.device import is_out_of_memory
 from preheat.errors import OutOfMemory
 from preheat.protocol import images
+from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response
 
 if TYPE_CHECKING:
@@ -37,11 +38,13 @@ def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
 
 def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
     """The response to a request that reached the pipeline: raw image bytes, or JSON with the images
-    in base64.
+    in base64, or what is left of its events.
 
     `files` are its encoded pictures.
     """
-    request = answer.job.request
+    request, events = answer.job.request, answer.job.events
+    if events is not None:
+        return _last_event(events, answer, files)
     if answer.error is not None:
         return from_error(answer.error)
     headers = {
@@ -55,10 +58,18 @@ def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
         return Response(
             200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers}
         )
-    return json_response(200, {"data": pictures(answer, files), **facts(answer)}, headers)
+    return json_response(200, {"data": _pictures(answer, files), **_facts(answer)}, headers)
 
 
-def pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
+def _last_event(events: EventStream, answer: Answer, files: Sequence[bytes]) -> Response:
+    if answer.error is not None:
+        return events.close("error", **answer.error.body())
+    for index, picture in enumerate(_pictures(answer, files)):
+        events.emit("image", index=index, **picture, **_facts(answer))
+    return events.close("done", **_dropped(answer.job))
+
+
+def _pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
     """What JSON says of each picture: the file in base64, its own seed, and where it was checked
     whether it was blackened.
     """
@@ -70,7 +81,7 @@ def pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
     ]
 
 
-def facts(answer: Answer) -> dict[str, Any]:
+def _facts(answer: Answer) -> dict[str, Any]:
     """What JSON says of how an answer was painted; sizes in pixels."""
     plan = answer.job.plan
     return {
@@ -81,7 +92,7 @@ def facts(answer: Answer) -> dict[str, Any]:
         "padding": round(plan.padding, 4),
         "exact": answer.exact,
         "output_format": answer.job.request.output_format,
-        **dropped(answer.job),
+        **_dropped(answer.job),
     }
 
 
@@ -110,7 +121,7 @@ def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:
         return []
 
 
-def dropped(job: Job) -> dict[str, int]:
+def _dropped(job: Job) -> dict[str, int]:
     """What JSON says of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in
     tokens; nothing of whole ones.
     """

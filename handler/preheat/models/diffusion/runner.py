@@ -18,15 +18,18 @@ from PIL import Image
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.model import LimitsConfig, ShapesConfig
+from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import synchronize
 from preheat.errors import RequestError
 from preheat.models.batching import Batcher, Outcome, RunReport
 from preheat.models.diffusion import geometry, image_processor
 from preheat.models.diffusion.geometry import Plan
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Step
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Sketch
 from preheat.models.diffusion.request import ImageRequest
+from preheat.models.diffusion.streaming import Steps, emit_step
 from preheat.protocol import images
+from preheat.protocol.events import EventStream
 
 
 class Painter(Protocol):
@@ -42,23 +45,6 @@ class Painter(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
-    """Picture number `index` of a job is through denoising step `step` of `of`, counted from 1."""
-
-    index: int
-    step: int
-    of: int
-    sketch: Callable[[], Image.Image]
-    """What it looks like so far, small; only good until the next step."""
-
-
-class Watcher(Protocol):
-    """Told of every step of a job's pictures. After an out-of-memory split steps begin anew."""
-
-    def progress(self, progress: Progress) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
 class Job:
     """A request with its plan; `image` and `mask` are already laid in the bucket."""
 
@@ -68,7 +54,7 @@ class Job:
     mask: Image.Image | None = None
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
-    watcher: Watcher | None = None
+    events: EventStream | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Tokens that no text encoder reads, by field; only of fields that were cut."""
 
@@ -113,6 +99,8 @@ class Answer(Outcome):
     """Of each picture, whether the safety checker has blackened it; empty where the pipeline has no
     checker.
     """
+    steps: Steps = field(default_factory=Steps)
+    """How far its events have come, which no restart takes back."""
 
     def restart(self) -> None:
         # a class with slots is made anew by dataclass, and super() alone does not find it
@@ -241,6 +229,9 @@ class Engine(Batcher[Answer, Row]):
 
     def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
         """Answers in the order of the jobs; for `retry` see `Batcher.answer`."""
+        for job in jobs:
+            if job.events is not None:
+                job.events.emit("queued")
         answers = [
             Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs
         ]
@@ -282,7 +273,7 @@ class Engine(Batcher[Answer, Row]):
         job, rows = chunk[0][0].job, [row for _, row in chunk]
         batch = _batch(job.request, job.plan.bucket, rows, size)
         painted, run = self._called(
-            lambda: self._painter.paint(batch, lambda step: self._tell(chunk, step)),
+            lambda: self._painter.paint(batch, partial(self._emit_step, chunk)),
             num_rows=size,
             num_real_rows=len(rows),
             planned_eager=job.plan.engine_hint == "eager",
@@ -299,21 +290,21 @@ class Engine(Batcher[Answer, Row]):
             if painted.flagged is not None:
                 answer.flagged.append(bool(painted.flagged[index]))
 
-    def _tell(self, chunk: Sequence[tuple[Answer, Row]], step: Step) -> None:
-        """Pass a run's step on to the jobs that are watched; the filler's rows come last and are
+    def _emit_step(
+        self, chunk: Sequence[tuple[Answer, Row]], step: int, of: int, sketch: Sketch
+    ) -> None:
+        """Tell a run's step to the jobs that are streamed; the filler's rows come last and are
         nobody's.
         """
-        watchers = [answer.job.watcher for answer, _ in chunk]
-        if any(watchers):
+        if any(answer.job.events for answer, _ in chunk):
             synchronize(self._device)  # a GPU is given steps faster than it does them
-        for number, (watcher, (answer, row)) in enumerate(zip(watchers, chunk, strict=True)):
-            if watcher is not None:
-                sketch = partial(_sketched, step, number, answer.job.plan)
-                watcher.progress(Progress(row.index, step.number, step.of, sketch))
+        for position, (answer, row) in enumerate(chunk):
+            preview = partial(_preview, sketch, position, answer.job.plan)
+            emit_step(answer, row.index, step, of, preview)
 
 
-def _sketched(step: Step, number: int, plan: Plan) -> Image.Image:
-    return image_processor.preview(step.sketch(number), plan)
+def _preview(sketch: Sketch, position: int, plan: Plan) -> Image.Image:
+    return image_processor.preview(sketch(position), plan)
 
 
 def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:

@@ -42,7 +42,7 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
     model = manifest.get("model", {})
     weights = folder / model["serializedFile"] if model.get("serializedFile") else None
     if config.path is not None:
-        module = _from_transformers(config, model_place(config.path, folder, "module"))
+        module = _from_transformers(config, model_place(config.path, folder, config))
     elif config.factory is not None:
         module = _from_factory(config.factory, folder)
     elif model.get("modelFile"):

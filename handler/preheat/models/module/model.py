@@ -9,6 +9,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,17 @@ import torch
 from torch import nn
 
 from preheat.buckets import Bucket, combinations
+from preheat.compilation.closeness import PADDED, compare
 from preheat.compilation.pace import Budget, Pace, Timing
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.variants import Variant
-from preheat.config.model import ModelConfig, ModuleConfig, ShapesConfig
-from preheat.config.module import is_mask
+from preheat.config.model import ModelConfig
+from preheat.config.module import ModuleConfig, is_mask
 from preheat.config.places import model_place
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, RequestError
-from preheat.models.batching import RunReport
+from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
@@ -35,14 +38,6 @@ logger = logging.getLogger(__name__)
 
 WHOLE = "model"
 """The target that is the module itself."""
-TOLERANCE: Mapping[torch.dtype, float] = {
-    torch.float32: 1e-4,
-    torch.float16: 1e-2,
-    torch.bfloat16: 3e-2,
-}
-"""Largest difference between padded and unpadded answers that counts as rounding, as a share of the
-largest magnitude.
-"""
 MANY_TENSORS: Sequence[Accept] = ("application/json", "application/safetensors")
 """The forms that hold any number of outputs."""
 ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
@@ -59,9 +54,8 @@ class ModuleWork:
         config: ModelConfig,
         device: torch.device,
     ) -> None:
-        assert config.module is not None
         self._module, self._config, self._device = module, config, device
-        self._own: ModuleConfig = config.module
+        self._own = config.section(ModuleConfig)
         # A module of unknown shapes is compiled as BaseHandler would: with torch.compile's own
         # defaults, whenever a request comes.
         unknown = {} if self._own.inputs else {"strategy": "exact"}
@@ -88,11 +82,11 @@ class ModuleWork:
         Raises:
             ConfigError, ModuleError: it cannot be served as the YAML says.
         """
-        assert config.module is not None
-        module = loader.load(config.module, model_dir, manifest, device)
+        own = config.section(ModuleConfig)
+        module = loader.load(own, model_dir, manifest, device)
         tokenizer = None
-        if config.module.path is not None:
-            tokenizer = loader.load_tokenizer(model_place(config.module.path, model_dir, "module"))
+        if own.path is not None:
+            tokenizer = loader.load_tokenizer(model_place(own.path, model_dir, own))
         return cls(module, tokenizer, config, device)
 
     @property
@@ -153,16 +147,16 @@ class ModuleWork:
         if not own.inputs:
             self._warn_of_unknown_ranges()
             return
-        for router in routers.values():
-            router.phase = Phase.OBSERVE
         smallest = dict(self.sizes[-1].sizes)
-        self._try_ranges(smallest)
-        if self.shapes.strategy == "exact":
-            return
-        self._engine.try_batches(self._prepared(smallest, seed=0), self._prepared(smallest, seed=1))
-        self._measured_padding()
-        for router in routers.values():
-            router.phase, router.observed = Phase.WARM, []
+        with ExitStack() as stack:
+            for router in routers.values():
+                stack.enter_context(router.observing())
+            self._try_ranges(smallest)
+            if self.shapes.strategy == "exact":
+                return
+            first, second = (self._prepared(smallest, seed) for seed in (0, 1))
+            self._engine.try_batches(first, second)
+            self._measured_padding()
 
     def _warn_of_unknown_ranges(self) -> None:
         unknown = [name for name in self._reader.names if name not in self._reader.ranges]
@@ -255,7 +249,7 @@ class ModuleWork:
         Raises:
             ConfigError: an output grows with the padding, and the YAML does not cut it.
         """
-        errors, shares, of_largest = [0.0], [0.0], [0.0]
+        found = []
         for sizes in {
             each for bucket in self._ends() for each in _measured(bucket, self._own.choices)
         }:
@@ -265,24 +259,15 @@ class ModuleWork:
                 answer.raise_if_failed()
             for name, tensor in alone.outputs.items():
                 _check_cut(name, ours.outputs[name], tensor, self._own)
-                error, magnitude = _difference(ours.outputs[name], tensor)
-                errors.append(error)
-                shares.append(error / max(1.0, magnitude))
-                of_largest.append(error / magnitude if magnitude else error)
-        # of NaN, which is no number, this is not so
-        exact = all(share <= TOLERANCE[self.dtype] for share in shares)
-        self._engine.padded = "rounding" if exact else "padded"
-        finite = all(map(math.isfinite, errors))  # JSON has no other numbers
-        if not finite:
-            return {
-                "max_error": "not finite",
-                "max_share": "not finite",
-                "exact": self._engine.padded,
-            }
+                found.append(compare(ours.outputs[name], tensor, PADDED, self.dtype))
+        exact: Exactness = "rounding" if all(close.ok for close in found) else "padded"
+        self._engine.padded = exact
+        if not all(math.isfinite(close.max_error) for close in found):  # JSON has no other numbers
+            return {"max_error": "not finite", "max_share": "not finite", "exact": exact}
         return {
-            "max_error": max(errors),
-            "max_share": round(max(of_largest), 6),
-            "exact": self._engine.padded,
+            "max_error": max((close.max_error for close in found), default=0.0),
+            "max_share": round(max((close.share for close in found), default=0.0), 6),
+            "exact": exact,
         }
 
     def _ends(self) -> tuple[Bucket, Bucket]:
@@ -443,17 +428,6 @@ def _measured(
         name: size + 1 if size < bucket[name] else max(1, size - 1) for name, size in base.items()
     }
     return [tuple(base.items()), tuple(beside.items())]
-
-
-def _difference(ours: torch.Tensor, alone: torch.Tensor) -> tuple[float, float]:
-    """The largest difference, 0 between equal infinities and NaN where either is none, and the
-    largest finite magnitude.
-    """
-    if not alone.numel():
-        return 0.0, 0.0
-    ours, alone = ours.double(), alone.double()
-    error = (ours - alone).abs().masked_fill(ours == alone, 0.0).max()
-    return float(error), float(alone.nan_to_num(0.0, 0.0, 0.0).abs().max())
 
 
 def _check_cut(name: str, ours: torch.Tensor, alone: torch.Tensor, config: ModuleConfig) -> None:

@@ -14,8 +14,8 @@ from torch import nn
 from preheat.buckets import Bucket, combinations, joined, smallest_covering
 from preheat.compilation.pace import Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.model import ShapesConfig
 from preheat.config.module import ModuleConfig, OutputConfig
+from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, ModuleError
 from preheat.models.batching import Batcher, Exactness, Outcome, RunReport
