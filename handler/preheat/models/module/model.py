@@ -144,7 +144,7 @@ class ModuleModel:
             report=report,
             budget=budget,
         )
-        runner = ModuleRunner(engine, self._own, self.shapes, self.reader, self.dtype)
+        runner = ModuleRunner(engine, self._own, self.shapes, self.reader, self.dtype, self._device)
         runner.try_out(routers)
         return runner
 
@@ -159,8 +159,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         shapes: ShapesConfig,
         reader: Reader,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._engine, self._own, self._shapes = engine, own, shapes
+        self._engine, self._own, self._shapes, self._device = engine, own, shapes, device
         self.unfit = engine.unfit
         self._reader, self._dtype = reader, dtype
         self._sizes = _buckets(own)
