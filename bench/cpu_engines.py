@@ -18,8 +18,8 @@ import torch
 
 from bench.cpu_models import cast, first_tensor, make
 from preheat.compilation.backends import aot
-from preheat.compilation.export import difference
-from preheat.compilation.router import DynamicDims, Phase, map_tensors
+from preheat.compilation.closeness import compare
+from preheat.compilation.signatures import DynamicDims, map_tensors
 from preheat.compilation.targets import build_router
 from preheat.config.pt2 import Pt2Config
 from preheat.device import DTYPES, keep_freed_memory, share_cpu
@@ -84,9 +84,8 @@ class Local:
         self.step()
         self.compile_seconds = 0.0 if engine == "eager" else time.perf_counter() - began
         with torch.inference_mode():
-            self.error = difference(
-                first_tensor(self._call(*self._inputs[0], **self._inputs[1])), expected
-            )
+            result = first_tensor(self._call(*self._inputs[0], **self._inputs[1]))
+            self.error = compare(result, expected).share
 
     def step(self) -> float:
         args, kwargs = self._inputs
@@ -111,7 +110,7 @@ class Local:
         self._inputs = map_tensors(self._inputs[0], change), map_tensors(self._inputs[1], change)
 
     def _package(self) -> None:
-        made = aot.Plan(self._inputs, DynamicDims())
+        made = aot.PackageSpec(self._inputs, DynamicDims())
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "model.pt2")
             aot.build(self._call, made, path, {})
@@ -132,7 +131,7 @@ class Local:
         reason = router.reason if route is None else route.reason
         if reason is not None:
             raise PreheatError(reason)
-        router.phase = Phase.SERVE
+        router.freeze()
 
 
 class Distant:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat.compilation.router import Inputs, map_tensors
+from preheat.compilation.signatures import Inputs, map_tensors
 
 
 @dataclass(frozen=True, slots=True)

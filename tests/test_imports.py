@@ -127,7 +127,7 @@ def test_a_family_imports_no_other_family() -> None:
 @pytest.mark.parametrize(
     ("call", "home"),
     [
-        ("torch.compile(", "compilation/targets.py"),
+        ("torch.compile(", "compilation/backends/inductor.py"),
         ("torch.cuda.is_available(", "device.py"),
         ("set_stance(", "compilation/watch.py"),
     ],

@@ -1,40 +1,26 @@
-"""Which device serves, and what it can do: the one place that asks for CUDA, for a C++ compiler,
-for IPEX and for OpenVINO.
-"""
+"""Which device serves, its share of the machine, its memory: the one place that asks for CUDA."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import importlib
 import logging
 import math
 import os
 import platform
 import re
-import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from preheat.errors import ConfigError
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
-_ATTENTION = {
-    "math": SDPBackend.MATH,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-}
 
 CPUS_VARIABLE = "PREHEAT_CPUS"
 
@@ -54,23 +40,16 @@ _KEPT_BYTES = 2**25
 """Blocks up to this size are kept; it is the most that every glibc takes."""
 
 
-@contextmanager
-def attention_backend(name: str) -> Iterator[None]:
-    """Restrict scaled_dot_product_attention to one backend (`pt2.attention`); `default` leaves the
-    choice to torch.
-
-    The choice is compiled in, but torch 2.13 leaves it out of the keys of its compile caches: what
-    was compiled under another one would be found and run. Hence the tag.
+def num_gpus() -> int:
+    """GPUs that TorchServe counts, as NVML or CUDA_VISIBLE_DEVICES tells: CUDA is not asked, which
+    would read that variable now and for good. To be called before `see_one_gpu`.
     """
-    if name == "default":
-        yield
-        return
-    caches: Any = importlib.import_module("torch.compiler.config")
-    with (
-        sdpa_kernel(_ATTENTION[name]),
-        caches.patch(cache_key_tag=f"{caches.cache_key_tag}attention-{name}"),
-    ):
-        yield
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return 0
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return max(0, torch.cuda._raw_device_count_nvml())
 
 
 def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
@@ -168,7 +147,7 @@ def use_tensor_cores(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def share_cpu(num_workers: int | None) -> None:
+def share_cpu(num_workers: int | None, num_gpus: int = 0) -> None:
     """Give this worker its share of the cores, once and before anything is compiled.
 
     Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores
@@ -180,8 +159,7 @@ def share_cpu(num_workers: int | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     if "OMP_NUM_THREADS" not in os.environ:
         # A YAML that names no number of workers gets one per GPU from TorchServe, or one per core.
-        by_default = torch.cuda.device_count() if torch.cuda.is_initialized() else cores  # type: ignore[no-untyped-call]
-        torch.set_num_threads(max(1, cores // (num_workers or by_default)))
+        torch.set_num_threads(max(1, cores // (num_workers or num_gpus or cores)))
 
 
 def num_cores() -> int:
@@ -271,60 +249,6 @@ def computes(dtype: torch.dtype, device: torch.device) -> bool:
         or dtype is not torch.bfloat16
         or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
-
-
-def missing_compiler(device: torch.device, backend: str) -> str | None:
-    """Why Inductor cannot compile here, or None: the CPU road needs a C++ compiler, Triton a C
-    compiler for its launchers.
-    """
-    if backend != "inductor":
-        return None
-    variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
-    names = [os.environ[variable]] if variable in os.environ else names
-    if any(shutil.which(name) for name in names):
-        return None
-    return f"no compiler: {' or '.join(map(repr, names))} is not on PATH"
-
-
-def ipex_requested() -> bool:
-    """TorchServe sets TS_IPEX_ENABLE for its workers when config.properties says
-    `ipex_enable=true`.
-    """
-    return os.environ.get("TS_IPEX_ENABLE", "false") == "true"
-
-
-def import_ipex() -> ModuleType:
-    """Intel's extension.
-
-    Raises:
-        ImportError: it is not installed, or is not for this torch.
-    """
-    try:
-        return importlib.import_module("intel_extension_for_pytorch")
-    except ModuleNotFoundError as error:
-        raise ImportError("intel-extension-for-pytorch is not installed") from error
-    except (
-        ImportError,
-        AttributeError,
-        OSError,
-    ) as error:  # for another torch it means to exit, by a name that os has not
-        raise ImportError(
-            f"intel-extension-for-pytorch cannot be loaded with torch {torch.__version__}: {error}"
-        ) from error
-
-
-def import_openvino() -> ModuleType:
-    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion
-    would be reported over the network.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        return importlib.import_module("openvino")
-    except ModuleNotFoundError as error:
-        raise ImportError("openvino is not installed (pip install openvino)") from error
 
 
 def is_out_of_memory(error: BaseException) -> bool:

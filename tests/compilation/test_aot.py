@@ -8,7 +8,7 @@ import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,18 @@ from torch import nn
 import old_folders
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
-from preheat.compilation.export import export, fault
-from preheat.compilation.router import Inputs, Phase, Router
+from preheat.compilation.backends.base import CompiledCode, Prepared
+from preheat.compilation.closeness import mismatch
+from preheat.compilation.export import export
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import Inputs
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import AheadError, ConfigError
-from preheat.status import StatusFile
-from preheat.worker.build_packages import Rehearsal
+from preheat.worker.build_packages import build, rehearse
+from preheat.worker.worker import load
 
 CPU, OWNER = torch.device("cpu"), Trust("owner")
 FINGERPRINT = "f" * 64
@@ -88,14 +91,13 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     signed with nothing.
     """
     module, router = made(None)
-    router.phase, router.examples = Phase.OBSERVE, {}
-    with torch.inference_mode():
+    with torch.inference_mode(), router.observing(keep=True) as calls:
         for rows in (1, 2, MOST_ROWS):
             args, kwargs = inputs(rows)
             module(*args, **kwargs)
             module(*args, **kwargs)
-    assert len(router.examples) == 3, "one example a signature"
-    (plan,) = aot.plan(list(router.examples.values()))
+    assert len(calls.examples) == 3, "one example a signature"
+    (plan,) = aot.specs(list(calls.examples.values()))
     folder = tmp_path_factory.mktemp("archive") / aot.FOLDER
     folder.mkdir()
     aot.build(module, plan, folder / "toy.pt2", {})
@@ -125,6 +127,12 @@ def attached(
     return module, router
 
 
+def packages(router: Router) -> Sequence[CompiledCode]:
+    """Those that serve the target, if any."""
+    first = router.backends[0]
+    return first.codes if isinstance(first, Prepared) else ()
+
+
 def warm(module: Toy, *rows: int) -> None:
     with torch.inference_mode():
         for number in rows:
@@ -148,7 +156,11 @@ def test_packages_are_unpacked_where_a_later_start_sweeps(
     _, router = attached(watch, folder)
     (unpacked,) = set(tmp_path.iterdir()) - before
     aot._unpacked.cache_clear()
-    assert router.ahead and unpacked.name.startswith("preheat-aot-") and any(unpacked.rglob("*.so"))
+    assert (
+        packages(router)
+        and unpacked.name.startswith("preheat-aot-")
+        and any(unpacked.rglob("*.so"))
+    )
     assert os.environ["TMPDIR"] == str(tmp_path)
 
 
@@ -159,7 +171,7 @@ def test_every_batch_size_equals_eager_and_nothing_is_compiled(
     eager, _ = made(watch, compile=False)
     warm(module, MOST_ROWS, 1)
     forbid_compiling()
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     for rows in range(1, MOST_ROWS + 1):
         args, kwargs = inputs(rows)
@@ -173,7 +185,7 @@ def test_every_batch_size_equals_eager_and_nothing_is_compiled(
 
 def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> None:
     module, router = attached(watch, folder)
-    (package,) = router.ahead
+    (package,) = packages(router)
     assert isinstance(package, aot.Package)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
     assert {name: tensor.data_ptr() for name, tensor in package._constants.items()} == {
@@ -186,7 +198,7 @@ def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> N
         # the bias of four numbers and the buffer too: nothing is written into the code
         for tensor in own.values():
             tensor.detach().mul_(2)
-        after, expected = module(*args, **kwargs)[0], router._forward(*args, **kwargs)[0]
+        after, expected = module(*args, **kwargs)[0], Toy.forward(module, *args, **kwargs)[0]
     torch.testing.assert_close(after, expected)
     assert (after - before).abs().max() > 0.1
 
@@ -271,14 +283,14 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
     spoil(folder)
     with caplog.at_level(logging.ERROR):
         module, router = attached(watch, folder, compile=compile)
-    assert words in str(router.ahead_reason) and words in caplog.text
+    assert words in str(router.reason) and words in caplog.text
     warm(module, 2)
     if compile:
         (route,) = router.routes.values()
         assert route.engine == "compiled" and words in str(route.reason)
     else:
         assert router.idle
-        router.phase = Phase.SERVE
+        router.freeze()
         router.start_run()
         warm(module, 2)
         assert router.run.fallen == 1 and router.run.engines == {"eager"}
@@ -288,12 +300,12 @@ def test_with_one_package_missing_there_is_something_to_compile_and_to_share(
     watch: CompileWatch, folder: Path
 ) -> None:
     _, router = attached(watch, folder)
-    assert router.ahead and not router.compiles
+    assert packages(router) and not router.compiles
     edit_index(
         folder, lambda index: index["packages"].append(index["packages"][0] | {"file": "gone.pt2"})
     )
     _, router = attached(watch, folder)
-    assert router.ahead and "gone.pt2" in str(router.ahead_reason) and router.compiles
+    assert packages(router) and "gone.pt2" in str(router.reason) and router.compiles
 
 
 KEY, OTHER_KEY = b"k" * 16, b"o" * 16
@@ -308,8 +320,8 @@ def test_an_index_counts_under_its_signature_alone(
     if signed_with:
         Trust("signed", signed_with).sign_file(folder / aot.INDEX, aot.CONTEXT)
     _, router = attached(watch, folder, trust=Trust("signed", KEY))
-    assert len(router.ahead) == (words is None)
-    assert (router.ahead_reason is None) if words is None else (words in str(router.ahead_reason))
+    assert len(packages(router)) == (words is None)
+    assert (router.reason is None) if words is None else (words in str(router.reason))
 
 
 def test_a_signed_index_that_is_changed_afterwards_is_refused(
@@ -318,7 +330,7 @@ def test_a_signed_index_that_is_changed_afterwards_is_refused(
     Trust("signed", KEY).sign_file(folder / aot.INDEX, aot.CONTEXT)
     edit_index(folder, lambda index: index["packages"][0].update(sha256="0" * 64))
     _, router = attached(watch, folder, trust=Trust("signed", KEY))
-    assert not router.ahead and "signature is wrong" in str(router.ahead_reason)
+    assert not packages(router) and "signature is wrong" in str(router.reason)
 
 
 @pytest.mark.parametrize("compile", [True, False], ids=["compiled", "eager"])
@@ -327,7 +339,7 @@ def test_a_package_that_computes_something_else_is_found_out_before_it_serves(
 ) -> None:
     module, router = attached(watch, folder, compile=compile)
     with torch.no_grad():  # one weight, a percent off, behind the package's back
-        package = router.ahead[0]
+        (package,) = packages(router)
         assert isinstance(package, aot.Package)
         package._constants["conv.weight"] = module.conv.weight.detach() * 1.01
         package.use_constants()
@@ -338,33 +350,32 @@ def test_a_package_that_computes_something_else_is_found_out_before_it_serves(
     assert all("differs from eager by 0.00" in str(route.reason) for route in routes)
     assert caplog.text.count("is not used") == 1
     forbid_compiling()
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     warm(module, 2)
     assert "aot" not in router.run.engines
 
 
-def test_nan_is_no_small_difference(watch: CompileWatch, folder: Path) -> None:
-    _, router = attached(watch, folder)
+def test_nan_is_no_small_difference() -> None:
     whole, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    package = router.ahead[0]
-    assert package.fault((whole,), (whole,)) is None
-    assert "differs" in str(package.fault((broken,), (whole,)))
-    assert "returns" in str(package.fault((whole[:2],), (whole,))) and "returns" in str(
-        package.fault((), (whole,))
+    assert mismatch((whole,), (whole,)) is None
+    assert "differs" in str(mismatch((broken,), (whole,)))
+    assert "returns" in str(mismatch((whole[:2],), (whole,))) and "returns" in str(
+        mismatch((), (whole,))
     )
 
 
 def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
     theirs, name = torch.ones(4, dtype=torch.bfloat16), "unet-0.pt2"
     with caplog.at_level(logging.INFO):
-        assert fault((theirs * 1.0625, torch.ones(2)), (theirs, torch.ones(2)), name) is None
+        assert mismatch((theirs * 1.0625, torch.ones(2)), (theirs, torch.ones(2)), name) is None
     assert caplog.messages == [
         f"{name}: differs from eager by 0.062 of the largest magnitude; 0.08 is let through"
     ]
     caplog.clear()
     assert (
-        fault((theirs * 1.5,), (theirs,), name) is not None and fault((theirs,), (theirs,)) is None
+        mismatch((theirs * 1.5,), (theirs,), name) is not None
+        and mismatch((theirs,), (theirs,)) is None
     )
     assert not caplog.messages
 
@@ -398,7 +409,7 @@ def test_torch_compile_is_called_only_when_something_falls_to_it(
     )
     with torch.inference_mode():
         args, kwargs = inputs(2, side=16)
-        result, expected = module(*args, **kwargs), router._forward(*args, **kwargs)
+        result, expected = module(*args, **kwargs), Toy.forward(module, *args, **kwargs)
     torch.testing.assert_close(result, expected)
     assert watch.num_events > 0 and list(router.routes.values())[-1].engine == "compiled"
 
@@ -414,9 +425,9 @@ def test_a_shape_without_a_package_is_compiled_alone(watch: CompileWatch, folder
 
 
 def test_calls_that_differ_in_more_than_the_batch_get_packages_of_their_own() -> None:
-    assert len(aot.plan([inputs(2), inputs(4), inputs(2, side=16)])) == 2
+    assert len(aot.specs([inputs(2), inputs(4), inputs(2, side=16)])) == 2
     (args, kwargs), (other_args, other_kwargs) = inputs(2), inputs(4)
-    independent = aot.plan(
+    independent = aot.specs(
         [(args, kwargs), (other_args, {**other_kwargs, "text": kwargs["text"]}), inputs(3)]
     )
     assert [plan.dims.ranges for plan in independent] == [{}, {}, {}]
@@ -452,10 +463,11 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
             "tasks": ["text-to-image", "image-to-image"],
         },
     }
-    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
-    for wanted in rehearsal._wanted:
-        export(rehearsal._work.target(wanted.target), wanted.plan.inputs, wanted.plan.dims)
-    assert sorted(wanted.target for wanted in rehearsal._wanted) == sorted(names), (
+    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    every = rehearse(prepared)
+    for wanted in every:
+        export(prepared.targets[wanted.target], wanted.plan.inputs, wanted.plan.dims)
+    assert sorted(wanted.target for wanted in every) == sorted(names), (
         "one package each: batches are sliced"
     )
 
@@ -469,14 +481,14 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
         "pt2": {"compile": {"enable": True}, "shapes": shapes},
         "pipeline": {"tasks": ["text-to-image"]},
     }
-    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
+    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
     monkeypatch.setattr(
         aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
     )
     with pytest.raises(
         AheadError, match=r"^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"
     ):
-        rehearsal.build(tmp_path / "aot")
+        build(prepared, tmp_path / "aot")
     assert not (tmp_path / "aot" / aot.INDEX).exists()
 
 
@@ -484,7 +496,7 @@ def test_what_was_built_is_tried_with_the_modules_own_weights(
     built: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, _ = made(None)
-    plan = aot.Plan(inputs(MOST_ROWS), aot.Entry.parse(index_of(built)["packages"][0]).dims)
+    plan = aot.PackageSpec(inputs(MOST_ROWS), aot.Entry.parse(index_of(built)["packages"][0]).dims)
     entry = aot.describe(built / "toy.pt2", "toy", ["64x64"], plan)
     aot.check(module, plan, built / "toy.pt2", entry, CPU)
     monkeypatch.setattr(Toy, "forward", lambda *args, **kwargs: (torch.ones(MOST_ROWS, 4, 8, 8),))

@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.diffusion import LimitsConfig
@@ -83,7 +83,7 @@ class Bench:
         for bucket in BUCKETS:
             self.ask(bucket)
         forbid_compiling()
-        self.router.phase = Phase.SERVE
+        self.router.freeze()
 
     def ask(self, bucket: Bucket) -> set[str]:
         """Serve a request of this size; returns the operators that ran."""

@@ -11,7 +11,9 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from preheat.compilation.router import DynamicDims, Phase, Router, leaves, map_tensors, signature
+from preheat.compilation.backends.inductor import TorchCompile
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import DynamicDims, leaves, map_tensors, signature
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling, raise_recompile_limits
 from preheat.config.model import ModelConfig
@@ -51,7 +53,7 @@ def test_a_warmed_shape_runs_compiled_and_equals_eager(watch: CompileWatch) -> N
     inputs = sample(2, 4, 8, 8)
     module(inputs)
     forbid_compiling()
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     result = module(inputs)
     assert router.run.engines == {"compiled"} and router.run.incidents == 0
@@ -87,7 +89,8 @@ def test_an_unwarmed_call_runs_eagerly_at_once_and_is_an_incident(
     inputs = sample(2, 4, 8, 8)
     module(inputs)
     forbid_compiling()
-    router.phase, events = Phase.SERVE, watch.num_events
+    router.freeze()
+    events = watch.num_events
     router.start_run()
     with caplog.at_level(logging.ERROR):
         result = module(*change(inputs))
@@ -104,7 +107,8 @@ def test_a_guard_that_no_signature_shows_is_refused_named_and_served_eagerly(
     inputs = sample(2, 4, 8, 8)
     module(inputs)
     forbid_compiling()
-    router.phase, events = Phase.SERVE, watch.num_events
+    router.freeze()
+    events = watch.num_events
     router.start_run()
     module.scale = 3.0  # type: ignore[assignment]
     with caplog.at_level(logging.ERROR):
@@ -120,18 +124,18 @@ def test_one_graph_serves_every_batch_size_but_one_once_the_dimension_is_learnt(
     watch: CompileWatch,
 ) -> None:
     module, router = compiled(watch)
-    router.phase = Phase.OBSERVE
-    for rows in (1, 8):
-        module(sample(rows, 4, 8, 8))
-    router.dims = DynamicDims.varying(router.observed)
+    with router.observing() as calls:
+        for rows in (1, 8):
+            module(sample(rows, 4, 8, 8))
+    assert len(calls.shapes) == 2 and not calls.examples
+    router.learn(calls.shapes.values())
     assert router.dims.ranges == {"0": {0: (1, 8)}}
-    router.phase = Phase.WARM
     events = watch.num_events
     for rows in (2, 1):
         module(sample(rows, 4, 8, 8))
     assert watch.num_events == events + 2
     forbid_compiling()
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     for rows in range(1, 9):
         module(sample(rows, 4, 8, 8))
@@ -153,7 +157,7 @@ def test_a_shape_whose_compile_fails_stays_eager_alone_with_its_reason(watch: Co
     engines = [(route.engine, route.reason) for route in router.routes.values()]
     assert engines[0] == ("compiled", None)
     assert engines[1][0] == "eager" and "no lowering" in str(engines[1][1])
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     module(sample(1, 4, 1, 16))
     assert router.run.fallen == 1 and router.run.incidents == 0
@@ -199,7 +203,7 @@ def test_options_reach_inductor_as_the_yaml_has_them(
         {"pt2": {"compile": {"enable": True, "backend": "inductor", "options": options}}}
     ).pt2
     router = build_router("toy", Toy(), config, torch.float32, CPU)
-    assert router.reason is None and router.engine == "compiled"
+    assert router.reason is None and router.backends[0].engine == "compiled"
     assert config.compile.kwargs["options"] == options
 
 
@@ -260,7 +264,7 @@ def test_ipex_serves_channels_last_models_and_inputs(
     )
     router = build_router("toy", module, Pt2Config(), torch.bfloat16, CPU)
     module(sample(2, 4, 8, 8))
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     module(sample(3, 4, 8, 8))
     assert router.run.engines == {"ipex"} and router.run.incidents == 0
@@ -292,7 +296,7 @@ def test_without_a_compiler_convolutions_are_channels_last(watch: CompileWatch) 
         router = build_router("toy", module, Pt2Config(), torch.float32, CPU)
         torch.testing.assert_close(module(inputs), plain)
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     module(inputs)
     assert router.run.engines == {"eager"} and router.run.incidents == 0
@@ -318,7 +322,7 @@ def test_ipex_leaves_a_module_without_convolutions_in_its_layout(
     module[0].register_forward_pre_hook(lambda _, args: seen.append(args[0].is_contiguous()))
     router = build_router("toy", module, Pt2Config(), torch.float32, CPU)
     module(sample(2, 4, 4, 8))
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     module(sample(2, 4, 4, 8))
     assert router.run.engines == {"ipex"} and seen == [True] * 3
@@ -364,7 +368,7 @@ def test_what_ipex_fails_on_is_served_by_the_module_as_it_was(
         router = build_router("toy", module, Pt2Config(), dtype, CPU)
         torch.testing.assert_close(module(inputs), expected)
     assert words in caplog.text
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     torch.testing.assert_close(module(inputs), expected)
     assert router.run.engines == {"eager"} and router.run.fallen == 1
@@ -379,7 +383,7 @@ def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_one
     )
     with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
         raise_recompile_limits(0)
-        router.phase = Phase.OPEN
+        router.open()
         ran = []
         for rows in (1, 2, 3, 4, 5, 2):
             router.start_run()
@@ -430,15 +434,22 @@ class Head(nn.Module):
 
 
 def test_a_target_may_take_and_give_the_outputs_of_transformers(watch: CompileWatch) -> None:
-    module, router = compiled(watch, Head())
-    router._cuda_graphs = True  # results are copied
-    for phase in (Phase.OBSERVE, Phase.WARM, Phase.SERVE):
-        router.phase = phase
+    forward = Head().forward
+    copying = TorchCompile("toy", lambda: torch.compile(forward, backend="eager"), cuda_graphs=True)
+    router = Router("toy", forward, [copying])
+
+    def call() -> None:
         router.start_run()
-        result = module(
+        result = router(
             BaseModelOutput(last_hidden_state=torch.ones(2, 3)), Pair(torch.ones(3), None)
         )
         assert type(result) is BaseModelOutput and torch.equal(
             result.last_hidden_state, torch.full((2, 3), 2.0)
         )
+
+    for mode in (router.observing, router.warming, router.replaying):
+        with mode():
+            call()
+    router.freeze()
+    call()
     assert router.run.engines == {"compiled"} and not router.run.incidents

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from preheat.compilation.export import difference
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.closeness import compare
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.config.pt2 import Pt2Config
 
@@ -60,19 +60,17 @@ def test_it_serves_what_eager_float32_gives(
         expected = module(inputs).last_hidden_state
     module.to(dtype)
     router = routed(module, dtype, monkeypatch)
-    assert router.engine == "ipex" and router._lay_out.__name__ == (
-        "_channels_last" if make is resnet else "_contiguous"
-    )
+    assert router.backends[0].engine == "ipex" and router.channels_last is (make is resnet)
     given = inputs if inputs.dtype == torch.int64 else inputs.to(dtype)
     with torch.inference_mode():
         module(given)
-        router.phase = Phase.SERVE
+        router.freeze()
         router.start_run()
         result = module(given).last_hidden_state
         module(given[:1])  # any shape: nothing is compiled
     assert router.run.engines == {"ipex"} and router.run.incidents == router.run.fallen == 0
     assert result.dtype == dtype
     assert (
-        difference(result, expected)
+        compare(result, expected).share
         < {torch.float32: 1e-5, torch.bfloat16: 5e-2, torch.float16: 1e-2}[dtype]
     )

@@ -19,7 +19,10 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
 from preheat.compilation.backends import openvino
-from preheat.compilation.router import DynamicDims, Inputs, Phase, Router, tensor_shapes
+from preheat.compilation.backends.base import CompiledCode
+from preheat.compilation.closeness import mismatch
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.model import ModelConfig
@@ -82,8 +85,14 @@ def routed(
     kwargs = {"backend": "openvino", **({"options": options} if options else {})}
     config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": kwargs}})
     router = build_router("toy", module, config, dtype, device)
-    router.dims = DynamicDims({path: {0: (1, MOST_ROWS)} for path in ("0", "text", "cond.size")})
+    router.learn([tensor_shapes(*inputs(rows)) for rows in (1, MOST_ROWS)])
     return module, router
+
+
+def num_models(router: Router) -> int:
+    (backend,) = router.backends
+    assert isinstance(backend, openvino.OpenVINO)
+    return len(backend.models)
 
 
 def call(
@@ -108,11 +117,10 @@ def test_one_model_serves_every_batch_size_as_eager_does(
     module, router = routed(dtype=dtype)
     for rows in (MOST_ROWS, 1):
         call(module, rows, dtype=dtype)
-    assert [route.engine for route in router.routes.values()] == ["openvino", "openvino"] and len(
-        router.ahead
-    ) == 1
+    assert [route.engine for route in router.routes.values()] == ["openvino", "openvino"]
+    assert num_models(router) == 1
     forbid_compiling()
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     for rows in range(1, MOST_ROWS + 1):
         result, expected = call(module, rows, dtype=dtype)
@@ -139,9 +147,8 @@ def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
     assert (result - expected).abs().max() < 1e-5 * expected.abs().max()
     said = []
     for dtype in (torch.float32, torch.bfloat16):
-        make = routed(dtype=dtype)[1]._make
-        assert make is not None
-        model = make(inputs(2, dtype=dtype), DynamicDims())
+        (backend,) = routed(dtype=dtype)[1].backends
+        model = backend.code_for(inputs(2, dtype=dtype), DynamicDims())
         assert isinstance(model, openvino.Model)
         compiled = model._request.get_compiled_model()
         said.append(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
@@ -152,11 +159,11 @@ def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
 def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
     module, router = routed()
     call(module, 2)
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     result, expected = call(module, 2, side=16)
     torch.testing.assert_close(result, expected)
-    assert router.run.incidents == 1 and router.run.engines == {"eager"} and len(router.ahead) == 1
+    assert router.run.incidents == 1 and router.run.engines == {"eager"} and num_models(router) == 1
 
 
 def test_weights_cast_inside_a_request_are_exported_too() -> None:
@@ -192,7 +199,7 @@ def test_a_module_that_cannot_be_exported_is_served_eagerly_with_the_reason(
         and str(route.reason).startswith("openvino: ")
         and "toy: openvino failed" in caplog.text
     )
-    router.phase = Phase.SERVE
+    router.freeze()
     router.start_run()
     call(module, 2)
     assert router.run.fallen == 1 and router.run.incidents == 0
@@ -209,17 +216,18 @@ def test_a_model_that_computes_something_else_is_found_out(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """Eager's weights are changed between the making and the comparing."""
-    module, router = routed()
-    made = router._make
-    assert made is not None
+    module = Toy().eval()
 
-    def spoilt(*args: Any) -> Any:
-        model = made(*args)
-        with torch.inference_mode(False):
-            module.conv.weight = nn.Parameter(module.conv.weight.detach() * 1.01)  # type: ignore[union-attr, operator]
-        return model
+    class Spoiling(openvino.OpenVINO):
+        def code_for(self, inputs: Inputs, dims: DynamicDims) -> CompiledCode:
+            model = super().code_for(inputs, dims)
+            with torch.inference_mode(False):
+                module.conv.weight = nn.Parameter(module.conv.weight.detach() * 1.01)
+            return model
 
-    router._make = spoilt
+    properties = openvino.cpu_properties({})
+    router = Router("toy", module.forward, [Spoiling("toy", module, properties)])
+    module.forward = router  # type: ignore[method-assign]
     with caplog.at_level(logging.ERROR):
         call(module, 2)
     (route,) = router.routes.values()
@@ -263,8 +271,9 @@ def test_a_missing_package_is_a_loud_eager(
 
 def test_nothing_is_reported_over_the_network() -> None:
     """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
-    script = "import sys; from preheat.device import import_openvino; import_openvino(); "
-    script += (
+    script = (
+        "import sys; from preheat.compilation.backends.openvino import import_openvino; "
+        "import_openvino(); "
         "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in "
         "sys.modules)"
     )
@@ -319,6 +328,6 @@ def test_the_outputs_of_transformers_are_exported_for_any_batch() -> None:
     model = openvino.Model("head", Head(), inputs(MOST_ROWS), dims, {})
     for rows in (2, 3):
         args, kwargs = inputs(rows)
-        assert model.matches(args, kwargs)
+        assert model.matches((args, kwargs))
         result = model(*args, **kwargs)
-        assert type(result) is BaseModelOutput and model.fault(result, Head()(*args)) is None
+        assert type(result) is BaseModelOutput and mismatch(result, Head()(*args)) is None

@@ -10,9 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.compilation.router import Phase, Router
+from preheat.compilation.backends.inductor import TorchCompile
+from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
-from preheat.compilation.warmup import Step, Warmup
+from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.watch import CompileWatch
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import WarmupError
@@ -48,7 +49,7 @@ class Server:
             "unet", self.denoiser, config, torch.float32, torch.device("cpu")
         )
         self.served: list[Variant] = []
-        self.steps: list[Step] = []
+        self.steps: list[WarmupProgress] = []
         options: dict[str, Any] = {"on_failure": "eager", "progress": self.steps.append} | settings
         self.warmup = Warmup(self.serve, {"unet": self.router}, watch, **options)
 
@@ -213,21 +214,32 @@ def test_two_observed_batch_sizes_make_one_graph_a_bucket(watch: CompileWatch) -
     )
 
 
-def test_compiled_code_that_never_settles_is_given_up(watch: CompileWatch) -> None:
-    """A compile event in the replay without a refusal: a CUDA graph recorded late looks so."""
+def make_restless(target: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on each call of this target's compiled code is a compile event."""
+    plain = TorchCompile.__call__
+
+    def restless(code: TorchCompile, *args: Any) -> Any:
+        if code.name == f"{target}-compiled":
+            watch.events["cudagraph_recording"] += 1
+        return plain(code, *args)
+
+    monkeypatch.setattr(TorchCompile, "__call__", restless)
+
+
+def test_compiled_code_that_never_settles_is_given_up(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A compile event in the replay without a refusal: what a CUDA graph recorded late looks
+    like.
+    """
     server = Server(watch)
     server.warmup.warm(VARIANTS)
-    plain = server.router._fast
-    assert plain is not None
-
-    def restless(*args: Any) -> Any:
-        watch.events["cudagraph_recording"] += 1
-        return plain(*args)
-
-    server.router._fast = restless
+    make_restless("unet", watch, monkeypatch)
     assert server.warmup.prove(VARIANTS[:1]) == 1
-    assert server.router.phase is Phase.SERVE
     assert server.engines()[WIDE, 2] == "eager"
+    events = watch.num_events
+    server.serve(VARIANTS[0])
+    assert watch.num_events == events and server.router.run.engines == {"eager"}
 
 
 @pytest.mark.parametrize("compile", IN_VAIN)
@@ -256,7 +268,9 @@ def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
     assert server.router.run.fallen == 0
 
 
-def test_only_the_target_that_compiled_again_is_given_up(watch: CompileWatch) -> None:
+def test_only_the_target_that_compiled_again_is_given_up(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The decoder's graph is recorded once more in the replay; the denoiser, which ran in the same
     variant, stays compiled.
     """
@@ -272,14 +286,7 @@ def test_only_the_target_that_compiled_again_is_given_up(watch: CompileWatch) ->
 
     warmup = Warmup(serve, {"unet": server.router, "vae.decoder": other}, watch, on_failure="eager")
     warmup.warm(VARIANTS)
-    plain = other._fast
-    assert plain is not None
-
-    def restless(*args: Any) -> Any:
-        watch.events["cudagraph_recording"] += 1
-        return plain(*args)
-
-    other._fast = restless
+    make_restless("vae.decoder", watch, monkeypatch)
     assert warmup.prove(VARIANTS) == 2, "in each bucket once: then it is eager"
     engines = {(record.target, record.engine) for record in warmup.records}
     assert ("unet", "eager") not in engines and ("vae.decoder", "eager") in engines

@@ -10,21 +10,17 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from preheat.buckets import Bucket
+from preheat.compilation.backends.base import EngineName, slowest
+from preheat.compilation.modes import Route, Visits
 from preheat.compilation.pace import Timing
-from preheat.compilation.router import (
-    DynamicDims,
-    EngineName,
-    Phase,
-    Route,
-    Router,
-    Signature,
-    slowest,
-)
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import Signature
 from preheat.compilation.variants import Variant
 from preheat.compilation.watch import (
     CompileWatch,
@@ -37,6 +33,9 @@ from preheat.errors import WarmupError
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+Visited = Mapping[str, Visits]
+"""What the targets met of a variant, by their names."""
 # Compile, record, replay: CUDA graphs need three calls until nothing happens any more
 # (torch/_inductor/cudagraph_trees.py).
 _MAX_PASSES = 4
@@ -56,7 +55,7 @@ class Record:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class WarmupProgress:
     """Progress: variant number `done` of `total` took `seconds`."""
 
     done: int
@@ -85,7 +84,7 @@ class Warmup:
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
-        progress: Callable[[Step], None] = lambda _: None,
+        progress: Callable[[WarmupProgress], None] = lambda _: None,
         leave_out: Collection[Variant] = (),
         own_folder: Path | None = None,
     ) -> None:
@@ -95,8 +94,6 @@ class Warmup:
         self.timings: dict[Variant, Timing] = {}
         """Of each variant's last run, which was that of the proof where it was replayed."""
         self._records: dict[tuple[Bucket, int, str], Record] = {}
-        for router in routers.values():
-            router.num_events = lambda: watch.num_events
 
     @property
     def records(self) -> list[Record]:
@@ -109,19 +106,17 @@ class Warmup:
         Packages that were compiled ahead of time know them already, and eager code does not care.
         """
         variants = list(variants)
-        if variants and all(router.ahead or router.idle for router in self._routers.values()):
+        if variants and all(router.knows_dims for router in self._routers.values()):
             for router in self._routers.values():
-                router.dims = (
-                    DynamicDims(router.ahead[0].dims.ranges) if router.ahead else DynamicDims()
-                )
+                router.learn(None)
             return
-        self._enter(Phase.OBSERVE)
-        for variant in variants:
-            self._serve(variant)
-        for router in self._routers.values():
-            if router.observed:
-                router.dims = DynamicDims.varying(router.observed)
-                logger.info("%s: dynamic dimensions %s", router.name, dict(router.dims.ranges))
+        with ExitStack() as stack:
+            calls = self._each(stack, Router.observing)
+            for variant in variants:
+                self._serve(variant)
+        for name, router in self._routers.items():
+            if calls[name].shapes:
+                router.learn(calls[name].shapes.values())
 
     def shows_nothing_new(self, variants: Sequence[Variant], few: Sequence[Variant]) -> bool:
         """Whether `few` of the variants, run eagerly, give every target all signatures that all of
@@ -129,17 +124,16 @@ class Warmup:
         """
         if not variants:
             return True
-        self._enter(Phase.OBSERVE)
         met: dict[Variant, set[tuple[str, Signature]]] = {}
         for variant in variants:
-            for router in self._routers.values():
-                router.start_variant()
-            self._serve(variant)
+            with ExitStack() as stack:
+                calls = self._each(stack, Router.observing)
+                self._serve(variant)
             met[variant] = {
                 (name, key)
                 for name, router in self._routers.items()
                 if router.compiles
-                for key in router.visited
+                for key in calls[name].shapes
             }
         found = set().union(*met.values()) <= set().union(*(met[variant] for variant in few))
         if not found:
@@ -156,31 +150,30 @@ class Warmup:
             WarmupError: a target could not be compiled and `on_failure` is `fail`.
         """
         allow_compiling()
-        self._enter(Phase.WARM)
         chosen = [variant for variant in variants if variant not in self._leave_out]
         for done, variant in enumerate(chosen, start=1):
             events = self._watch.num_events
-            seconds, outcome = self._warm_until_quiet(variant)
-            self._note(variant, seconds, outcome)
+            with ExitStack() as stack:
+                visited = self._each(stack, Router.warming)
+                seconds, outcome = self._warm_until_quiet(variant)
+            self._note(variant, visited, seconds, outcome)
             how = "in" if self._watch.num_events > events else "already, ran in"
             logger.info(
                 "[%d/%d] %s %s %s %.1f s (%s%s)",
                 done,
                 len(chosen),
                 variant.bucket,
-                _engines(self._routers.values()),
+                _engines(visited),
                 how,
                 seconds,
                 variant.details,
                 f", cache {outcome}" if outcome else "",
             )
-            self._progress(Step(done, len(chosen), variant, seconds))
-            self._fail_if_asked(variant)
+            self._progress(WarmupProgress(done, len(chosen), variant, seconds))
+            self._fail_if_asked(variant, visited)
 
     def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
         started, counters = time.perf_counter(), cache_counters(self._own_folder)
-        for router in self._routers.values():
-            router.start_variant()
         for _ in range(_MAX_PASSES):
             events = self._watch.num_events
             self._time(variant)
@@ -200,53 +193,61 @@ class Warmup:
             WarmupError: there is a fault and `on_failure` is `fail`.
         """
         forbid_compiling()
-        self._enter(Phase.PROVE)
         num_faults = 0
         for variant in variants:
-            for router in self._routers.values():
-                router.start_variant()
             events = self._watch.num_events
-            self._time(variant)
+            with ExitStack() as stack:
+                visited = self._each(stack, lambda each: each.replaying(self._num_events))
+                self._time(variant)
             why = "compiled again in the replay" if self._watch.num_events != events else None
-            if self._give_up(why):
+            if self._give_up(visited, why):
                 num_faults += 1
                 logger.error("proof: %s was not hot after warm-up", variant)
-                self._note(variant, 0.0, None)
-                self._fail_if_asked(variant)
-        self._enter(Phase.SERVE)
+                self._note(variant, visited, 0.0, None)
+                self._fail_if_asked(variant, visited)
+        for router in self._routers.values():
+            router.freeze()
         return num_faults
+
+    def _num_events(self) -> int:
+        return self._watch.num_events
 
     def _time(self, variant: Variant) -> None:
         timing = self._serve(variant)
         if timing is not None:
             self.timings[variant] = timing
 
-    def _enter(self, phase: Phase) -> None:
-        for router in self._routers.values():
-            router.phase = phase
+    def _each(
+        self, stack: ExitStack, verb: Callable[[Router], AbstractContextManager[T]]
+    ) -> dict[str, T]:
+        """Put every router into this mode until the stack ends."""
+        return {name: stack.enter_context(verb(each)) for name, each in self._routers.items()}
 
-    def _give_up(self, why: str | None) -> bool:
+    def _give_up(self, visited: Visited, why: str | None) -> bool:
         """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled,
         or all where no call did.
         """
-        found, known = False, any(router.recompiled for router in self._routers.values())
-        for router in self._routers.values():
-            for key, route in list(router.visited.items()):
-                at_fault = why is not None and (key in router.recompiled or not known)
+        found, known = False, any(visits.recompiled for visits in visited.values())
+        for name, visits in visited.items():
+            router = self._routers[name]
+            for key, route in visits.routes.items():
+                at_fault = why is not None and (key in visits.recompiled or not known)
+                if route.engine != "eager" and at_fault:
+                    route = Route("eager", why)
                 if route.engine == "eager" and router.routes.get(key) != route:
-                    router.routes[key], found = route, True
-                elif at_fault and route.engine != "eager":
-                    router.routes[key] = router.visited[key] = Route("eager", why)
-                    found = True
+                    visits.routes[key], found = route, True
+                    router.give_up(key, route)
         return found
 
-    def _note(self, variant: Variant, seconds: float, outcome: str | None) -> None:
+    def _note(
+        self, variant: Variant, visited: Visited, seconds: float, outcome: str | None
+    ) -> None:
         """Fold what this variant did into the rows of the state: the slowest engine, the sum of
         seconds.
         """
         for name, router in self._routers.items():
-            idle = Route("eager", router.ahead_reason or router.reason)
-            routes = list(router.visited.values()) or ([idle] if router.idle else [])
+            idle = [Route("eager", router.reason)] if router.idle else []
+            routes = list(visited[name].routes.values()) or idle
             if not routes:
                 continue
             key = (variant.bucket, variant.batch_size, name)
@@ -263,15 +264,13 @@ class Warmup:
                 reason=(slower.reason if slower else None) or (before.reason if before else None),
             )
 
-    def _fail_if_asked(self, variant: Variant) -> None:
+    def _fail_if_asked(self, variant: Variant, visited: Visited) -> None:
         if self._on_failure != "fail":
             return
         for name, router in self._routers.items():
-            reason = (router.ahead_reason or router.reason) if router.idle else None
-            bad = next(
-                (route.reason for route in router.visited.values() if route.engine == "eager"),
-                reason,
-            )
+            routes = visited[name].routes.values()
+            reason = router.reason if router.idle else None
+            bad = next((route.reason for route in routes if route.engine == "eager"), reason)
             if bad is not None:
                 raise WarmupError(
                     f"pt2.on_failure is fail, and {name} has no engine for {variant}: {bad}"
@@ -284,12 +283,12 @@ def _fold_outcome(before: str | None, now: str | None) -> str | None:
     return "partial"
 
 
-def _engines(routers: Iterable[Router]) -> str:
+def _engines(visited: Visited) -> str:
     """Which targets the last variant met on which engine, such as `unet, vae.decoder compiled`."""
     by_engine: dict[str, list[str]] = {}
-    for router in routers:
-        for engine in sorted({route.engine for route in router.visited.values()}):
-            by_engine.setdefault(engine, []).append(router.name)
+    for name, visits in visited.items():
+        for engine in sorted({route.engine for route in visits.routes.values()}):
+            by_engine.setdefault(engine, []).append(name)
     return (
         "; ".join(f"{', '.join(names)} {engine}" for engine, names in by_engine.items())
         or "all eager"

@@ -4,7 +4,7 @@ compiled, and loaded without Dynamo.
 One package serves one target in one bucket at every batch size that was seen. It holds code and no
 weights: it is given the loaded module's own. A package is run only if the index that names it may
 be trusted, was made for this fingerprint, and holds its digest; what it computes is compared with
-eager before it serves (`Package.fault`).
+eager before it serves (`closeness.mismatch`).
 """
 
 from __future__ import annotations
@@ -27,8 +27,11 @@ from torch.utils import _pytree as pytree
 
 from preheat.cache.scratch import own_folder
 from preheat.cache.trust import Trust
-from preheat.compilation.export import call_key, export, fault, own_forward, tensors
-from preheat.compilation.router import DynamicDims, EngineName, Inputs, Router, tensor_shapes
+from preheat.compilation.backends.base import EngineName, Prepared
+from preheat.compilation.closeness import mismatch
+from preheat.compilation.export import call_key, export, own_forward, tensors
+from preheat.compilation.router import Router
+from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
 from preheat.compilation.watch import eagerly
 from preheat.errors import Untrusted
 
@@ -50,7 +53,7 @@ class Entry:
     target: str
     buckets: tuple[str, ...]
     key: str
-    """The signature that it serves, dynamic sizes made equal; see `compilation.signature`."""
+    """The signature that it serves, dynamic sizes made equal; see `signatures.signature`."""
     ranges: Mapping[str, Mapping[int, tuple[int, int]]]
 
     @classmethod
@@ -67,7 +70,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Plan:
+class PackageSpec:
     """A package to be made: calls that one graph can serve, represented by the largest of them."""
 
     inputs: Inputs
@@ -82,6 +85,7 @@ class Package:
     """A loaded package with the weights of the module that it stands for."""
 
     engine: EngineName = "aot"
+    is_compared = True
 
     def __init__(
         self, entry: Entry, content: bytes, module: nn.Module, device: torch.device
@@ -98,16 +102,13 @@ class Package:
         # active ones, all of them, user-managed
         self._loader.load_constants(self._constants, False, True, True)
 
-    def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        return call_key(args, kwargs, self.dims) == self._key
+    def matches(self, inputs: Inputs) -> bool:
+        return call_key(*inputs, self.dims) == self._key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # The flattened tensors in the order of the export: the signature that was matched holds it.
         outputs = self._loader.boxed_run(list(tensors(args, kwargs)))
         return pytree.tree_unflatten(outputs, self._returns)
-
-    def fault(self, result: Any, expected: Any) -> str | None:
-        return fault(result, expected, self.name)
 
 
 def _load(content: bytes, device: torch.device) -> Any:
@@ -165,41 +166,45 @@ def attach(
         entries = _read_index(folder, fingerprint, trust)
     except (OSError, Untrusted, ValueError, LookupError, TypeError) as error:
         for router in routers.values():
-            router.ahead_reason = f"aot: {_said(error)}"
+            router.prefer(Prepared("aot", reason=f"aot: {_said(error)}"))
         logger.error("aot: no package is used: %s", _said(error))
         return
     for name, router in routers.items():
+        packages, reason = [], None
         for entry in (entry for entry in entries if entry.target == name):
             try:
-                router.ahead.append(
-                    Package(entry, _read(folder, entry, trust), modules[name], device)
-                )
+                packages.append(Package(entry, _read(folder, entry, trust), modules[name], device))
             except (OSError, Untrusted, RuntimeError, LookupError) as error:
-                router.ahead_reason = f"aot: {entry.file}: {_said(error)}"
+                reason = f"aot: {entry.file}: {_said(error)}"
                 logger.error("aot: %s is not used: %s", entry.file, _said(error))
-        logger.info("aot: %d package(s) for %s", len(router.ahead), name)
+        if packages or reason:
+            dims = DynamicDims(packages[0].dims.ranges) if packages else None
+            router.prefer(Prepared("aot", packages, reason, dims))
+        logger.info("aot: %d package(s) for %s", len(packages), name)
 
 
-def plan(examples: Sequence[Inputs]) -> list[Plan]:
+def specs(examples: Sequence[Inputs]) -> list[PackageSpec]:
     """The packages that serve these calls of one target: one for all that differ in the batch
     alone.
     """
     families: dict[str, list[Inputs]] = {}
     for inputs in examples:
         families.setdefault(_kind(*inputs), []).append(inputs)
-    plans = []
+    found = []
     for family in families.values():
         shapes = [tensor_shapes(*inputs) for inputs in family]
         dims = DynamicDims(DynamicDims.varying(shapes).ranges, least=1)
         largest = max(family, key=lambda inputs: sum(leaf.numel() for leaf in tensors(*inputs)))
         if _one_dimension(dims, shapes):
-            plans.append(Plan(largest, dims))
+            found.append(PackageSpec(largest, dims))
         else:  # sizes that vary independently are beyond one `Dim`: a package each
-            plans += [Plan(inputs, DynamicDims()) for inputs in family]
-    return plans
+            found += [PackageSpec(inputs, DynamicDims()) for inputs in family]
+    return found
 
 
-def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str, Any]) -> None:
+def build(
+    module: nn.Module, made: PackageSpec, path: Path, compile_kwargs: Mapping[str, Any]
+) -> None:
     """Export and compile one package of `module` to `path`."""
     # the compiler, which a worker on packages never imports
     from torch._inductor import config as inductor_config
@@ -213,7 +218,9 @@ def build(module: nn.Module, made: Plan, path: Path, compile_kwargs: Mapping[str
         )
 
 
-def check(module: nn.Module, made: Plan, path: Path, entry: Entry, device: torch.device) -> None:
+def check(
+    module: nn.Module, made: PackageSpec, path: Path, entry: Entry, device: torch.device
+) -> None:
     """Load a package that was just built, and run it on the call that it was made for.
 
     Raises:
@@ -224,12 +231,12 @@ def check(module: nn.Module, made: Plan, path: Path, entry: Entry, device: torch
     with torch.inference_mode():
         result = package(*args, **kwargs)
         with eagerly(), own_forward(module):
-            why = package.fault(result, module(*args, **kwargs))
+            why = mismatch(result, module(*args, **kwargs), package.name)
     if why is not None:
         raise RuntimeError(why)
 
 
-def describe(path: Path, target: str, buckets: Sequence[str], made: Plan) -> Entry:
+def describe(path: Path, target: str, buckets: Sequence[str], made: PackageSpec) -> Entry:
     """The index entry of a package that was just made."""
     content = path.read_bytes()
     return Entry(

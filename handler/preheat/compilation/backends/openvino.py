@@ -8,7 +8,10 @@ its result was compared with eager.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import importlib
+import sys
+from collections.abc import Mapping
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,12 +20,36 @@ from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from preheat.compilation.export import call_key, export, fault, tensors
-from preheat.compilation.router import DynamicDims, EngineName, Inputs, tensor_shapes
-from preheat.device import import_openvino
+from preheat.compilation.backends.base import CompiledCode, EngineName
+from preheat.compilation.export import call_key, export, tensors
+from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
+from preheat.config.pt2 import Pt2Config
 
 PRECISION = {torch.bfloat16: "bf16", torch.float16: "f16", torch.float32: "f32"}
 """By the least dtype of a module's weights."""
+
+
+class OpenVINO:
+    """A target's models. `torch.compile(backend="openvino")` fails on recent torch; this goes
+    through `torch.export` instead.
+    """
+
+    engine: EngineName = "openvino"
+    reason: str | None = None
+    dims: DynamicDims | None = None
+    idle = False
+
+    def __init__(self, name: str, module: nn.Module, properties: Mapping[str, Any]) -> None:
+        self._name, self._module, self._properties = name, module, properties
+        self.models: list[Model] = []
+
+    def code_for(self, inputs: Inputs, dims: DynamicDims) -> CompiledCode:
+        for model in self.models:
+            if model.matches(inputs):
+                return model
+        name = f"{self._name}-openvino-{len(self.models)}"
+        self.models.append(Model(name, self._module, inputs, dims, self._properties))
+        return self.models[-1]
 
 
 class Model:
@@ -40,6 +67,7 @@ class Model:
     """
 
     engine: EngineName = "openvino"
+    is_compared = True
 
     def __init__(
         self,
@@ -69,8 +97,8 @@ class Model:
             .create_infer_request()
         )
 
-    def matches(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-        return call_key(args, kwargs, self.dims) == self._key
+    def matches(self, inputs: Inputs) -> bool:
+        return call_key(*inputs, self.dims) == self._key
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for index, tensor in enumerate(tensors(args, kwargs)):
@@ -80,9 +108,6 @@ class Model:
             _taken(self._request.get_output_tensor(index)) for index in range(self._num_outputs)
         ]
         return pytree.tree_unflatten(outputs, self._returns)
-
-    def fault(self, result: Any, expected: Any) -> str | None:
-        return fault(result, expected, self.name)
 
     def _bounds(self, path: str, shape: tuple[int, ...]) -> Any:
         """The converter leaves every size open; those that are known make faster code."""
@@ -101,6 +126,19 @@ class Model:
         return openvino.Tensor(
             tensor.view(torch.int16).numpy(), openvino.Shape(tensor.shape), openvino.Type.bf16
         )
+
+
+def why_not(device: torch.device, config: Pt2Config) -> str | None:
+    """Why it cannot serve here, or None."""
+    if device.type != "cpu":
+        where = f"this worker's device is {device}"
+        return f"openvino serves on the CPU, and {where}; use backend: inductor"
+    try:
+        import_openvino()
+        cpu_properties(config.compile.kwargs.get("options") or {})
+    except (ImportError, ValueError) as error:
+        return f"openvino: {error}"
+    return None
 
 
 def cpu_properties(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -189,3 +227,17 @@ def _taken(tensor: Any) -> torch.Tensor:
     if tensor.element_type.get_type_name() == "bf16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).clone()
     return torch.from_numpy(array).clone()
+
+
+def import_openvino() -> ModuleType:
+    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion
+    would be reported over the network.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
+    try:
+        return importlib.import_module("openvino")
+    except ModuleNotFoundError as error:
+        raise ImportError("openvino is not installed (pip install openvino)") from error
