@@ -34,7 +34,7 @@ from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
 from preheat.protocol.call import Call
-from preheat.protocol.responses import Response, from_error
+from preheat.protocol.responses import Response, from_error, preheat_headers, texts
 
 logger = logging.getLogger(__name__)
 
@@ -330,23 +330,19 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         facts = {
             "bucket": answer.bucket,
             "engine": answer.engine,
-            "padding": f"{answer.padding:.4f}",
+            "padding": round(answer.padding, 4),
             "exact": answer.exact,
         }
-        headers = {
-            "content-type": answer.job.accept,
-            **{f"x-preheat-{name}": text for name, text in facts.items()},
-        }
+        headers = {"content-type": answer.job.accept, **preheat_headers(facts)}
         too_large = self._too_large(answer)
         if too_large is not None:
             return from_error(too_large)
         if answer.job.accept == "application/safetensors":
-            return Response(200, tensors.to_safetensors(answer.outputs, facts), headers)
+            return Response(200, tensors.to_safetensors(answer.outputs, texts(facts)), headers)
         if answer.job.accept == "application/x-npy":
             return _npy_response(answer.outputs, headers)
         lists = {name: tensors.to_lists(tensor) for name, tensor in answer.outputs.items()}
-        document = {"outputs": lists, **facts, "padding": round(answer.padding, 4)}
-        return Response(200, tensors.dumps(document), headers)
+        return Response(200, tensors.dumps({"outputs": lists, **facts}), headers)
 
     def _too_large(self, answer: Answer) -> RequestError | None:
         """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than
