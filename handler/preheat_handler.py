@@ -17,20 +17,20 @@ from ts.metrics.metric_type_enum import MetricTypes
 from preheat.config.model import ModelConfig
 from preheat.device import (
     cuda_unasked,
-    is_out_of_memory,
     keep_freed_memory,
+    num_gpus,
     pick_device,
     see_one_gpu,
     share_cpu,
     use_tensor_cores,
 )
-from preheat.errors import OutOfMemory, PreheatError, RequestError
-from preheat.protocol import responses
-from preheat.protocol.responses import Response
+from preheat.errors import PreheatError
+from preheat.protocol.call import Call
+from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out
 from preheat.worker.metrics import Metrics
-from preheat.worker.worker import Service
+from preheat.worker.worker import Pending, Worker
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of
 # every start, and not what the engine `openvino` here runs on.
@@ -41,11 +41,10 @@ logger = logging.getLogger(__name__)
 
 
 class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
-    """Adapts TorchServe's contexts and rows to `preheat.worker.worker.Service`.
+    """Adapts TorchServe's contexts and rows to `preheat.worker.worker.Worker`.
 
-    `preprocess`, `inference` and `postprocess` hand over one entry per row: the family's job or
-    answer while it is good, a `Response` once its fate is known. `BaseHandler.handle` runs the
-    three and keeps its timing metric and profiler.
+    `BaseHandler.handle` runs `preprocess`, `inference` and `postprocess`, and keeps its timing
+    metric and profiler.
     """
 
     def initialize(self, context: Any) -> None:
@@ -56,6 +55,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
+        gpus = num_gpus()
         properties = {
             **context.system_properties,
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
@@ -68,10 +68,10 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             config = self._config()
             self.device = pick_device(properties.get("gpu_id"), config.deviceType)
             use_tensor_cores(self.device)
-            share_cpu(config.minWorkers)
+            share_cpu(config.minWorkers, gpus if self.device.type == "cuda" else 0)
             if self.device.type == "cpu":
                 keep_freed_memory()
-            self.service = Service(
+            self.worker = Worker[Any, Any](
                 config,
                 Path(properties["model_dir"]),
                 self.device,
@@ -90,29 +90,20 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             raise
         self.initialized = True
 
-    def preprocess(self, data: Sequence[Mapping[str, object]]) -> list[Any]:
-        """Parse and plan every row; a row that is refused keeps its error and costs its neighbours
-        nothing.
-        """
-        self.service.begin_call()
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[Pending[Any, Any]]:
+        """Every row as a job, or with the reason why not."""
         self._arrivals: list[float] = []
-        with self.metrics.timed("preheat_preprocess_seconds"):
-            return [self._parse(index, row) for index, row in enumerate(data)]
+        return self.worker.preprocess(self._call(index, row) for index, row in enumerate(data))
 
-    def inference(self, data: Sequence[Any], *args: Any, **kwargs: Any) -> list[Any]:
-        """Serve the jobs, in as few calls of the model as their differences allow."""
-        answers = iter(
-            self.service.run([entry for entry in data if not isinstance(entry, Response)])
-        )
-        return [entry if isinstance(entry, Response) else next(answers) for entry in data]
+    def inference(
+        self, data: Sequence[Pending[Any, Any]], *args: Any, **kwargs: Any
+    ) -> Sequence[Pending[Any, Any]]:
+        """Serve the jobs."""
+        return self.worker.inference(data)
 
-    def postprocess(self, data: Sequence[Any]) -> list[bytes]:
-        """Encode the answers and set each row's status and headers; the bodies are the output."""
-        with self.metrics.timed("preheat_encode_seconds"):
-            encoded = iter(
-                self.service.respond([entry for entry in data if not isinstance(entry, Response)])
-            )
-            answered = [entry if isinstance(entry, Response) else next(encoded) for entry in data]
+    def postprocess(self, data: Sequence[Pending[Any, Any]]) -> list[bytes]:
+        """Set each row's status and headers; the bodies are the output."""
+        answered = self.worker.postprocess(data)
         for index, response in enumerate(answered):
             self._head(index, response)
             # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream,
@@ -124,7 +115,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
-        return self.service.current_state().document()
+        return self.worker.current_state().document()
 
     def _config(self) -> ModelConfig:
         """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe
@@ -136,7 +127,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             return ModelConfig.parse(read)
         return ModelConfig.load(Path(self.context.system_properties["model_dir"], name))
 
-    def _parse(self, index: int, row: Mapping[str, object]) -> Any:
+    def _call(self, index: int, row: Mapping[str, object]) -> Call | Response:
         headers = self._headers(index)
         self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
@@ -147,18 +138,8 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             and headers.get("describe") == "True"
             and not {"url_path", "content-type"} & headers.keys()
         ):
-            return responses.json_response(200, self.describe_handle())
-        try:
-            return self.service.parse(row, headers, self._sender(index))
-        except RequestError as error:
-            self.metrics.refused(error.field)
-            return responses.from_error(error)
-        except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
-            if not is_out_of_memory(error):
-                raise
-            failure = OutOfMemory("the request's inputs do not fit into memory")
-            self.metrics.failed(failure.code)
-            return responses.from_error(failure)
+            return json_response(200, self.describe_handle())
+        return Call(row, headers, self._sender(index))
 
     def _headers(self, index: int) -> dict[str, str]:
         """By lower-case name: clients spell them as they like, and TorchServe's lookup is
@@ -178,7 +159,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
         that every client can stand it.
         """
-        live = not self._is_grpc(index) or self.service.config.family.streams_over_grpc
+        live = not self._is_grpc(index) or self.worker.config.family.streams_over_grpc
         return partial(self._send, index) if live else None
 
     def _send(self, index: int, part: Response) -> None:

@@ -18,12 +18,12 @@ import counted_compiler
 from preheat.cache import bundle, store
 from preheat.cache.shared import CacheUse
 from preheat.config.model import ModelConfig
-from preheat.models.diffusion.model import PipelineWork
+from preheat.models.diffusion.model import DiffusionRunner
 from preheat.status import StatusFile
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 
 
-def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Service:
+def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Worker[Any, Any]:
     """A hot worker: one variant a bucket, so one compile where there is no bundle."""
     counted_compiler.register()
     torch._dynamo.reset()
@@ -41,12 +41,12 @@ def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Serv
             "defaults": {"num_inference_steps": 2},
         },
     }
-    return Service(
+    return Worker[Any, Any](
         ModelConfig.parse(config), model, torch.device("cpu"), status=StatusFile(None, "tiny")
     )
 
 
-def is_hot_and_serves(service: Service) -> bool:
+def is_hot_and_serves(service: Worker[Any, Any]) -> bool:
     (answer,) = service.run(
         [service.parse({"body": {"prompt": "a cat", "height": 60, "width": 50}})]
     )
@@ -60,7 +60,7 @@ def is_hot_and_serves(service: Service) -> bool:
     )
 
 
-def caches(service: Service) -> set[str]:
+def caches(service: Worker[Any, Any]) -> set[str]:
     return {row["cache"] for row in service.state.buckets}
 
 
@@ -73,7 +73,7 @@ def _die_at(point: str) -> None:
     share.
     """
     if point in ("compiling", "second"):
-        PipelineWork.serve_variant = _serve_then_die(point)  # type: ignore[method-assign]
+        DiffusionRunner.run_variant = _serve_then_die(point)  # type: ignore[method-assign]
     elif point == "packing":
         whole = bundle.pack
 
@@ -92,14 +92,14 @@ def _die_at(point: str) -> None:
 
 def _serve_then_die(point: str) -> Any:
     """`second`: in the variant after one that was kept for whoever takes over."""
-    serve, keep = PipelineWork.serve_variant, CacheUse.keep
+    serve, keep = DiffusionRunner.run_variant, CacheUse.keep
     kept: list[CacheUse] = []
 
     def keep_and_note(use: CacheUse) -> None:
         keep(use)
         kept.append(use)
 
-    def run(self: PipelineWork, variant: Any) -> None:
+    def run(self: DiffusionRunner, variant: Any) -> None:
         serve(self, variant)
         if point == "compiling" or kept:
             _die()

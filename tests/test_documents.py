@@ -18,7 +18,7 @@ from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.status import StatusFile
 from preheat.torchserve import client
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from served import blocks
 
 ROOT = Path(__file__).parent.parent
@@ -119,11 +119,11 @@ def test_the_masked_cnn_answers_padded_inputs_exactly(tones: Path, watch: Compil
     document["pt2"]["compile"]["backend"] = "aot_eager"
     document["module"]["inputs"]["samples"]["buckets"] = {"length": [32, 64]}
     config = ModelConfig.parse(document)
-    service = Service(config, tones, torch.device("cpu"), status=StatusFile(None, "tones"))
+    service = Worker[Any, Any](config, tones, torch.device("cpu"), status=StatusFile(None, "tones"))
     assert service.state.state == "hot" and service.state.padding["exact"] == "rounding"
     samples = torch.linspace(-1, 1, 41)
     (answer,) = service.run([service.parse({"body": {"samples": samples.tolist()}})])
-    (response,) = service.respond([answer])
+    (response,) = service.runner.postprocess([answer])
     assert response.code == 200 and response.headers["x-preheat-exact"] == "rounding"
     with torch.no_grad():
         module = importlib.import_module("tones").make()

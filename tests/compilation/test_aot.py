@@ -29,8 +29,8 @@ from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import AheadError, ConfigError
-from preheat.status import StatusFile
-from preheat.worker.build_packages import Rehearsal
+from preheat.worker.build_packages import build, rehearse
+from preheat.worker.worker import load
 
 CPU, OWNER = torch.device("cpu"), Trust("owner")
 FINGERPRINT = "f" * 64
@@ -463,10 +463,11 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
             "tasks": ["text-to-image", "image-to-image"],
         },
     }
-    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
-    for wanted in rehearsal._wanted:
-        export(rehearsal._work.target(wanted.target), wanted.plan.inputs, wanted.plan.dims)
-    assert sorted(wanted.target for wanted in rehearsal._wanted) == sorted(names), (
+    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    every = rehearse(prepared)
+    for wanted in every:
+        export(prepared.targets[wanted.target], wanted.plan.inputs, wanted.plan.dims)
+    assert sorted(wanted.target for wanted in every) == sorted(names), (
         "one package each: batches are sliced"
     )
 
@@ -480,14 +481,14 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
         "pt2": {"compile": {"enable": True}, "shapes": shapes},
         "pipeline": {"tasks": ["text-to-image"]},
     }
-    rehearsal = Rehearsal(ModelConfig.parse(config), tmp_path, CPU, status=StatusFile(None, "tiny"))
+    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
     monkeypatch.setattr(
         aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
     )
     with pytest.raises(
         AheadError, match=r"^no package can be made of unet in 64x64: RuntimeError: [^\n]+$"
     ):
-        rehearsal.build(tmp_path / "aot")
+        build(prepared, tmp_path / "aot")
     assert not (tmp_path / "aot" / aot.INDEX).exists()
 
 

@@ -123,10 +123,10 @@ socket.getaddrinfo = lambda *where, **_: sys.exit(f"asked the hub: {where}")
 import torch
 from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
-from preheat.models.registry import load_work
+from preheat.models.registry import load_model
 for data in json.loads(sys.argv[1]):
     try:
-        load_work(ModelConfig.parse(data), Path(sys.argv[2]), {}, torch.device("cpu"))
+        load_model(ModelConfig.parse(data), Path(sys.argv[2]), {}, torch.device("cpu"))
     except PreheatError as error:
         print(json.dumps([str(error), error.lasting]))
 """

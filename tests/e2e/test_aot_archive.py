@@ -22,7 +22,7 @@ from PIL import Image
 from preheat.config.model import ModelConfig
 from preheat.status import StatusFile
 from preheat.torchserve.archive import build_archive
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from served import Served, serving
 
 BUCKETS = [[64, 128], [96, 64]]
@@ -91,7 +91,9 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(
 ) -> None:
     data = {**CONFIG, "pt2": {**CONFIG["pt2"], "compile": {"enable": False}}}
     config = ModelConfig.parse(data)
-    eager = Service(config, old_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager"))
+    eager = Worker[Any, Any](
+        config, old_sdxl.parent, torch.device("cpu"), status=StatusFile(None, "eager")
+    )
     for height, width in BUCKETS:
         for num_images in (1, 2, 3, 4):
             for scale in (0.0, 5.0):
@@ -136,7 +138,9 @@ def test_an_archive_from_another_machine_is_compiled_and_says_why(
     data["pt2"]["shapes"]["buckets"] = BUCKETS[:1]
     config = ModelConfig.parse(data)
     torch._dynamo.reset()
-    service = Service(config, archive, torch.device("cpu"), status=StatusFile(None, "other"))
+    service = Worker[Any, Any](
+        config, archive, torch.device("cpu"), status=StatusFile(None, "other")
+    )
     torch.compiler.set_stance("default")
     assert {row["engine"] for row in service.state.buckets} == {"compiled"}
     assert all("built for fingerprint" in row["reason"] for row in service.state.buckets)

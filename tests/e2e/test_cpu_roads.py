@@ -28,7 +28,7 @@ from preheat.status import StatusFile
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from served import Served, started
 
 BUCKETS = [[64, 128], [96, 64]]
@@ -114,12 +114,12 @@ def road(running: server.TorchServe, engine: str, dtype: str) -> Iterator[Served
 
 
 @pytest.fixture(scope="module")
-def eager(tiny_sdxl: Path) -> Mapping[str, Service]:
+def eager(tiny_sdxl: Path) -> Mapping[str, Worker[Any, Any]]:
     """The same pipeline in each dtype, eager, in this process: torch 2.8 draws other noise in
     bfloat16 than in float32.
     """
     return {
-        dtype: Service(
+        dtype: Worker[Any, Any](
             ModelConfig.parse(config("eager", dtype)),
             tiny_sdxl.parent,
             torch.device("cpu"),
@@ -149,7 +149,7 @@ def test_every_row_names_the_engine_and_nothing_was_compiled(road: Served, engin
 
 
 def test_pictures_equal_eager_ones(
-    road: Served, engine: str, dtype: str, eager: Mapping[str, Service]
+    road: Served, engine: str, dtype: str, eager: Mapping[str, Worker[Any, Any]]
 ) -> None:
     for height, width in BUCKETS:
         for num_images, scale in ((1, 0.0), (1, 5.0), (3, 0.0), (4, 5.0)):

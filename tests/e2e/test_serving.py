@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import random
 from pathlib import Path
+from typing import Any
 
 import httpx
 import numpy as np
@@ -17,7 +18,7 @@ import yaml
 from preheat.config.model import ModelConfig
 from preheat.status import StatusFile
 from preheat.torchserve.client import Reply
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from served import (
     BUCKETS,
     CONFIG,
@@ -156,7 +157,7 @@ def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> 
     data = yaml.safe_load(CONFIG.read_text())
     data["pt2"]["compile"]["enable"] = False
     data["pipeline"]["path"] = "."  # as an archive has it: tiny:sdxl is made before there is one
-    eager = Service(
+    eager = Worker[Any, Any](
         ModelConfig.parse(data),
         tiny_sdxl.parent,
         torch.device("cpu"),

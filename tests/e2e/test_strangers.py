@@ -17,7 +17,7 @@ import pytest
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import RequestError
 from preheat.torchserve.client import Client, Reply
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from served import BUCKETS, Served, noise, opened
 from worker.test_service import start
 
@@ -162,7 +162,7 @@ def test_invariant_strangers_are_equal_to_the_last_bit(
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
 
 
-def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes | None]:
+def answered(service: Worker[Any, Any], wishes: Sequence[dict[str, Any]]) -> list[bytes | None]:
     """The bodies as a client gets them, of requests that arrive together; None for one that is
     refused.
     """
@@ -174,7 +174,7 @@ def answered(service: Service, wishes: Sequence[dict[str, Any]]) -> list[bytes |
             assert error.code == 400 and error.field in wish
     bodies: list[bytes | None] = [None] * len(wishes)
     answers = service.run([job for _, job in jobs])
-    for (index, _), response in zip(jobs, service.respond(answers), strict=True):
+    for (index, _), response in zip(jobs, service.runner.postprocess(answers), strict=True):
         assert response.code == 200 and response.headers["x-preheat-exact"] == "bitwise"
         bodies[index] = response.body
     return bodies

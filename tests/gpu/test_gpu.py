@@ -23,7 +23,7 @@ from preheat.device import pick_device
 from preheat.models import tiny
 from preheat.models.diffusion.runner import Answer
 from preheat.status import StatusFile
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 
 pytestmark = pytest.mark.skipif(
     not torch.cuda.is_available(), reason="torch sees no CUDA device here"
@@ -55,16 +55,16 @@ def start(
     batch_sizes: Any = (1, 2),
     tasks: Sequence[str] = ("text-to-image",),
     targets: Sequence[str] = ("unet",),
-) -> Service:
+) -> Worker[Any, Any]:
     shapes = {"buckets": BUCKETS, "batch_sizes": list(batch_sizes)}
     pipeline = {"dtype": dtype, "tasks": list(tasks), "defaults": {"num_inference_steps": 3}}
     pt2 = {"compile": {"enable": True} | (compile or {}), "shapes": shapes, "on_failure": "fail"}
     pt2["targets"] = list(targets)
     config = ModelConfig.parse({"batchSize": 4, "pt2": pt2, "pipeline": pipeline})
-    return Service(config, folder, pick_device(0), status=StatusFile(None, "gpu"))
+    return Worker[Any, Any](config, folder, pick_device(0), status=StatusFile(None, "gpu"))
 
 
-def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
+def ask(service: Worker[Any, Any], *bodies: dict[str, Any]) -> list[Answer]:
     answers = service.run([service.parse({"body": {"prompt": "a cat"} | body}) for body in bodies])
     for answer in answers:
         answer.raise_if_failed()
@@ -82,7 +82,7 @@ def picture() -> str:
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def assert_hot(service: Service) -> None:
+def assert_hot(service: Worker[Any, Any]) -> None:
     state = service.current_state()
     assert state.state == "hot" and state.compiles_at_boot > 0, state
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0), state

@@ -9,6 +9,8 @@ import io
 import json
 import os
 import shutil
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from PIL import Image
 
 from preheat.buckets import Bucket
+from preheat.compilation.warmup_plan import WarmupPlan, warmup_plan
 from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
@@ -27,7 +30,8 @@ from preheat.models.diffusion.runner import Answer, Job
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
 from preheat.status import StatusFile
-from preheat.worker.worker import Service
+from preheat.worker import worker
+from preheat.worker.worker import Worker
 
 TWO = [[64, 64], [96, 32]]
 TEXT_ONLY = {"tasks": ["text-to-image"]}
@@ -50,7 +54,7 @@ def start(
     leave_out: Any = (),
     status: Path | None = None,
     **keys: Any,
-) -> Service:
+) -> Worker[Any, Any]:
     shapes = {"buckets": [[64, 64]], "batch_sizes": [1, 2]} | keys.pop("shapes", {})
     pt2 = {"compile": {"enable": compile, "backend": "eager"}, "shapes": shapes} | keys.pop(
         "pt2", {}
@@ -58,18 +62,27 @@ def start(
     pipeline = {"defaults": {"num_inference_steps": 2}} | keys.pop("pipeline", {})
     config = ModelConfig.parse({"batchSize": 2, "pt2": pt2, "pipeline": pipeline} | keys)
     file = StatusFile(str(status) if status else None, "tiny")
-    return Service(config, folder, torch.device("cpu"), status=file, leave_out=leave_out)
+    with pytest.MonkeyPatch.context() as patch:
+        if leave_out:
+            patch.setattr(worker, "warmup_plan", partial(_forgetful_plan, leave_out))
+        return Worker[Any, Any](config, folder, torch.device("cpu"), status=file)
 
 
-def ask(service: Service, *bodies: dict[str, Any]) -> list[Answer]:
+def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
+    """What is proven is not what was warmed: the proof must find it."""
+    plan = warmup_plan(*facts, **known)
+    return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
+
+
+def ask(service: Worker[Any, Any], *bodies: dict[str, Any]) -> list[Answer]:
     answers = service.run([service.parse({"body": {"prompt": "a cat"} | body}) for body in bodies])
     for answer in answers:
         answer.raise_if_failed()
     return answers
 
 
-def response_to(service: Service, job: Job) -> responses.Response:
-    (response,) = service.respond(service.run([job]))
+def response_to(service: Worker[Any, Any], job: Job) -> responses.Response:
+    (response,) = service.runner.postprocess(service.run([job]))
     return response
 
 
@@ -125,7 +138,9 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
 ) -> None:
     pt2 = {"compile": {"enable": True, "backend": "nonsense"}, "shapes": {"buckets": [[64, 64]]}}
     config = ModelConfig.parse({"pt2": pt2})
-    service = Service(config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own"))
+    service = Worker[Any, Any](
+        config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own")
+    )
     (answer,) = ask(service, {"num_inference_steps": 1})
     state = service.current_state()
     assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
@@ -137,16 +152,18 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
     assert any("'nonsense'" in warning for warning in state.document()["preheat"]["warnings"])
     with pytest.raises(WarmupError, match="nonsense"):
         config = ModelConfig.parse({"pt2": {**pt2, "on_failure": "fail"}})
-        Service(config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own"))
+        Worker[Any, Any](
+            config, models / "sd15", torch.device("cpu"), status=StatusFile(None, "own")
+        )
 
 
-def _watch_previews(service: Service, body: dict[str, Any]) -> None:
+def _watch_previews(service: Worker[Any, Any], body: dict[str, Any]) -> None:
     """Ask for a stream with a preview of every step, and see each picture told all of them."""
     job = service.parse({"body": {"prompt": "a", "stream": True, "preview_every": 1} | body})
     size = (job.plan.width // 8, job.plan.height // 8)
     (answer,) = service.run([job])
     answer.raise_if_failed()
-    (response,) = service.respond([answer])
+    (response,) = service.runner.postprocess([answer])
     told = [json.loads(line) for line in response.body.splitlines()]
     steps = [event for event in told if event["event"] == "step"]
     of = steps[0]["of"]
@@ -202,7 +219,7 @@ def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(
 
 def test_sdxl_is_told_the_size_that_it_paints(watch: CompileWatch, models: Path) -> None:
     service = start(models / "sdxl", compile=False, shapes={"buckets": TWO})
-    unet, seen = service._work.target("unet"), []
+    unet, seen = service.targets["unet"], []
     unet.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"].tolist()),
         with_kwargs=True,
@@ -471,7 +488,7 @@ def test_attention_is_restricted_in_warm_up_and_in_serving(
 ) -> None:
     service = start(models / "sdxl", pt2={"attention": "math"}, pipeline=TEXT_ONLY)
     seen: list[bool] = []
-    unet = service._work.target("unet")
+    unet = service.targets["unet"]
     unet.register_forward_pre_hook(lambda *_: seen.append(flash_enabled()))
     ask(service, {"seed": 1})
     assert seen and not any(seen) and flash_enabled()

@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from preheat.config.model import ModelConfig
-from preheat.models.base import Work
+from preheat.models.base import LoadedModel, Manifest
 
 FAMILIES = {
-    "pipeline": "preheat.models.diffusion.model:PipelineWork",
-    "module": "preheat.models.module.model:ModuleWork",
+    "pipeline": "preheat.models.diffusion.model:DiffusionModel",
+    "module": "preheat.models.module.model:ModuleModel",
 }
 """By the YAML's section: who loads the model that it names."""
 
 
-def load_work(
-    config: ModelConfig, model_dir: Path, manifest: Mapping[str, Any], device: torch.device
-) -> Work:
-    """The model that the YAML, or else the archive's manifest, names.
-
-    Raises:
-        ConfigError, ModuleError, PipelineError: it cannot be served as the YAML says.
-    """
+def load_model(
+    config: ModelConfig, model_dir: Path, manifest: Manifest, device: torch.device
+) -> LoadedModel[Any, Any]:
+    """The model that the YAML, or else the archive's manifest, names; see `LoadedModel.load`."""
     module, _, name = FAMILIES[config.family.name].partition(":")
-    family = getattr(importlib.import_module(module), name)
-    work: Work = family.load(config, model_dir, manifest, device)
-    return work
+    family: type[LoadedModel[Any, Any]] = getattr(importlib.import_module(module), name)
+    return family.load(config, model_dir, manifest, device)

@@ -15,7 +15,7 @@ from math import inf
 from time import perf_counter, time
 from typing import Any, Protocol, TypeAlias
 
-from preheat.models.batching import RunReport
+from preheat.models.batching import Outcome, RunReport
 from preheat.protocol.responses import Response
 from preheat.worker.state import ServerState
 
@@ -31,37 +31,6 @@ class Sink(Protocol):
     def __call__(
         self, kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]
     ) -> None: ...
-
-
-class Answered(Protocol):
-    """What is counted of a request that was served."""
-
-    @property
-    def engine(self) -> str: ...
-
-    @property
-    def incident(self) -> bool: ...
-
-    @property
-    def is_fallback(self) -> bool: ...
-
-    @property
-    def is_planned_eager(self) -> bool: ...
-
-    @property
-    def bucket(self) -> str: ...
-
-    @property
-    def num_painted(self) -> int:
-        """Pixels (elements, of a module's inputs) that the model computed for it."""
-
-    @property
-    def num_cropped(self) -> int:
-        """Of those, how many were padding."""
-
-    @property
-    def num_flagged(self) -> int:
-        """Pictures that a safety checker has blackened."""
 
 
 COUNTERS = tuple(
@@ -140,7 +109,7 @@ class Metrics:
         self._count("preheat_rows_painted_total", run.num_rows)
         self._count("preheat_rows_filled_total", run.num_rows - run.num_real_rows)
 
-    def answered(self, answer: Answered) -> None:
+    def answered(self, answer: Outcome) -> None:
         """One request that was served."""
         self._count("preheat_incidents_total", answer.incident)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)

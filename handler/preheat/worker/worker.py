@@ -1,7 +1,14 @@
 """One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
 
-The same for every family of models; what differs is behind `work.Work`. Knows nothing of
+The same for every family of models; what differs is behind `models.base`. Knows nothing of
 TorchServe; `preheat_handler` adapts it.
+
+Several workers of one process share what torch has one of: whether it may compile at all (allowed
+while one of them warms up, forbidden as soon as that one is READY, allowed again when the last one
+is closed), Dynamo's limits, which only grow, and its counters, of which each worker's own are
+those since its READY but for the warm-up of others. `pt2.debug` is the process's too, while a
+worker starts. So two workers can take turns; one that warms up while another serves lets a guard
+that fails there compile.
 """
 
 from __future__ import annotations
@@ -9,14 +16,16 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar, Generic
+from weakref import WeakSet
 
 import torch
+from torch import nn
 
 import preheat
 from preheat.cache.shared import (
@@ -36,14 +45,17 @@ from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_ev
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Record, Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
-from preheat.compilation.watch import CompileWatch, raise_recompile_limits
+from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.model import ModelConfig
-from preheat.device import computes, peak_memory_bytes
-from preheat.errors import ConfigError, PutOff
-from preheat.models.batching import RunReport
-from preheat.models.registry import load_work
+from preheat.config.pt2 import ShapesConfig
+from preheat.device import computes, is_out_of_memory, peak_memory_bytes
+from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
+from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
+from preheat.models.batching import Outcome, RunReport
+from preheat.models.registry import load_model
+from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
-from preheat.protocol.responses import Response
+from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase as StatePhase
 from preheat.status import StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
@@ -56,7 +68,86 @@ DEFAULT_TIMEOUT = 120.0
 """TorchServe's responseTimeout in seconds where the YAML names none."""
 
 
-class Service:
+@dataclass(frozen=True, slots=True)
+class Prepared(Generic[JobT, ResultT]):
+    """A loaded model behind its routers, of which nothing is compiled yet."""
+
+    config: ModelConfig
+    device: torch.device
+    model: LoadedModel[JobT, ResultT]
+    targets: Mapping[str, nn.Module]
+    routers: Mapping[str, Router]
+    runner: ModelRunner[JobT, ResultT]
+    budget: Budget
+    trust: Trust
+    fingerprint: str
+
+    @property
+    def warmed_sizes(self) -> tuple[int, ...]:
+        """The batch sizes that warm-up has to meet."""
+        every = wants_every_size(self.config.pt2.compile.kwargs, self.device)
+        return warmed_sizes(self.model.shapes, self.config.batchSize, every=every)
+
+    @property
+    def compiles(self) -> bool:
+        return any(router.compiles for router in self.routers.values())
+
+
+def load(
+    config: ModelConfig,
+    model_dir: Path,
+    device: torch.device,
+    *,
+    manifest: Mapping[str, Any] | None = None,
+    report: Callable[[RunReport], None] = lambda _: None,
+) -> Prepared[Any, Any]:
+    """The first half of a worker's start; `build_packages` goes on by itself.
+
+    Raises:
+        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+    """
+    config = config.in_archive(manifest or {})
+    # a key that cannot be used shows before anything is loaded
+    trust = Trust.resolve(config.pt2.cache.trust)
+    imported = load_files(config.pt2.imports, model_dir)
+    model = load_model(config, model_dir, manifest or {}, device)
+    _refuse_dynamic_cuda_graphs(config, device)
+    if not computes(model.dtype, device):
+        logger.warning("this CPU has no instructions for %s: float32 would be faster", model.dtype)
+    targets = model.targets()
+    for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
+        for target in targets.values():
+            install(target)
+    pt2 = config.pt2.model_copy(update={"shapes": model.shapes})
+    routers = {
+        name: build_router(name, target, pt2, model.dtype, device)
+        for name, target in targets.items()
+    }
+    budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
+    runner = model.runner(routers, report, budget)
+    compiled = config.pt2.model_dump(
+        mode="json", exclude={"cache", "export", "on_failure", "debug"}
+    )
+    compiled |= {
+        "batchSize": config.batchSize,
+        **model.settings(),
+        "imports": config.pt2.imports,
+        "sources": imported_from(model_dir),
+    }
+    digest = fingerprint(device, compiled, model.structure())
+    return Prepared(config, device, model, targets, routers, runner, budget, trust, digest)
+
+
+@dataclass(slots=True)
+class Pending(Generic[JobT, ResultT]):
+    """One request of a batch on its way: a job, then its result, then what it is answered."""
+
+    job: JobT | None = None
+    result: ResultT | None = None
+    response: Response | None = None
+
+
+class Worker(Generic[JobT, ResultT]):
     """A model that is being made hot and then serves.
 
     Args:
@@ -65,13 +156,15 @@ class Service:
         device: see `device.pick_device`.
         status: where progress is shown.
         metrics: told what was warmed and, after READY, of every call.
-        leave_out: see `warmup.Warmup`.
         manifest: the archive's, where a module may be named.
 
     Raises:
         ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
+
+    _alive: ClassVar[WeakSet[Worker[Any, Any]]] = WeakSet()
+    """Those of this process that are READY and not closed."""
 
     def __init__(
         self,
@@ -81,45 +174,51 @@ class Service:
         *,
         status: StatusFile,
         metrics: Metrics | None = None,
-        leave_out: Collection[Variant] = (),
         manifest: Mapping[str, Any] | None = None,
     ) -> None:
         started = time.perf_counter()
-        config = config.in_archive(manifest or {})
-        self.config, self._device, self._status = config, device, status
-        self._metrics = metrics or Metrics(discard)
+        self._status, self._metrics = status, metrics or Metrics(discard)
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
-        self._watch = CompileWatch()
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        # a key that cannot be used shows before anything is loaded
-        trust = Trust.resolve(config.pt2.cache.trust)
-        imported = load_files(config.pt2.imports, model_dir)
-        self._work = load_work(config, model_dir, manifest or {}, device)
-        self._shapes = self._work.shapes
-        self.state.strategy = self._shapes.strategy
-        _refuse_dynamic_cuda_graphs(config, device)
-        if not computes(self._work.dtype, device):
-            logger.warning(
-                "this CPU has no instructions for %s: float32 would be faster", self._work.dtype
-            )
-        self._routers = self._build_routers(imported)
-        self._budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
         self._loads: dict[tuple[str, int], Load] = {}
-        self._work.engage(self._routers, self._report, self._budget)
-        self._metrics.expect([str(size) for size in self._work.sizes], self._work.fields)
-        self.state.fingerprint = self._fingerprint(model_dir)
-        if config.pt2.export.aot_compile:
-            self._attach_packages(model_dir / aot.FOLDER, trust)
-        with debugging(config.pt2.debug), self._sharing_compiles(trust, started) as sharing:
-            phase = self._heat(leave_out, sharing)
+        with ExitStack() as undo:
+            self._watch = CompileWatch()
+            undo.callback(self._watch.close)
+            self._prepared: Prepared[JobT, ResultT] = load(
+                config, model_dir, device, manifest=manifest, report=self._report
+            )
+            undo.callback(self.runner.close)
+            self._get_ready(model_dir, started)
+            self._open = undo.pop_all()
+
+    def _get_ready(self, model_dir: Path, started: float) -> None:
+        prepared, pt2 = self._prepared, self.config.pt2
+        self.state.strategy = self._shapes.strategy
+        self.state.fingerprint = prepared.fingerprint
+        self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
+        if pt2.export.aot_compile:
+            # what cannot be used leaves a reason in its router
+            aot.attach(
+                prepared.routers,
+                prepared.targets,
+                model_dir / aot.FOLDER,
+                prepared.fingerprint,
+                prepared.trust,
+                prepared.device,
+            )
+        with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
+            phase = self._heat(sharing)
         self._events_at_ready = self._watch.num_events
+        for other in Worker._alive:
+            other._events_at_ready += self._events_at_ready  # its watch has seen them too
+        Worker._alive.add(self)
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        status.serve(self.state.document()["preheat"])
+        self._status.serve(self.state.document()["preheat"])
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -127,91 +226,135 @@ class Service:
             self._events_at_ready,
         )
 
-    def begin_call(self) -> None:
-        """A batch has come: `responseTimeout` runs from now until its answers go back together."""
+    def close(self) -> None:
+        """Let go of what the process holds for this worker; it serves nothing afterwards. When the
+        last one goes, compiling is allowed again.
+        """
+        if self in Worker._alive:
+            Worker._alive.remove(self)
+            self._open.close()
+            if not Worker._alive:
+                allow_compiling()
+
+    def __enter__(self) -> Worker[JobT, ResultT]:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def config(self) -> ModelConfig:
+        return self._prepared.config
+
+    @property
+    def model(self) -> LoadedModel[JobT, ResultT]:
+        return self._prepared.model
+
+    @property
+    def runner(self) -> ModelRunner[JobT, ResultT]:
+        return self._prepared.runner
+
+    @property
+    def routers(self) -> Mapping[str, Router]:
+        return self._prepared.routers
+
+    @property
+    def targets(self) -> Mapping[str, nn.Module]:
+        return self._prepared.targets
+
+    @property
+    def _shapes(self) -> ShapesConfig:
+        return self.model.shapes
+
+    @property
+    def _budget(self) -> Budget:
+        return self._prepared.budget
+
+    def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
+        """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with
+        its response if it is refused, which costs its neighbours nothing. What is answered already
+        stays so.
+        """
         self._budget.end()
         self._budget.begin()
+        with self._metrics.timed("preheat_preprocess_seconds"):
+            return [
+                Pending(response=call) if isinstance(call, Response) else self._pending(call)
+                for call in calls
+            ]
+
+    def inference(
+        self, pending: Sequence[Pending[JobT, ResultT]]
+    ) -> Sequence[Pending[JobT, ResultT]]:
+        """Serve the jobs, in as few calls of the model as their differences allow."""
+        jobs = {index: each.job for index, each in enumerate(pending) if each.job is not None}
+        for index, result in zip(jobs, self.run(list(jobs.values())), strict=True):
+            pending[index].result = result
+        return pending
+
+    def postprocess(self, pending: Sequence[Pending[JobT, ResultT]]) -> list[Response]:
+        """One response a request."""
+        results = [each.result for each in pending if each.result is not None]
+        with self._metrics.timed("preheat_encode_seconds"):
+            encoded = iter(self.runner.postprocess(results))
+        return [each.response or next(encoded) for each in pending]
+
+    def _pending(self, call: Call) -> Pending[JobT, ResultT]:
+        try:
+            return Pending(job=self.parse(call.row, call.headers, call.send))
+        except RequestError as error:
+            self._metrics.refused(error.field)
+            return Pending(response=from_error(error))
+        except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
+            if not is_out_of_memory(error):
+                raise
+            failure = OutOfMemory("the request's inputs do not fit into memory")
+            self._metrics.failed(failure.code)
+            return Pending(response=from_error(failure))
 
     def parse(
         self,
         row: Mapping[str, object],
         headers: Mapping[str, str] | None = None,
         send: Callable[[Response], None] | None = None,
-    ) -> Any:
-        """A TorchServe input row, which came with these headers (names in lower case), as a job.
-
-        A request that streams gives the parts of its answer to `send`, from now on; None keeps them
-        for the end.
+    ) -> JobT:
+        """One request as a job; for the arguments see `Call`.
 
         Raises:
             RequestError: anything about it that cannot be served.
         """
         headers = headers or {}
-        return self._work.parse(row, headers, parse_deadline(headers.get(DEADLINE_HEADER)), send)
+        deadline = parse_deadline(headers.get(DEADLINE_HEADER))
+        return self.runner.preprocess(Call(row, headers, send, deadline))
 
-    def run(self, jobs: Sequence[Any]) -> list[Any]:
-        """Serve the jobs; answers come in their order."""
-        answers = list(self._work.run(jobs))
+    def run(self, jobs: Sequence[JobT]) -> list[ResultT]:
+        """Serve the jobs; results come in their order."""
+        results = list(self.runner.inference(jobs))
         self.state.requests += len(jobs)
-        for answer in answers:
-            if answer.error is None:
-                self._count(answer)
+        for result in results:
+            if result.error is None:
+                self._count(result)
             else:
-                self._metrics.failed(answer.error.code)
-                self.state.put_off += isinstance(answer.error, PutOff)
+                self._metrics.failed(result.error.code)
+                self.state.put_off += isinstance(result.error, PutOff)
         self._metrics.state(self.current_state())
         self._status.serve(self.state.document()["preheat"])
-        return answers
-
-    def respond(self, answers: Sequence[Any]) -> list[Response]:
-        """Answers as TorchServe rows."""
-        return self._work.respond(answers)
+        return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self._work.unfit())
+        self.state.unfit = dict(self.runner.unfit)
         self._show_pace()
-        self.state.peak_memory_bytes = peak_memory_bytes(self._device)
+        self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.device)
         return self.state
-
-    def _build_routers(self, imported: Iterable[ModuleType]) -> dict[str, Router]:
-        work, pt2 = self._work, self.config.pt2.model_copy(update={"shapes": self._shapes})
-        targets = {name: work.target(name) for name in pt2.targets or work.default_targets()}
-        for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
-            for target in targets.values():
-                install(target)
-        return {
-            name: build_router(name, target, pt2, work.dtype, self._device)
-            for name, target in targets.items()
-        }
-
-    def _fingerprint(self, model_dir: Path) -> str:
-        compiled = self.config.pt2.model_dump(
-            mode="json", exclude={"cache", "export", "on_failure", "debug"}
-        )
-        compiled["batchSize"] = self.config.batchSize
-        compiled |= {
-            **self._work.settings(),
-            "imports": self.config.pt2.imports,
-            "sources": imported_from(model_dir),
-        }
-        return fingerprint(self._device, compiled, self._work.structure())
-
-    def _attach_packages(self, folder: Path, trust: Trust) -> None:
-        """Give the routers what was compiled when the archive was built; what cannot be used leaves
-        a reason there.
-        """
-        modules = {name: self._work.target(name) for name in self._routers}
-        aot.attach(self._routers, modules, folder, self.state.fingerprint, trust, self._device)
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         # not with a package for everything
-        compiles = any(router.compiles for router in self._routers.values())
-        if not compiles or self._shapes.strategy == "exact":
+        if not self._prepared.compiles or self._shapes.strategy == "exact":
             yield None
             return
         if cache.shared is None:
@@ -220,7 +363,11 @@ class Service:
                 yield None
             return
         shared = SharedCache(
-            Path(cache.shared), trust, self.state.fingerprint, self._device, cache.max_bytes
+            Path(cache.shared),
+            trust,
+            self.state.fingerprint,
+            self._prepared.device,
+            cache.max_bytes,
         )
         # Half of the time, so that a worker that has waited in vain can still compile.
         patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
@@ -246,7 +393,7 @@ class Service:
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, leave_out: Collection[Variant], sharing: CacheUse | None) -> StatePhase:
+    def _heat(self, sharing: CacheUse | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
         if self._shapes.strategy == "exact":
@@ -257,24 +404,23 @@ class Service:
             )
             logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
-            for router in self._routers.values():
+            for router in self.routers.values():
                 router.open()
             return "cold"
         self.state.state = "warming"
         plan = self._plan()
         raise_recompile_limits(plan.num_graphs)
         warmup = Warmup(
-            self._work.serve_variant,
-            self._routers,
+            self.runner.run_variant,
+            self.routers,
             self._watch,
             on_failure=self.config.pt2.on_failure,
             progress=partial(self._show, sharing),
-            leave_out=leave_out,
             own_folder=sharing.folder if sharing is not None else None,
         )
         warmup.observe(plan.observe)
-        covers = self._compiles() and warmup.shows_nothing_new(
-            plan.probe, self._work.covering(plan.probe)
+        covers = self._prepared.compiles and warmup.shows_nothing_new(
+            plan.probe, self.runner.covering(plan.probe)
         )
         plan = self._plan(covers=covers)
         self._status.plan(Counter(str(variant.bucket) for variant in plan.warm))
@@ -285,7 +431,7 @@ class Service:
         num_faults = warmup.prove(proven)
         self.state.buckets = [_row(record) for record in warmup.records]
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
-        self.state.padding = dict(self._work.measure_padding())
+        self.state.padding = dict(self.runner.measure_padding())
         self._learn_pace(warmup.timings)
         return "hot"
 
@@ -297,7 +443,7 @@ class Service:
             if key not in self._loads or self._loads[key].rows < variant.load.rows:
                 self._loads[key] = variant.load
         assert self._budget.timeout is not None
-        too_much = self._work.overload(self._budget.pace, self._budget.timeout)
+        too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
             logger.warning("%s", too_much)
 
@@ -311,24 +457,17 @@ class Service:
 
     def _plan(self, *, covers: bool = True) -> WarmupPlan:
         """What is warmed and replayed, for all that is known of the targets now."""
-        blocks = sum(1 for name in self._routers for _ in self._work.target(name).modules())
+        blocks = sum(1 for name in self.routers for _ in self.targets[name].modules())
         return warmup_plan(
-            self._work,
+            self.runner,
             served_sizes(self._shapes, self.config.batchSize),
-            self._warmed_sizes(),
+            self._prepared.warmed_sizes,
             # blocks share theirs in a target
             graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,
-            compiles=self._compiles(),
-            idle=all(router.idle for router in self._routers.values()),
+            compiles=self._prepared.compiles,
+            idle=all(router.idle for router in self.routers.values()),
             covers=covers,
         )
-
-    def _compiles(self) -> bool:
-        return any(router.compiles for router in self._routers.values())
-
-    def _warmed_sizes(self) -> tuple[int, ...]:
-        every = wants_every_size(self.config.pt2.compile.kwargs, self._device)
-        return warmed_sizes(self._shapes, self.config.batchSize, every=every)
 
     def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
         self._status.step(str(step.variant.bucket), step.seconds)
@@ -339,7 +478,7 @@ class Service:
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
 
-    def _count(self, answer: Any) -> None:
+    def _count(self, answer: Outcome) -> None:
         self.state.incidents += answer.incident
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.is_planned_eager

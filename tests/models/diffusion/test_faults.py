@@ -19,10 +19,11 @@ import old_folders
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
+from preheat.models.diffusion.model import DiffusionModel
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Painted
 from preheat.models.diffusion.runner import Answer
 from preheat.protocol import images
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 from worker.test_service import IMAGE, MASK, ask, start
 
 TASKS: dict[str, dict[str, Any]] = {
@@ -95,13 +96,13 @@ class Faults:
 
 @dataclass(frozen=True, slots=True)
 class Bench:
-    service: Service
+    service: Worker[Any, Any]
     faults: Faults
     dtype: str
     expected: dict[str, list[NDArray[np.int64]]]
 
 
-def half_served(folder: Path, dtype: str = "bfloat16", **keys: Any) -> Service:
+def half_served(folder: Path, dtype: str = "bfloat16", **keys: Any) -> Worker[Any, Any]:
     shapes = {"batch_sizes": [1, 2, 4]} | keys.pop("shapes", {})
     pipeline = {
         "dtype": dtype,
@@ -150,8 +151,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
 @pytest.fixture
 def hot(bench: Bench) -> Iterator[Bench]:
     """With nothing remembered; afterwards every task has to be served as ever."""
-    engine = bench.service._work._engine  # type: ignore[attr-defined]
-    engine.unfit.clear()
+    bench.service.runner.unfit.clear()
     yield bench
     bench.faults.stage = None
     for task in TASKS:
@@ -208,17 +208,19 @@ def test_a_picture_that_cannot_be_encoded_is_that_requests_507(
         hot.service,
         *(body | {"output_format": form} for body, form in zip(bodies(task), forms, strict=True)),
     )
-    responses = hot.service.respond(answers)
+    responses = hot.service.runner.postprocess(answers)
     assert [response.code for response in responses] == [200, 507]
     assert b"OutOfMemory" in responses[1].body and b"webp" in responses[1].body
 
 
 def test_the_vae_keeps_the_dtype_and_the_weights_that_it_has(hot: Bench) -> None:
     """Whatever the task: CUDA graphs are recorded for the addresses of weights."""
-    weights = dict(hot.service._work.target("vae").named_parameters())
+    model = hot.service.model
+    assert isinstance(model, DiffusionModel)
+    weights = dict(model.pipeline.target("vae").named_parameters())
     before = {name: (weight.dtype, weight.data_ptr()) for name, weight in weights.items()}
     ask(hot.service, *(body for task in TASKS for body in bodies(task, 1)))
-    after = dict(hot.service._work.target("vae").named_parameters())
+    after = dict(model.pipeline.target("vae").named_parameters())
     assert before == {name: (weight.dtype, weight.data_ptr()) for name, weight in after.items()}
     assert {dtype for dtype, _ in before.values()} == {
         torch.bfloat16 if hot.dtype == "bfloat16" else torch.float32

@@ -28,7 +28,7 @@ from preheat.models.diffusion.prompts import Reader
 from preheat.protocol.responses import Response
 from preheat.status import StatusFile
 from preheat.worker.metrics import Metrics
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 
 CPU = torch.device("cpu")
 Built = Callable[[str], Path]
@@ -67,7 +67,7 @@ class Desk:
             "pipeline": {"defaults": {"num_inference_steps": 2}, "limits": limits},
         }
         config = ModelConfig.parse(data)
-        self.service = Service(
+        self.service = Worker[Any, Any](
             config, archive, CPU, status=StatusFile(None, "tiny"), metrics=Metrics(self._count)
         )
 
@@ -78,7 +78,7 @@ class Desk:
 
     def ask(self, **body: Any) -> Response:
         job = self.service.parse({"body": {"prompt": "a cat", "seed": 1} | body})
-        (response,) = self.service.respond(self.service.run([job]))
+        (response,) = self.service.runner.postprocess(self.service.run([job]))
         return response
 
 

@@ -32,11 +32,11 @@ from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, ModuleError, RequestError
 from preheat.models import tiny
 from preheat.models.module import tensors
-from preheat.models.module.model import ModuleWork
+from preheat.models.module.model import ModuleModel, ModuleRunner
 from preheat.models.module.runner import Answer
 from preheat.status import StatusFile
 from preheat.user_code import imported_from
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 
 EXAMPLE = Path(__file__).parents[3] / "examples" / "attention_op.py"
 BERT: dict[str, Any] = {
@@ -106,7 +106,7 @@ def start(
     enable: bool = True,
     imports: Any = (),
     **pt2: Any,
-) -> Service:
+) -> Worker[Any, Any]:
     torch.compiler.set_stance("default")
     pt2["import"] = list(imports)
     data = {
@@ -114,10 +114,16 @@ def start(
         "shapes": {"batch_sizes": [1, 2]},
     } | pt2
     config = ModelConfig.parse({"batchSize": 4, "pt2": data, "module": module})
-    return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "m"))
+    return Worker[Any, Any](config, folder, torch.device("cpu"), status=StatusFile(None, "m"))
 
 
-def ask(service: Service, *bodies: object) -> list[Answer]:
+def alone_of(service: Worker[Any, Any], answer: Answer) -> Answer:
+    """The same request's answer without padding, eagerly."""
+    assert isinstance(service.runner, ModuleRunner)
+    return service.runner.alone(answer.job)
+
+
+def ask(service: Worker[Any, Any], *bodies: object) -> list[Answer]:
     answers: list[Answer] = service.run([service.parse({"body": body}) for body in bodies])
     for answer in answers:
         answer.raise_if_failed()
@@ -155,7 +161,7 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
         answers = ask(service, *map(ids, lengths))
         assert {answer.engine for answer in answers} == {"compiled"}
         for length, answer in zip(lengths, answers, strict=True):
-            alone = service._work._engine.alone(answer.job)  # type: ignore[attr-defined]
+            alone = alone_of(service, answer)
             assert answer.outputs["last_hidden_state"].shape == (1, length, 32)
             torch.testing.assert_close(answer.outputs, alone.outputs, atol=1e-4, rtol=0)
     after = service.current_state()
@@ -178,7 +184,7 @@ def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
     pt2 = {"compile": {"enable": True, "backend": "eager"}, "shapes": {"batch_sizes": [1, 2]}}
     config = ModelConfig.parse({"batchSize": 2, "pt2": pt2, "module": BERT})
     status = StatusFile(str(tmp_path), "m")
-    service = Service(config, models / "bert", torch.device("cpu"), status=status)
+    service = Worker[Any, Any](config, models / "bert", torch.device("cpu"), status=status)
     (written,) = worker_status.read_statuses(tmp_path)
     assert len(steps) == written.total == 2 * len(written.buckets)
     for bucket, _, _, seconds in written.buckets:
@@ -207,7 +213,7 @@ def test_lengths_in_one_batch_share_the_smallest_bucket_that_holds_them(
     assert [answer.bucket for answer in ask(service, ids(3), ids(20))] == ["sequence=32"] * 2
     assert [answer.bucket for answer in ask(service, ids(3), ids(16))] == ["sequence=16"] * 2
     (answer,) = ask(service, ids(12))
-    headers = service.respond([answer])[0].headers
+    headers = service.runner.postprocess([answer])[0].headers
     assert headers["x-preheat-padding"] == "0.2500" and headers["x-preheat-exact"] == "rounding"
 
 
@@ -221,7 +227,7 @@ def test_a_network_without_a_mask_says_that_its_padding_shows(
         "its neighbour does not change its bucket"
     )
     assert (whole.bucket, whole.exact, whole.padding) == ("height=32 width=32", "rounding", 0.0)
-    alone = service._work._engine.alone(whole.job)  # type: ignore[attr-defined]
+    alone = alone_of(service, whole)
     torch.testing.assert_close(whole.outputs, alone.outputs, atol=1e-4, rtol=0)
     image = io.BytesIO()
     Image.effect_noise((20, 40), 50).convert("RGB").save(image, "png")
@@ -236,7 +242,7 @@ def test_answers_come_in_every_form(watch: CompileWatch, models: Path) -> None:
     forms = {}
     for accept in ("application/json", "application/x-npy", "application/safetensors"):
         (answer,) = service.run([service.parse({"body": ids(5)}, {"accept": accept})])
-        (response,) = service.respond([answer])
+        (response,) = service.runner.postprocess([answer])
         assert response.code == 200 and response.headers["content-type"] == accept
         forms[accept] = response.body
     lists = json.loads(forms["application/json"])
@@ -262,7 +268,7 @@ def test_text_goes_through_the_folders_tokenizer(watch: CompileWatch, models: Pa
 
 def test_tokens_outside_the_vocabulary_are_refused(watch: CompileWatch, models: Path) -> None:
     service = start(models / "bert", BERT, enable=False)
-    module: Any = service._work.target("model")
+    module: Any = service.targets["model"]
     vocabulary = module.get_input_embeddings().num_embeddings
     ask(service, [0, vocabulary - 1])
     for tokens in ([vocabulary], [-1]):
@@ -292,7 +298,7 @@ def test_an_output_that_grows_with_padding_must_be_cut(watch: CompileWatch, mode
 
 def started(
     folder: Path, answer: str, outputs: dict[str, Any], limits: Any = None, **pt2: Any
-) -> Service:
+) -> Worker[Any, Any]:
     """A module of x, (batch, n), that answers with this expression."""
     name = f"net_{uuid.uuid4().hex}"
     net = "import torch\n\nclass Net(torch.nn.Module):\n    def forward(self, x):\n        return "
@@ -413,7 +419,7 @@ def test_an_answer_too_large_for_torchserve_is_refused_before_it_is_encoded(
         ("application/json", "application/safetensors", "application/x-npy"), codes, strict=True
     ):
         (answer,) = service.run([service.parse({"body": [1.0]}, {"accept": accept})])
-        (response,) = service.respond([answer])
+        (response,) = service.runner.postprocess([answer])
         assert response.code == code
         if code == 406:
             assert (
@@ -473,7 +479,9 @@ def test_an_imported_op_leaves_the_graph_whole(
         torch.compiler.set_stance("default")
         torch._dynamo.utils.counters["graph_break"].clear()  # those of other tests
         config = ModelConfig.parse(own | {"pt2": own["pt2"] | changes})
-        service = Service(config, folder, torch.device("cpu"), status=StatusFile(None, "op"))
+        service = Worker[Any, Any](
+            config, folder, torch.device("cpu"), status=StatusFile(None, "op")
+        )
         with torch.profiler.profile() as profile:
             (answer,) = service.run([service.parse({"body": body})])
         assert answer.engine == "compiled" and not torch._dynamo.utils.counters["graph_break"]
@@ -550,7 +558,7 @@ def test_compiled_code_depends_on_every_file_that_the_model_imports(
         for name in ("net_of_two", "steps_of_two"):
             sys.modules.pop(name, None)
         config = ModelConfig.parse({"module": {"factory": "net_of_two:make"} if by_factory else {}})
-        work = ModuleWork.load(
+        work = ModuleModel.load(
             config, folder, {"model": {"modelFile": "net_of_two.py"}}, torch.device("cpu")
         )
         seen.append((imported_from(folder), work.structure()))
@@ -560,10 +568,10 @@ def test_compiled_code_depends_on_every_file_that_the_model_imports(
     assert [name for name in first if first[name] != second[name]] == ["steps_of_two.py"]
 
 
-def served_plainly(folder: Path, text: str) -> Service:
+def served_plainly(folder: Path, text: str) -> Worker[Any, Any]:
     torch.compiler.set_stance("default")
     config = ModelConfig.parse(yaml.safe_load(text))
-    return Service(
+    return Worker[Any, Any](
         config, folder, torch.device("cpu"), status=StatusFile(None, "p"), manifest=MANIFEST
     )
 

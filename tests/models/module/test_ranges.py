@@ -21,9 +21,9 @@ from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, RequestError
 from preheat.models.module import ranges
-from preheat.models.module.model import ModuleWork
+from preheat.models.module.model import ModuleModel
 from preheat.status import StatusFile
-from preheat.worker.worker import Service
+from preheat.worker.worker import Worker
 
 SMALL: dict[str, Any] = {
     "vocab_size": 50,
@@ -149,7 +149,7 @@ def test_a_bucket_without_positions_is_refused_at_start() -> None:
     with pytest.raises(
         ConfigError, match=r"module.inputs.input_ids: 39 is more .* positions for, 38"
     ):
-        ModuleWork(roberta(), None, config, torch.device("cpu"))
+        ModuleModel(roberta(), None, config, torch.device("cpu"))
 
 
 def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_eagerly(
@@ -157,7 +157,7 @@ def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_e
     models: Path,  # noqa: F811
 ) -> None:
     service = start(models / "bert", BERT, enable=False, shapes={"oversize": "eager"})
-    module: Any = service._work.target("model")
+    module: Any = service.targets["model"]
     most = module.config.max_position_embeddings
     (answer,) = ask(service, [5] * most)
     assert answer.engine == "eager" and answer.bucket == "none"
@@ -183,7 +183,7 @@ def make():
 """
 
 
-def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Service:
+def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Worker[Any, Any]:
     name = f"net_{uuid.uuid4().hex}"
     (folder / f"{name}.py").write_text(NET)
     torch.compiler.set_stance("default")
@@ -192,18 +192,18 @@ def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Serv
     config = ModelConfig.parse(
         {"pt2": pt2, "module": {"factory": f"{name}:make", "inputs": inputs}}
     )
-    return Service(config, folder, torch.device("cpu"), status=StatusFile(None, "n"))
+    return Worker[Any, Any](config, folder, torch.device("cpu"), status=StatusFile(None, "n"))
 
 
 X = {"shape": ["batch", 3], "default": 0.0}
 
 
-@pytest.mark.parametrize("wrong", [[0, 4], [-1, 3]])
+@pytest.mark.parametrize("wrong", [[0, 4], [-1, 3], [-100, 3]], ids=str)
 def test_a_range_that_the_module_does_not_take_is_found_at_start(
     watch: CompileWatch, tmp_path: Path, wrong: list[int]
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"module.inputs.index.range: (4|-1) is more than it takes"
+        ConfigError, match=r"module.inputs.index.range: (4|-1|-100|-99) is not what it takes"
     ):
         served(
             tmp_path, {"index": {"dtype": "int64", "shape": ["batch", 3], "range": wrong}, "x": X}
@@ -247,7 +247,7 @@ index = {"dtype": "int64", "shape": ["batch", 4096], "range": [0, 3]}
 inputs = {"index": index, "x": {"shape": ["batch", 4096], "default": 0.0}}
 service = served(Path(sys.argv[1]), inputs, "inductor")
 if sys.argv[2] == "unchecked":
-    object.__setattr__(service._work._reader, "ranges", {})
+    object.__setattr__(service.model.reader, "ranges", {})
 for number in (9, -9):
     row = [0] * 4096
     row[5] = number
@@ -268,7 +268,7 @@ def test_on_two_threads_an_index_outside_its_table_ends_the_process_that_does_no
     tmp_path: Path, how: str, status: int
 ) -> None:
     """Inductor's check throws inside an OpenMP region, which no exception can leave: SIGABRT."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[2]
     env = {
         **os.environ,
         "PYTHONPATH": f"{tests.parent / 'handler'}:{tests}",

@@ -25,6 +25,7 @@ from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES, num_cores
 from preheat.errors import ConfigError, RequestError
+from preheat.models.base import Manifest, ModelRunner
 from preheat.models.batching import RunReport
 from preheat.models.diffusion import responses
 from preheat.models.diffusion.admission import check_cost, check_time
@@ -33,32 +34,31 @@ from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
 from preheat.models.diffusion.runner import Answer, Engine, Job
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 from preheat.protocol import images
+from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
 
 
-class PipelineWork:
-    """A diffusers pipeline behind `work.Work`."""
+class DiffusionModel:
+    """A diffusers pipeline behind `base.LoadedModel`."""
 
     fields = FIELDS
 
     def __init__(
         self, pipeline: DiffusionPipeline, config: ModelConfig, device: torch.device
     ) -> None:
-        self._pipeline, self._config, self._device = pipeline, config, device
+        self.pipeline, self._config, self._device = pipeline, config, device
         self._own = config.section(PipelineConfig)
         self.shapes = _resolved_shapes(config.pt2.shapes, self._own.limits, pipeline)
-        # The model's own threads sleep meanwhile, so there is a core for each.
-        self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     @classmethod
     def load(
         cls,
         config: ModelConfig,
         model_dir: Path,
-        manifest: Mapping[str, Any],
+        manifest: Manifest,
         device: torch.device,
-    ) -> PipelineWork:
+    ) -> DiffusionModel:
         """Load the pipeline.
 
         Raises:
@@ -76,24 +76,21 @@ class PipelineWork:
     def sizes(self) -> Sequence[Bucket]:
         return self.shapes.buckets
 
-    def default_targets(self) -> tuple[str, ...]:
-        return self._pipeline.default_targets()
-
-    def target(self, name: str) -> nn.Module:
-        return self._pipeline.target(name)
+    def targets(self) -> dict[str, nn.Module]:
+        names = self._config.pt2.targets or self.pipeline.default_targets()
+        return {name: self.pipeline.target(name) for name in names}
 
     def settings(self) -> Mapping[str, Any]:
         return {"dtype": self._own.dtype}
 
     def structure(self) -> Mapping[str, Any]:
-        return self._pipeline.structure()
+        return self.pipeline.structure()
 
-    def engage(
+    def runner(
         self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
-    ) -> None:
-        self._budget = budget
-        self._engine = Engine(
-            self._pipeline,
+    ) -> DiffusionRunner:
+        engine = Engine(
+            self.pipeline,
             routers,
             self.shapes,
             max_rows=self._config.batchSize,
@@ -101,12 +98,42 @@ class PipelineWork:
             attention=self._config.pt2.attention,
             report=report,
             budget=budget,
-            doubles=self._pipeline.family.guidance == "cfg",
+            doubles=self.pipeline.family.guidance == "cfg",
         )
+        return DiffusionRunner(
+            self.pipeline, self._own, self.shapes, engine, budget, most=self._config.batchSize
+        )
+
+
+class DiffusionRunner(ModelRunner[Job, Answer]):
+    """A pipeline that paints: requests and variants become jobs for its engine.
+
+    Args:
+        most: requests of a batch.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        own: PipelineConfig,
+        shapes: ShapesConfig,
+        engine: Engine,
+        budget: Budget,
+        *,
+        most: int,
+    ) -> None:
+        self._pipeline, self._own, self._shapes = pipeline, own, shapes
+        self._engine, self._budget, self._most = engine, budget, most
+        self.unfit = engine.unfit
+        # The model's own threads sleep meanwhile, so there is a core for each.
+        self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
         return plan_variants(
-            self.shapes.buckets, batch_sizes, self._pipeline.guidance_variants, self._pipeline.tasks
+            self._shapes.buckets,
+            batch_sizes,
+            self._pipeline.guidance_variants,
+            self._pipeline.tasks,
         )
 
     def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
@@ -114,14 +141,14 @@ class PipelineWork:
 
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
         largest, smallest = variants[0], variants[-1]
-        if self.shapes.strategy == "dynamic":
+        if self._shapes.strategy == "dynamic":
             sizes = {
                 variant.bucket: variant
                 for variant in variants
                 if variant.guidance == largest.guidance
             }
             return [largest, *sizes.values(), self._between(largest)]
-        if self.shapes.batch_sizes == "dynamic":
+        if self._shapes.batch_sizes == "dynamic":
             guided = [
                 v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task
             ]
@@ -129,7 +156,7 @@ class PipelineWork:
         return []
 
     def between(self, variants: Sequence[Variant]) -> list[Variant]:
-        if self.shapes.strategy != "dynamic":
+        if self._shapes.strategy != "dynamic":
             return []
         return list({self._between(variant): None for variant in variants})
 
@@ -143,7 +170,7 @@ class PipelineWork:
         )
         return replace(variant, bucket=half)
 
-    def serve_variant(self, variant: Variant) -> Timing:
+    def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is
         met too.
         """
@@ -156,7 +183,7 @@ class PipelineWork:
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
-        return _timing(time.perf_counter() - began, told[1:])
+        return _timing(time.perf_counter() - began, told[1:], self._pipeline.order)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -181,39 +208,25 @@ class PipelineWork:
     def overload(self, pace: Pace, timeout: float) -> str | None:
         limits, most = (
             self._own.limits,
-            max(bucket.volume for bucket in self.shapes.buckets),
+            max(bucket.volume for bucket in self._shapes.buckets),
         )
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
-        seconds = self._config.batchSize * cost * per_cost
+        seconds = self._most * cost * per_cost
         if seconds <= timeout:
             return None
-        fitting = int(timeout / MARGIN / (self._config.batchSize * per_cost))
+        fitting = int(timeout / MARGIN / (self._most * per_cost))
         return (
-            f"{self._config.batchSize} legal requests can take {seconds:.0f} s, responseTimeout is "
+            f"{self._most} legal requests can take {seconds:.0f} s, responseTimeout is "
             f"{timeout:.0f}: some will be told to come again (503); pipeline.limits.max_cost "
             f"{fitting} would fit"
         )
 
-    def measure_padding(self) -> Mapping[str, Any]:
-        # the canvas that is painted is the bucket: there is no picture without padding to compare
-        # with
-        return {}
-
-    def unfit(self) -> Mapping[str, int]:
-        return self._engine.unfit
-
-    def parse(
-        self,
-        row: Mapping[str, object],
-        headers: Mapping[str, str],
-        deadline: float | None,
-        send: Callable[[Response], None] | None,
-    ) -> Job:
+    def preprocess(self, call: Call) -> Job:
         pipeline = self._own
         request = parse_row(
-            row,
-            content_type=headers.get("content-type"),
+            call.row,
+            content_type=call.headers.get("content-type"),
             limits=pipeline.limits,
             defaults=pipeline.defaults,
             guidance=pipeline.guidance,
@@ -226,9 +239,9 @@ class PipelineWork:
                 "negative_prompt",
             )
         dropped = self._dropped(request)
-        job = replace(self._prepare(request, deadline), dropped=dropped)
+        job = replace(self._prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.volume for bucket in self.shapes.buckets)
+        least_area = min(bucket.volume for bucket in self._shapes.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -241,7 +254,7 @@ class PipelineWork:
             check_time(request, job.plan.bucket, seconds, self._budget.timeout)
         if not request.stream:
             return job
-        return replace(job, events=EventStream(send, responses.plan_headers(job)))
+        return replace(job, events=EventStream(call.send, responses.plan_headers(job)))
 
     def _dropped(self, request: ImageRequest) -> dict[str, int]:
         """Tokens that are cut off, by the field that they stand in."""
@@ -262,26 +275,29 @@ class PipelineWork:
     def _prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
         limits = self._own.limits
         return self._engine.prepare(
-            request, limits=limits, default=self.shapes.buckets[0], deadline=deadline
+            request, limits=limits, default=self._shapes.buckets[0], deadline=deadline
         )
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+    def inference(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
 
-    def respond(self, answers: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(answers, self._encoders)
+    def postprocess(self, results: Sequence[Answer]) -> list[Response]:
+        files = responses.encoded(results, self._encoders)
         return [
-            responses.from_answer(answer, own) for answer, own in zip(answers, files, strict=True)
+            responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]
 
+    def close(self) -> None:
+        self._encoders.shutdown()
 
-def _timing(seconds: float, ended: Sequence[float]) -> Timing:
+
+def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:
     """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
     about the first one does not.
     """
     if len(ended) < 2:
         return Timing(seconds, 0.0)
-    per_step = ended[-1] - ended[-2]
+    per_step = order * (ended[-1] - ended[-2])  # the last one is a single call, whatever the order
     return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 

@@ -22,12 +22,10 @@ from preheat.config.module import ModuleConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, HubError, ModuleError, in_one_line
+from preheat.models.base import Manifest
 from preheat.user_code import load_file, make_importable
 
 logger = logging.getLogger(__name__)
-
-Manifest = Mapping[str, Any]
-"""TorchServe's MAR-INF/MANIFEST.json; of it `model.modelFile` and `model.serializedFile`."""
 
 
 def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.device) -> nn.Module:

@@ -19,7 +19,7 @@ from torch import nn
 
 from preheat.buckets import Bucket, combinations
 from preheat.compilation.closeness import PADDED, compare
-from preheat.compilation.pace import Budget, Pace, Timing
+from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
@@ -28,10 +28,12 @@ from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, RequestError
+from preheat.models.base import Manifest, ModelRunner
 from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
+from preheat.protocol.call import Call
 from preheat.protocol.responses import Response, from_error
 
 logger = logging.getLogger(__name__)
@@ -44,8 +46,8 @@ ACCEPTS: Sequence[Accept] = (*MANY_TENSORS, "application/x-npy")
 UNREADABLE = ("text", "accept")
 
 
-class ModuleWork:
-    """A module behind `work.Work`."""
+class ModuleModel:
+    """A module behind `base.LoadedModel`."""
 
     def __init__(
         self,
@@ -61,7 +63,7 @@ class ModuleWork:
         unknown = {} if self._own.inputs else {"strategy": "exact"}
         self.shapes: ShapesConfig = config.pt2.shapes.model_copy(update=unknown)
         names = _arguments(module, self._own)
-        self._reader = Reader(
+        self.reader = Reader(
             names,
             self._own.inputs or None,
             self._own.limits,
@@ -70,13 +72,13 @@ class ModuleWork:
             ranges.ranges(names, module, self._own),
             tokenizer,
         )
-        self.sizes: tuple[Bucket, ...] = combinations(self._own.choices) if self._own.inputs else ()
+        self.sizes = _buckets(self._own)
         self.fields = (*names, *UNREADABLE)
 
     @classmethod
     def load(
-        cls, config: ModelConfig, model_dir: Path, manifest: loader.Manifest, device: torch.device
-    ) -> ModuleWork:
+        cls, config: ModelConfig, model_dir: Path, manifest: Manifest, device: torch.device
+    ) -> ModuleModel:
         """Load the module, and its folder's tokenizer.
 
         Raises:
@@ -93,10 +95,10 @@ class ModuleWork:
     def dtype(self) -> torch.dtype:
         return DTYPES[self._own.dtype]
 
-    def default_targets(self) -> tuple[str, ...]:
-        return (WHOLE,)
+    def targets(self) -> dict[str, nn.Module]:
+        return {name: self._target(name) for name in self._config.pt2.targets or (WHOLE,)}
 
-    def target(self, name: str) -> nn.Module:
+    def _target(self, name: str) -> nn.Module:
         """The module itself (`model`), or one inside it by its dotted name.
 
         Raises:
@@ -126,16 +128,15 @@ class ModuleWork:
         }
         return {"module": repr(self._module), "config": settings, "weights": weights}
 
-    def engage(
+    def runner(
         self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
-    ) -> None:
-        """Build the engine, and try it eagerly: what the YAML says of inputs and outputs shows
-        before anything is compiled.
+    ) -> ModuleRunner:
+        """What serves it, tried eagerly: what the YAML says of inputs and outputs shows before
+        anything is compiled.
         """
-        own = self._own
-        self._engine = ModuleEngine(
+        engine = ModuleEngine(
             self._module,
-            own,
+            self._own,
             routers,
             self.shapes,
             max_rows=self._config.batchSize,
@@ -144,15 +145,43 @@ class ModuleWork:
             report=report,
             budget=budget,
         )
-        if not own.inputs:
+        runner = ModuleRunner(engine, self._own, self.shapes, self.reader, self.dtype, self._device)
+        runner.try_out(routers)
+        return runner
+
+
+class ModuleRunner(ModelRunner[Job, Answer]):
+    """A module that answers: requests and variants become jobs for its engine."""
+
+    def __init__(
+        self,
+        engine: ModuleEngine,
+        own: ModuleConfig,
+        shapes: ShapesConfig,
+        reader: Reader,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        self._engine, self._own, self._shapes, self._device = engine, own, shapes, device
+        self.unfit = engine.unfit
+        self._reader, self._dtype = reader, dtype
+        self._sizes = _buckets(own)
+
+    def try_out(self, routers: Mapping[str, Router]) -> None:
+        """Run it eagerly.
+
+        Raises:
+            ConfigError: it is not what the YAML says.
+        """
+        if not self._own.inputs:
             self._warn_of_unknown_ranges()
             return
-        smallest = dict(self.sizes[-1].sizes)
+        smallest = dict(self._sizes[-1].sizes)
         with ExitStack() as stack:
             for router in routers.values():
                 stack.enter_context(router.observing())
             self._try_ranges(smallest)
-            if self.shapes.strategy == "exact":
+            if self._shapes.strategy == "exact":
                 return
             first, second = (self._prepared(smallest, seed) for seed in (0, 1))
             self._engine.try_batches(first, second)
@@ -169,41 +198,39 @@ class ModuleWork:
             )
 
     def _try_ranges(self, smallest: Mapping[str, int]) -> None:
-        """Run the least and the greatest number of every range eagerly, where an index outside its
-        table is an error like any other.
+        """Run the ends of every range eagerly, where an index outside its table is an error like
+        any other.
 
         Raises:
             ConfigError: the module fails on one.
         """
         base = self._prepared(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in self._reader.ranges[name] if spec.is_index else ():
+            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
                 changed = base.inputs[name].clone()
                 changed.view(-1)[0] = int(number)
-                answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
-                if answer.error is not None:
+                job = replace(base, inputs={**base.inputs, name: changed})
+                path = f"module.inputs.{name}.range"
+                try:
+                    error = self._engine.alone(job).error
+                except SystemExit as lost:  # CUDA asserts on the device, which is lost with it
+                    raise ConfigError(f"{number:.15g} is not what it takes", path) from lost
+                if error is not None:
                     raise ConfigError(
-                        f"{number:.15g} is more than it takes: {answer.error}",
-                        f"module.inputs.{name}.range",
+                        f"{number:.15g} is not what it takes in its smallest bucket: {error}", path
                     )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
         descending = sorted(batch_sizes, reverse=True)
-        return tuple(Variant(bucket, size) for bucket in self.sizes for size in descending)
-
-    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
-        return variants  # one graph each
+        return tuple(Variant(bucket, size) for bucket in self._sizes for size in descending)
 
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
-        if self.shapes.batch_sizes != "dynamic":
+        if self._shapes.batch_sizes != "dynamic":
             return []
         smallest = [variant for variant in variants if variant.bucket == variants[-1].bucket]
         return [smallest[0], smallest[-1]]
 
-    def between(self, variants: Sequence[Variant]) -> list[Variant]:
-        return []
-
-    def serve_variant(self, variant: Variant) -> Timing:
+    def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would, without padding and with: of a mask without zeros a
         model may make no mask at all.
         """
@@ -216,9 +243,6 @@ class ModuleWork:
                 answer.raise_if_failed()
             self._respond_in_every_form(answers[0])
         return Timing(0.0, seconds)
-
-    def overload(self, pace: Pace, timeout: float) -> str | None:
-        return None  # a module's requests have no cost that a client chooses
 
     def _respond_in_every_form(self, answer: Answer) -> None:
         """What encodes answers is warmed too; what it cannot encode shows now."""
@@ -259,7 +283,7 @@ class ModuleWork:
                 answer.raise_if_failed()
             for name, tensor in alone.outputs.items():
                 _check_cut(name, ours.outputs[name], tensor, self._own)
-                found.append(compare(ours.outputs[name], tensor, PADDED, self.dtype))
+                found.append(compare(ours.outputs[name], tensor, PADDED, self._dtype))
         exact: Exactness = "rounding" if all(close.ok for close in found) else "padded"
         self._engine.padded = exact
         if not all(math.isfinite(close.max_error) for close in found):  # JSON has no other numbers
@@ -271,32 +295,33 @@ class ModuleWork:
         }
 
     def _ends(self) -> tuple[Bucket, Bucket]:
-        return self.sizes[0], self.sizes[-1]
+        return self._sizes[0], self._sizes[-1]
 
-    def unfit(self) -> Mapping[str, int]:
-        return self._engine.unfit
+    def alone(self, job: Job) -> Answer:
+        """The job's answer without padding, eagerly; see `ModuleEngine.alone`."""
+        return self._engine.alone(job)
 
-    def parse(
-        self,
-        row: Mapping[str, object],
-        headers: Mapping[str, str],
-        deadline: float | None,
-        send: Callable[[Response], None] | None,
-    ) -> Job:
-        inputs, accept = self._reader.read(row, headers)
+    def preprocess(self, call: Call) -> Job:
+        inputs, accept = self._reader.read(call.row, call.headers)
         names = self._engine.output_names
         if accept == "application/x-npy" and len(names) > 1:
             raise _too_many_for_npy(names)
-        job = self._engine.prepare(inputs, accept, deadline)
+        job = self._engine.prepare(inputs, accept, call.deadline)
         known = self._own.inputs or self._reader.ranges
         unbounded = any(_is_index(tensor) and name not in known for name, tensor in inputs.items())
+        if unbounded and self._device.type == "cuda":
+            raise RequestError(
+                "holds whole numbers of unknown range, and one outside its table would cost the "
+                "GPU; declare module.inputs in the YAML",
+                "body",
+            )
         return replace(job, planned_eager=True) if unbounded else job
 
-    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+    def inference(self, jobs: Sequence[Job]) -> list[Answer]:
         return self._engine.run(jobs)
 
-    def respond(self, answers: Sequence[Answer]) -> list[Response]:
-        return [self._response(answer) for answer in answers]
+    def postprocess(self, results: Sequence[Answer]) -> list[Response]:
+        return [self._response(answer) for answer in results]
 
     def _response(self, answer: Answer) -> Response:
         """JSON, one .npy, or safetensors, as the request wished."""
@@ -369,6 +394,10 @@ class ModuleWork:
         return self._engine.prepare(made, "application/json")
 
 
+def _buckets(own: ModuleConfig) -> tuple[Bucket, ...]:
+    return combinations(own.choices) if own.inputs else ()
+
+
 def _arguments(module: nn.Module, config: ModuleConfig) -> tuple[str, ...]:
     """The names of the module's inputs: the YAML's, which its forward must take, or all that its
     forward takes.
@@ -400,6 +429,13 @@ def _bounds(
     lengths = ranges.lengths(names, module)
     ranges.refuse_long_buckets(config, lengths)
     return tensors.Bounds(largest, rejecting, config.limits.max_elements, lengths)
+
+
+def _tried(span: tensors.Span) -> list[float]:
+    """Its ends and what is next to them and to 0: a range may begin with an `ignore_index`."""
+    least, most = span
+    near = {least, least + 1, -1.0, 0.0, most - 1, most}
+    return sorted(number for number in near if least <= number <= most)
 
 
 def _is_index(tensor: torch.Tensor) -> bool:

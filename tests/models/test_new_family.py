@@ -1,0 +1,210 @@
+"""A new family plugs in by a section of the YAML and a line of the registry: no file of the worker,
+the handler, the cache or the command knows it. It is also the smallest model to try a worker with.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import nn
+
+from preheat.buckets import Bucket
+from preheat.compilation.pace import Load, Timing
+from preheat.compilation.variants import Variant
+from preheat.compilation.watch import CompileWatch
+from preheat.config.family import FamilyConfig
+from preheat.config.model import ModelConfig
+from preheat.errors import ConfigError, RequestError
+from preheat.models import registry
+from preheat.models.base import ModelRunner
+from preheat.models.batching import Batcher, Outcome
+from preheat.protocol.call import Call
+from preheat.protocol.responses import Response, json_response
+from preheat.status import StatusFile
+from preheat.worker.metrics import Metrics
+from preheat.worker.worker import Worker
+
+CPU = torch.device("cpu")
+
+# The family: what follows to `class TestConfig` is all of it.
+
+
+class DoubleConfig(FamilyConfig):
+    """`double: {}`"""
+
+    name: ClassVar[str] = "double"
+
+
+class Double(nn.Module):
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        return 2 * numbers
+
+
+@dataclass(slots=True)
+class Doubled(Outcome):
+    call: Call
+    number: float = 0.0
+
+
+class DoubleRunner(Batcher[Doubled, float], ModelRunner[Call, Doubled]):
+    module: Double
+
+    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
+        return [Variant(Bucket(), size) for size in sorted(batch_sizes, reverse=True)]
+
+    def run_variant(self, variant: Variant) -> Timing:
+        began = time.perf_counter()
+        self.inference([Call({"body": 1.0})] * variant.batch_size)
+        return Timing(0.0, time.perf_counter() - began)
+
+    def preprocess(self, call: Call) -> Call:
+        if not isinstance(call.row.get("body"), float):
+            raise RequestError("must be a number", "body")
+        return call
+
+    def inference(self, jobs: Sequence[Call]) -> list[Doubled]:
+        answers = [Doubled(call) for call in jobs]
+        self.answer(answers)
+        return answers
+
+    def postprocess(self, results: Sequence[Doubled]) -> list[Response]:
+        return [json_response(200, {"doubled": each.number}) for each in results]
+
+    def _run_chunk(self, chunk: Sequence[tuple[Doubled, float]], size: int) -> None:
+        rows = [row for _, row in chunk]
+        batch = torch.tensor(rows + rows[:1] * (size - len(rows)))
+        doubled, run = self._called(
+            lambda: self.module(batch), num_rows=size, num_real_rows=len(rows), planned_eager=False
+        )
+        for (answer, _), number in zip(chunk, doubled.tolist(), strict=False):
+            answer.note(run, first=True)
+            answer.number = number
+            if answer.call.send is not None:
+                answer.call.send(Response(200, b"half way"))
+
+    def _job(self, answer: Doubled) -> Call:
+        return answer.call
+
+    def _grouped(self, answers: Sequence[Doubled]) -> Iterable[list[Doubled]]:
+        return [list(answers)] if answers else []
+
+    def _rows(self, answer: Doubled) -> Sequence[float]:
+        return [float(str(answer.call.row["body"]))]
+
+    def _kind(self, answer: Doubled) -> str:
+        return "double"
+
+    def _load(self, answer: Doubled, size: int) -> Load:
+        return Load(1, size, size, 1)
+
+    def _identity(self, answer: Doubled) -> int:
+        return hash(str(answer.call.row))
+
+    def _too_large(self, answer: Doubled) -> str:
+        return "does not fit into memory"
+
+
+class DoubleModel:
+    dtype, fields, sizes = torch.float32, ("body",), (Bucket(),)
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.config, self.shapes, self.module = config, config.pt2.shapes, Double()
+
+    @classmethod
+    def load(cls, config: ModelConfig, *_: object) -> DoubleModel:
+        return cls(config)
+
+    def targets(self) -> Mapping[str, nn.Module]:
+        return {"double": self.module}
+
+    def settings(self) -> Mapping[str, Any]:
+        return {}
+
+    structure = settings
+
+    def runner(self, routers: Any, report: Any, budget: Any) -> DoubleRunner:
+        most = self.config.batchSize
+        runner = DoubleRunner(
+            routers, self.shapes, max_rows=most, device=CPU, report=report, budget=budget
+        )
+        runner.module = self.module
+        return runner
+
+
+class TestConfig(ModelConfig):
+    __test__ = False
+
+    double: DoubleConfig | None = None
+
+
+@pytest.fixture(autouse=True)
+def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(registry.FAMILIES, "double", f"{__name__}:DoubleModel")
+
+
+def start(most: int = 2, metrics: Metrics | None = None) -> Worker[Call, Doubled]:
+    compiled = {"enable": True, "backend": "aot_eager", "dynamic": False}
+    pt2 = {"compile": compiled, "shapes": {"batch_sizes": [most - 1, most]}}
+    config = TestConfig.parse({"batchSize": most, "pt2": pt2, "double": {}})
+    return Worker(config, Path("/nowhere"), CPU, status=StatusFile(None, "d"), metrics=metrics)
+
+
+def test_a_new_family_is_compiled_warmed_proven_batched_and_streamed(
+    watch: CompileWatch,
+) -> None:
+    samples: list[tuple[str, float]] = []
+    metrics = Metrics(lambda kind, name, value, *_: samples.append((name, value)))
+    with start(metrics=metrics) as worker:
+        state = worker.current_state()
+        assert (state.state, state.compiles_at_boot > 0) == ("hot", True)
+        assert [(row["batch_size"], row["engine"]) for row in state.buckets] == [
+            (2, "compiled"),
+            (1, "compiled"),
+        ]
+        samples.clear()
+        parts: list[Response] = []
+        calls = [Call({"body": 3.0}), Call({"body": "x"}), Call({"body": 5.0}, send=parts.append)]
+        pending = worker.inference(worker.preprocess(calls))
+        assert [each.result and each.result.engine for each in pending] == [
+            "compiled",
+            None,
+            "compiled",
+        ]
+        answered = worker.postprocess(pending)
+        assert [response.code for response in answered] == [200, 400, 200]
+        assert [json.loads(answered[index].body)["doubled"] for index in (0, 2)] == [6.0, 10.0]
+        assert [part.body for part in parts] == [b"half way"]
+        assert ("preheat_rows_painted_total", 2) in samples, "one run for both"
+        assert worker.current_state().compiles_since_ready == 0
+
+
+def test_two_workers_of_a_process_do_not_disturb_each_other(watch: CompileWatch) -> None:
+    first, second = start(2), start(4)  # of a class's equal graphs Dynamo compiles one alone
+    for worker in (first, second):
+        (result,) = worker.run([worker.parse({"body": 4.0})])
+        assert (result.number, result.engine) == (8.0, "compiled")
+        assert worker.current_state().compiles_since_ready == 0
+    first.close()
+    (result,) = second.run([second.parse({"body": 4.0})])
+    assert (result.engine, second.current_state().incidents) == ("compiled", 0)
+    unseen, reference = torch.compile(Double(), backend="eager"), torch.ones(7)
+    with pytest.raises(RuntimeError, match="fail_on_recompile"):
+        unseen(reference)
+    seen = second.current_state().compiles_since_ready
+    second.close()
+    unseen(reference)
+    assert second.current_state().compiles_since_ready == seen, "nobody listens any more"
+
+
+def test_a_yaml_has_one_family() -> None:
+    assert TestConfig.parse({"double": {}}).family == DoubleConfig()
+    assert TestConfig.parse({}).family.name == "pipeline"
+    with pytest.raises(ConfigError, match="double: stands beside module"):
+        TestConfig.parse({"module": {}, "double": {}})
