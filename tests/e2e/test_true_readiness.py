@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -10,7 +11,9 @@ import threading
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,19 +45,28 @@ def await_true(condition: Callable[[], bool], what: str, seconds: float = 600) -
         time.sleep(0.1)
 
 
-def ready(pair: Served) -> tuple[int, str]:
-    """The exit code of the command as a probe runs it, and what it says is missing."""
-    command = [
-        sys.executable,
-        "-c",
-        "from preheat.cli.app import main; main()",
-        "ready",
-        "--management",
-    ]
+def command(pair: Served, *words: str) -> tuple[int, str]:
+    """The exit code and the output of the command as a probe runs it."""
+    code = "from preheat.cli.app import main; main()"
     done = subprocess.run(
-        [*command, pair.running.management], capture_output=True, text=True, check=False, timeout=60
+        [sys.executable, "-c", code, *words, "--management", pair.running.management],
+        env={**os.environ, "PREHEAT_STATUS_DIR": str(pair.running.status_dir)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
     )
     return done.returncode, done.stdout
+
+
+def ready(pair: Served) -> tuple[int, str]:
+    return command(pair, "ready")
+
+
+def status(pair: Served) -> dict[str, Any]:
+    (model,) = json.loads(command(pair, "status", "--json")[1])["models"]
+    assert isinstance(model, dict)
+    return model
 
 
 def ping(pair: Served) -> str:
@@ -111,6 +123,7 @@ def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers
         await_true(lambda: len(replies) > 10, "load runs", 60)
         os.kill(victim, signal.SIGKILL)
         await_true(lambda: ready(pair)[0] == 1, "preheat ready says no", 30)
+        assert status(pair)["ready"] == 1
         during = len(replies)
         await_true(lambda: len(replies) > during + 10, "the other worker answers meanwhile", 60)
         assert ready(pair)[0] == 1
@@ -124,11 +137,35 @@ def test_a_worker_that_is_killed_under_load_comes_back_hot_and_the_other_answers
     assert all(reply.body == expected for reply in replies if reply.status == 200)
     new = [pid for pid in pair.worker_pids() if pid not in (victim, survivor)]
     assert len(new) == 1 and survivor in pair.worker_pids()
-    status = (pair.running.status_dir / f"pair-{new[0]}.json").read_text()
-    assert '"state": "hot"' in status
+    written = (pair.running.status_dir / f"pair-{new[0]}.json").read_text()
+    assert '"state": "hot"' in written
     since = log.read_text()[len(before) :]
     assert "cache hit" in since and "cache miss" not in since and "cache partial" not in since, (
         "compiled from scratch"
     )
     state = pair.state()
     assert state["compiles_since_ready"] == state["incidents"] == 0
+    shown = status(pair)
+    assert (shown["ready"], shown["restarts"], shown["queue"]) == (2, 1, 0)
+    assert {worker["pid"] for worker in shown["workers"]} == {survivor, new[0]}
+    by_pid = {worker["pid"]: worker for worker in shown["workers"]}
+    assert by_pid[survivor]["requests"] > 0 and by_pid[survivor]["compiles_since_ready"] == 0
+    assert [row["engine"] for row in by_pid[new[0]]["buckets"]] == ["compiled"]
+    assert pair.metric("preheat_worker_starts_total") == 3
+    served = pair.metric("preheat_requests_total")
+    assert pair.metric("preheat_request_seconds_bucket", le="+Inf") == served
+
+
+def test_with_no_worker_left_the_queue_shows_and_is_answered_when_one_is_back(pair: Served) -> None:
+    await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes")
+    restarts = status(pair)["restarts"]
+    for pid in pair.worker_pids():
+        os.kill(pid, signal.SIGKILL)
+    await_true(lambda: status(pair)["ready"] == 0, "preheat status shows no worker", 30)
+    assert ready(pair)[0] == 1
+    with ThreadPoolExecutor() as pool, Client.to(pair.running) as client:
+        waiting = pool.submit(client.predict, REQUEST)
+        await_true(lambda: status(pair)["queue"] == 1, "the request waits", 60)
+        assert waiting.result().status == 200
+    await_true(lambda: ready(pair)[0] == 0, "preheat ready says yes again")
+    assert status(pair)["restarts"] == restarts + 2
