@@ -24,7 +24,7 @@ from preheat.device import (
     use_tensor_cores,
 )
 from preheat.errors import PreheatError
-from preheat.models.base import Call
+from preheat.protocol.calls import Call
 from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
@@ -20,25 +19,13 @@ from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import Outcome, RunReport
+from preheat.protocol.calls import Call
 from preheat.protocol.responses import Response
 
 JobT = TypeVar("JobT")
 ResultT = TypeVar("ResultT", bound=Outcome)
 Manifest = Mapping[str, Any]
 """TorchServe's MAR-INF/MANIFEST.json; of it `model.modelFile` and `model.serializedFile`."""
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """One request of a batch, as it came."""
-
-    row: Mapping[str, object]
-    headers: Mapping[str, str] = field(default_factory=dict)
-    """Names in lower case."""
-    send: Callable[[Response], None] | None = None
-    """Takes the parts of an answer that streams, at once; None keeps them for the end."""
-    deadline: float | None = None
-    """Unix time in seconds after which nobody waits for the answer."""
 
 
 class LoadedModel(Protocol[JobT, ResultT]):

@@ -50,9 +50,10 @@ from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import Call, JobT, LoadedModel, ModelRunner, ResultT
+from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
 from preheat.models.batching import Outcome, RunReport
 from preheat.models.registry import load_model
+from preheat.protocol.calls import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase as StatePhase

@@ -25,7 +25,7 @@ from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES, num_cores
 from preheat.errors import ConfigError, RequestError
-from preheat.models.base import Call, Manifest, ModelRunner
+from preheat.models.base import Manifest, ModelRunner
 from preheat.models.batching import RunReport
 from preheat.models.diffusion import responses
 from preheat.models.diffusion.admission import check_cost, check_time
@@ -34,6 +34,7 @@ from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
 from preheat.models.diffusion.runner import Answer, Engine, Job
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 from preheat.protocol import images
+from preheat.protocol.calls import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
 

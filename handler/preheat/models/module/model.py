@@ -28,11 +28,12 @@ from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, RequestError
-from preheat.models.base import Call, Manifest, ModelRunner
+from preheat.models.base import Manifest, ModelRunner
 from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
+from preheat.protocol.calls import Call
 from preheat.protocol.responses import Response, from_error
 
 logger = logging.getLogger(__name__)
