@@ -18,13 +18,14 @@ from preheat.config.model import ModelConfig
 from preheat.device import (
     cuda_unasked,
     keep_freed_memory,
+    num_gpus,
     pick_device,
     see_one_gpu,
     share_cpu,
     use_tensor_cores,
 )
 from preheat.errors import PreheatError
-from preheat.protocol.calls import Call
+from preheat.protocol.call import Call
 from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out
@@ -54,6 +55,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
+        gpus = num_gpus()
         properties = {
             **context.system_properties,
             "gpu_id": see_one_gpu(context.system_properties.get("gpu_id")),
@@ -66,7 +68,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             config = self._config()
             self.device = pick_device(properties.get("gpu_id"), config.deviceType)
             use_tensor_cores(self.device)
-            share_cpu(config.minWorkers)
+            share_cpu(config.minWorkers, gpus if self.device.type == "cuda" else 0)
             if self.device.type == "cpu":
                 keep_freed_memory()
             self.worker = Worker[Any, Any](

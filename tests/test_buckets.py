@@ -201,6 +201,7 @@ CHOICES = st.dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(CHOICES)
 def test_every_combination_is_there_once_and_the_largest_first(
     choices: dict[str, list[int]],
@@ -212,6 +213,7 @@ def test_every_combination_is_there_once_and_the_largest_first(
     )
 
 
+@settings(deadline=None)
 @given(CHOICES, st.data())
 def test_the_chosen_bucket_is_the_smallest_that_covers(
     choices: dict[str, list[int]], data: st.DataObject
@@ -226,6 +228,7 @@ def test_the_chosen_bucket_is_the_smallest_that_covers(
     assert chosen == (min(fitting, key=lambda bucket: bucket.volume) if fitting else None)
 
 
+@settings(deadline=None)
 @given(CHOICES, st.data())
 def test_a_batch_shares_the_smallest_bucket_that_holds_all(
     choices: dict[str, list[int]], data: st.DataObject
@@ -246,6 +249,7 @@ def test_buckets_of_different_dimensions_have_none_in_common() -> None:
             joined(batch)
 
 
+@settings(deadline=None)
 @given(st.lists(buckets, min_size=1, max_size=4))
 def test_pictures_share_a_picture(batch: list[Bucket]) -> None:
     shared = joined(batch)

@@ -40,6 +40,18 @@ _KEPT_BYTES = 2**25
 """Blocks up to this size are kept; it is the most that every glibc takes."""
 
 
+def num_gpus() -> int:
+    """GPUs that TorchServe counts, as NVML or CUDA_VISIBLE_DEVICES tells: CUDA is not asked, which
+    would read that variable now and for good. To be called before `see_one_gpu`.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if not torch.backends.cuda.is_built():  # type: ignore[no-untyped-call]
+        return 0
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip()])
+    return max(0, torch.cuda._raw_device_count_nvml())
+
+
 def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
     """Hide from this process every GPU but the one that TorchServe gave it; returns the number that
     it has from now on, 0.
@@ -135,7 +147,7 @@ def use_tensor_cores(device: torch.device) -> None:
         torch.set_float32_matmul_precision("high")
 
 
-def share_cpu(num_workers: int | None) -> None:
+def share_cpu(num_workers: int | None, num_gpus: int = 0) -> None:
     """Give this worker its share of the cores, once and before anything is compiled.
 
     Every worker's OpenMP pool takes all cores by default, and two pools that spin on the same cores
@@ -147,8 +159,7 @@ def share_cpu(num_workers: int | None) -> None:
         os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(cores))
     if "OMP_NUM_THREADS" not in os.environ:
         # A YAML that names no number of workers gets one per GPU from TorchServe, or one per core.
-        by_default = torch.cuda.device_count() if torch.cuda.is_initialized() else cores  # type: ignore[no-untyped-call]
-        torch.set_num_threads(max(1, cores // (num_workers or by_default)))
+        torch.set_num_threads(max(1, cores // (num_workers or num_gpus or cores)))
 
 
 def num_cores() -> int:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
+INTERVAL = 0.5
+"""Seconds between what a worker that serves writes: a busy disk took 10 ms for one."""
 
 
 class StatusFile:
@@ -31,6 +34,7 @@ class StatusFile:
             "done": 0,
         }
         self._buckets: dict[str, dict[str, Any]] = {}
+        self._timer: threading.Timer | None = None
 
     @classmethod
     def from_environment(cls, model: str) -> StatusFile:
@@ -62,10 +66,20 @@ class StatusFile:
 
     def serve(self, state: Mapping[str, Any]) -> None:
         """The worker serves, or has answered a batch: the file holds its whole `state` from now
-        on.
+        on, at the latest `INTERVAL` later. Apart from the first time no request waits for the disk.
         """
+        first = "served" not in self._document
         self._document["served"] = state
-        self.write(state["state"])
+        if first:
+            self.write(state["state"])
+        elif self._timer is None:
+            self._timer = threading.Timer(INTERVAL, self._write_served)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _write_served(self) -> None:
+        self._timer = None  # what comes from now on is written by the next one
+        self.write(self._document["served"]["state"])
 
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())

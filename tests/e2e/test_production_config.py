@@ -155,21 +155,20 @@ def test_metrics_are_served_without_one(production: server.TorchServe) -> None:
     assert 'preheat_ready_seconds{ModelName="sdxl"' in answer.text
 
 
-def test_a_pod_lives_before_it_is_ready_and_serves_without_tokens(
+def test_a_pods_probes_wait_for_its_workers_while_ping_does_not_and_it_serves_without_tokens(
     archive: Path, tmp_path: Path
 ) -> None:
     """The Deployment's own probes against its own properties."""
     deployment = yaml.safe_load((KUBERNETES / "deployment.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
-    ready = container["readinessProbe"]["exec"]["command"]
+    kinds = ("startupProbe", "readinessProbe", "livenessProbe")
+    probes = [container[kind]["exec"]["command"] for kind in kinds]
     with started([archive], tmp_path, wait=0, base=KUBERNETES / "config.properties") as pod:
-        alive = f"{pod.inference}{container['livenessProbe']['httpGet']['path']}"
-        assert ask("GET", alive).json() == {"status": "Healthy"}
-        status, said = probe(ready, pod)
+        assert ask("GET", f"{pod.inference}/ping").json() == {"status": "Healthy"}
+        status, said = probe(probes[0], pod)
         assert status == 1 and "0 of 1 workers READY" in said
         pod.wait_ready(300)
-        assert probe(ready, pod) == (0, "ready")
-        assert ask("GET", alive).status_code == 200
+        assert [probe(command, pod) for command in probes] == [(0, "ready")] * 3
         assert not (pod.run_dir / "key_file.json").exists()
         with Client.to(pod) as client:
             assert (client.predict(REQUEST).status, client.predict_grpc(REQUEST).status) == (200, 0)

@@ -25,7 +25,7 @@ from preheat.errors import ConfigError, RequestError
 from preheat.models import registry
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Batcher, Outcome
-from preheat.protocol.calls import Call
+from preheat.protocol.call import Call
 from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.worker.metrics import Metrics

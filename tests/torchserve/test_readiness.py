@@ -242,6 +242,31 @@ def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None
     assert worker_status.read_statuses(tmp_path)[0].lasting
 
 
+def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = threading.Event()
+    monkeypatch.setattr(worker_status, "INTERVAL", 0.01)
+    file = StatusFile(str(tmp_path), "fox")
+    file.serve({"state": "hot", "requests": 0})
+    write = file.write
+
+    def told(*args: Any) -> None:
+        assert threading.current_thread() is not threading.main_thread()
+        write(*args)
+        written.set()
+
+    monkeypatch.setattr(file, "write", told)
+    for requests in range(1, 50):
+        file.serve({"state": "hot", "requests": requests})
+    while True:
+        assert written.wait(60)
+        written.clear()
+        (read,) = worker_status.read_statuses(tmp_path)
+        if read.served["requests"] == 49:
+            return
+
+
 def test_a_server_without_models_is_not_ready(management: Management) -> None:
     assert readiness.check(management.url) == (False, ["no model is registered"])
 

@@ -14,6 +14,8 @@ MARGIN = 4 / 3
 _FOLLOW = 0.05  # weight of one run in the moving estimate
 _LEAST = 0.5  # of what was measured: an estimate never falls below it
 _MOST_PROMISES = 1000
+_PATIENCE = 10
+"""Calls of full length that a promise outlasts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +66,13 @@ class Pace:
         expected = self._expected(load)
         if not expected:
             return
-        before = self._drift.get(load.area, 1.0)
-        self._drift[load.area] = max(_LEAST, before + _FOLLOW * (seconds / expected - before))
+        area = self._area(load)
+        before = self._drift.get(area, 1.0)
+        self._drift[area] = max(_LEAST, before + _FOLLOW * (seconds / expected - before))
+
+    def _area(self, load: Load) -> int:
+        """Sizes that were not measured, which are clients' own, share one drift."""
+        return load.area if load.area in self._per_step else 0
 
     def worst(self, rows: int) -> float:
         """Seconds of a step per pixel, where that is slowest, by the denoiser's rows."""
@@ -78,11 +85,11 @@ class Pace:
         return self._at(self._per_step, area, rows) * self._drift.get(area, 1.0)
 
     def seconds(self, load: Load, *, generous: bool = False) -> float:
-        """Of one run, 0 where nothing was measured. `generous`: never more than warm-up saw, when
-        little else ran.
+        """Of one run, 0 where nothing was measured. `generous`: at most a third more than
+        warm-up saw, when little else ran.
         """
-        drift = self._drift.get(load.area, 1.0)
-        return self._expected(load) * (min(1.0, drift) if generous else drift)
+        drift = self._drift.get(self._area(load), 1.0)
+        return self._expected(load) * (min(MARGIN, drift) if generous else drift)
 
     def _expected(self, load: Load) -> float:
         fixed = self._at(self._fixed, load.area, load.pictures)
@@ -175,7 +182,7 @@ class Budget:
         """
         timeout = self.timeout or 0.0
         if who in self._promises or len(self._promises) < _MOST_PROMISES:
-            self._promises[who] = (seconds, self._clock() + 10 * timeout)
+            self._promises[who] = (seconds, self._clock() + _PATIENCE * timeout)
         calls, filled = 0, 0.0
         for other, (needed, _) in self._promises.items():
             if filled and filled + needed * MARGIN > timeout:
@@ -183,4 +190,5 @@ class Budget:
             filled += needed * MARGIN
             if other == who:
                 break
-        return max(1, math.ceil(calls * timeout))
+        # Who is not back by then has lost the turn (see _PATIENCE), so no one is sent further away.
+        return max(1, math.ceil(min(calls, _PATIENCE - 2) * timeout))

@@ -135,9 +135,7 @@ def contained(value: Any) -> dict[Any, Any] | None:
 
 
 def rebuilt(value: Any, inside: Mapping[Any, Any]) -> Any:
-    """A container of the same type as `value` that holds these instead, by the keys of
-    `contained`.
-    """
+    """A container of the type of `value` that holds these instead, by the keys of `contained`."""
     kind = type(value)
     if kind is dict:
         return dict(inside)

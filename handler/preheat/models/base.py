@@ -19,7 +19,7 @@ from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import Outcome, RunReport
-from preheat.protocol.calls import Call
+from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
 
 JobT = TypeVar("JobT")

@@ -19,7 +19,7 @@ import torch
 from preheat.buckets import split_rows
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends.base import EngineName, slowest
-from preheat.compilation.pace import Budget, Load
+from preheat.compilation.pace import MARGIN, Budget, Load
 from preheat.compilation.router import Router
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import is_device_lost, is_out_of_memory, release_memory
@@ -57,6 +57,8 @@ class Outcome:
     fell_back: bool = False
     """Ran eagerly because warm-up had found no engine."""
     error: RunError | None = None
+    begun: bool = False
+    """Some of its rows are done."""
 
     @property
     def is_fallback(self) -> bool:
@@ -90,7 +92,7 @@ class Outcome:
 
     def restart(self) -> None:
         """Forget what a failed run has left; a family with more to forget adds it."""
-        self.engine, self.incident, self.fell_back = "eager", False, False
+        self.engine, self.incident, self.fell_back, self.begun = "eager", False, False, False
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -213,7 +215,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             self._budget.pace.seconds(self._load(group[0], size), generous=generous)
             for group in self._grouped(answers)
             for size in split_rows(
-                self._batch_sizes, sum(len(self._rows(answer)) for answer in group)
+                self._fitting(self._kind(group[0]), self._batch_sizes),
+                sum(len(self._rows(answer)) for answer in group),
             )
         )
 
@@ -248,7 +251,9 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
         seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
-        if self._budget.running and not self._budget.fits(seconds):
+        # Who has begun is not asked for the third on top: it was admitted, and would begin anew.
+        margin = MARGIN if any(answer.begun for answer, _ in chunk) else 1.0
+        if self._budget.running and not self._budget.fits(seconds / margin):
             for answer, _ in chunk:
                 if answer.error is None:
                     self._put_off(answer)
@@ -308,6 +313,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             try:
                 self._run_chunk(chunk, size)
                 self._budget.pace.saw(load, self._budget.now() - began)
+                for answer, _ in chunk:
+                    answer.begun = True
                 continue
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -32,6 +32,23 @@ def json_response(
     )
 
 
+def texts(facts: Mapping[str, object]) -> dict[str, str]:
+    """What is said of an answer, as headers say it."""
+    return {name: _text(value) for name, value in facts.items()}
+
+
+def preheat_headers(facts: Mapping[str, object]) -> dict[str, str]:
+    """The same as headers: `prompt_dropped` is `x-preheat-prompt-dropped`."""
+    named = texts(facts).items()
+    return {f"x-preheat-{name.replace('_', '-')}": text for name, text in named}
+
+
+def _text(value: object) -> str:
+    if isinstance(value, bool):
+        return json.dumps(value)
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
 def from_error(error: RequestError | RunError) -> Response:
     headers = {"retry-after": str(error.retry_after)} if isinstance(error, PutOff) else None
     return json_response(error.code, error.body(), headers)

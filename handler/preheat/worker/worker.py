@@ -53,7 +53,7 @@ from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
 from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
 from preheat.models.batching import Outcome, RunReport
 from preheat.models.registry import load_model
-from preheat.protocol.calls import Call
+from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase as StatePhase

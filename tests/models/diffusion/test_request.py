@@ -395,6 +395,7 @@ def test_what_is_no_image_is_refused(value: object) -> None:
     assert refused_of(image=CODED, mask_image=value).field == "mask_image"
 
 
+@settings(deadline=None)
 @given(st.integers(1, 320))
 def test_an_image_is_allowed_up_to_its_limit_to_the_byte(size: int) -> None:
     data = b"\1" * size

@@ -198,12 +198,12 @@ def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Work
 X = {"shape": ["batch", 3], "default": 0.0}
 
 
-@pytest.mark.parametrize("wrong", [[0, 4], [-1, 3]])
+@pytest.mark.parametrize("wrong", [[0, 4], [-1, 3], [-100, 3]], ids=str)
 def test_a_range_that_the_module_does_not_take_is_found_at_start(
     watch: CompileWatch, tmp_path: Path, wrong: list[int]
 ) -> None:
     with pytest.raises(
-        ConfigError, match=r"module.inputs.index.range: (4|-1) is more than it takes"
+        ConfigError, match=r"module.inputs.index.range: (4|-1|-100|-99) is not what it takes"
     ):
         served(
             tmp_path, {"index": {"dtype": "int64", "shape": ["batch", 3], "range": wrong}, "x": X}
@@ -268,7 +268,7 @@ def test_on_two_threads_an_index_outside_its_table_ends_the_process_that_does_no
     tmp_path: Path, how: str, status: int
 ) -> None:
     """Inductor's check throws inside an OpenMP region, which no exception can leave: SIGABRT."""
-    tests = Path(__file__).parent
+    tests = Path(__file__).parents[2]
     env = {
         **os.environ,
         "PYTHONPATH": f"{tests.parent / 'handler'}:{tests}",

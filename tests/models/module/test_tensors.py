@@ -89,6 +89,7 @@ def field_of(reader: Reader, row: object, headers: dict[str, str] | None = None)
 SHAPES = st.lists(st.integers(1, 5), min_size=1, max_size=4)
 
 
+@settings(deadline=None)
 @given(SHAPES, st.data(), st.sampled_from(["edge", 0.0, -3.0]))
 def test_what_is_padded_and_cut_again_is_what_it_was(
     shape: list[int], data: st.DataObject, pad: float | str
@@ -103,6 +104,7 @@ def test_what_is_padded_and_cut_again_is_what_it_was(
     assert (padded.numpy() == np.pad(tensor.numpy(), margins, **how)).all()
 
 
+@settings(deadline=None)
 @given(
     npst.arrays(
         st.sampled_from(["<f4", "<i8", "u1", "?"]), npst.array_shapes(max_dims=3, max_side=4)
@@ -370,6 +372,7 @@ BYTES = st.binary(max_size=60) | st.sampled_from(
 )
 
 
+@settings(deadline=None)
 @given(
     st.dictionaries(
         st.sampled_from(["body", "data", "ids", "mask", "pixels", "text", "accept"])
@@ -402,6 +405,7 @@ def test_whatever_comes_is_a_request_or_a_refusal(
         )
 
 
+@settings(deadline=None)
 @given(BYTES)
 def test_mutilated_files_are_refused_or_read(data: bytes) -> None:
     for read_one in (lambda: tensors.from_npy(data, "x"), lambda: tensors.from_safetensors(data)):
@@ -491,7 +495,7 @@ def mutated(draw: st.DrawFn) -> bytes:
     st.sampled_from([BERT_LIKE, IMAGES, OPEN]),
     st.booleans(),
 )
-@settings(max_examples=300)
+@settings(deadline=None, max_examples=300)
 def test_made_up_files_and_lists_are_requests_or_refusals(
     body: object, of: Reader, named: bool
 ) -> None:

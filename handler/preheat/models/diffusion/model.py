@@ -34,7 +34,7 @@ from preheat.models.diffusion.request import FIELDS, ImageRequest, parse_row
 from preheat.models.diffusion.runner import Answer, Engine, Job
 from preheat.models.diffusion.variants import Variant, covering, plan_variants
 from preheat.protocol import images
-from preheat.protocol.calls import Call
+from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
 
@@ -183,7 +183,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             answer.raise_if_failed()
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
-        return _timing(time.perf_counter() - began, told[1:])
+        return _timing(time.perf_counter() - began, told[1:], self._pipeline.order)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -291,13 +291,13 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         self._encoders.shutdown()
 
 
-def _timing(seconds: float, ended: Sequence[float]) -> Timing:
+def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:
     """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
     about the first one does not.
     """
     if len(ended) < 2:
         return Timing(seconds, 0.0)
-    per_step = ended[-1] - ended[-2]
+    per_step = order * (ended[-1] - ended[-2])  # the last one is a single call, whatever the order
     return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 

@@ -254,6 +254,11 @@ class DiffusionPipeline:
                 parts[name] = type(component).__name__
         return parts
 
+    @property
+    def order(self) -> int:
+        """Calls of the denoiser in all steps but the last: 2 of Heun and its kin."""
+        return int(self._pipe.scheduler.order)
+
     def num_calls(self, request: ImageRequest) -> int:
         """Calls of the denoiser that the scheduler makes of the request's steps: Heun and its kin
         two of most of them.
@@ -269,7 +274,7 @@ class DiffusionPipeline:
         # start, not the steps, down.
         run = min(num_steps * request.strength, num_steps)
         start = num_steps - int(run) if self.family.denoiser == "unet" else int(num_steps - run)
-        return timesteps - start * int(self._pipe.scheduler.order)
+        return timesteps - start * self.order
 
     def _count_timesteps(self, num_steps: int) -> int:
         scheduler = type(self._pipe.scheduler).from_config(self._pipe.scheduler.config)

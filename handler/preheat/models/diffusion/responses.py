@@ -11,7 +11,7 @@ from preheat.device import is_out_of_memory
 from preheat.errors import OutOfMemory
 from preheat.protocol import images
 from preheat.protocol.events import EventStream
-from preheat.protocol.responses import Response, from_error, json_response
+from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
     from preheat.models.diffusion.runner import Answer, Job
@@ -47,13 +47,9 @@ def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
         return _last_event(events, answer, files)
     if answer.error is not None:
         return from_error(answer.error)
-    headers = {
-        **plan_headers(answer.job),
-        "x-preheat-engine": answer.engine,
-        "x-preheat-exact": answer.exact,
-    }
-    if answer.flagged:
-        headers["x-preheat-flagged"] = "true" if any(answer.flagged) else "false"
+    flagged = {"flagged": any(answer.flagged)} if answer.flagged else {}
+    ran = {"engine": answer.engine, "exact": answer.exact, **flagged}
+    headers = {**plan_headers(answer.job), **preheat_headers(ran)}
     if request.response_format == "image":
         return Response(
             200, files[0], {"content-type": images.CONTENT_TYPES[request.output_format], **headers}
@@ -98,15 +94,9 @@ def _facts(answer: Answer) -> dict[str, Any]:
 
 def plan_headers(job: Job) -> dict[str, str]:
     """What headers say of a request before it is painted."""
-    return {
-        "x-preheat-bucket": str(job.plan.bucket),
-        "x-preheat-seed": str(job.request.seed),
-        "x-preheat-padding": f"{job.plan.padding:.4f}",
-        **{
-            f"x-preheat-{field.replace('_', '-')}-dropped": str(number)
-            for field, number in job.dropped.items()
-        },
-    }
+    plan, seed = job.plan, job.request.seed
+    facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **_dropped(job)}
+    return preheat_headers(facts)
 
 
 def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:
@@ -122,7 +112,7 @@ def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:
 
 
 def _dropped(job: Job) -> dict[str, int]:
-    """What JSON says of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in
+    """What is said of prompts that were cut: `prompt_dropped`, `negative_prompt_dropped`, in
     tokens; nothing of whole ones.
     """
     return {f"{field}_dropped": number for field, number in job.dropped.items()}

@@ -33,8 +33,8 @@ from preheat.models.batching import Exactness, RunReport
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.request import ACCEPT, Accept, Reader
 from preheat.models.module.runner import Answer, Job, ModuleEngine
-from preheat.protocol.calls import Call
-from preheat.protocol.responses import Response, from_error
+from preheat.protocol.call import Call
+from preheat.protocol.responses import Response, from_error, preheat_headers, texts
 
 logger = logging.getLogger(__name__)
 
@@ -145,7 +145,7 @@ class ModuleModel:
             report=report,
             budget=budget,
         )
-        runner = ModuleRunner(engine, self._own, self.shapes, self.reader, self.dtype)
+        runner = ModuleRunner(engine, self._own, self.shapes, self.reader, self.dtype, self._device)
         runner.try_out(routers)
         return runner
 
@@ -160,8 +160,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         shapes: ShapesConfig,
         reader: Reader,
         dtype: torch.dtype,
+        device: torch.device,
     ) -> None:
-        self._engine, self._own, self._shapes = engine, own, shapes
+        self._engine, self._own, self._shapes, self._device = engine, own, shapes, device
         self.unfit = engine.unfit
         self._reader, self._dtype = reader, dtype
         self._sizes = _buckets(own)
@@ -197,22 +198,26 @@ class ModuleRunner(ModelRunner[Job, Answer]):
             )
 
     def _try_ranges(self, smallest: Mapping[str, int]) -> None:
-        """Run the least and the greatest number of every range eagerly, where an index outside its
-        table is an error like any other.
+        """Run the ends of every range eagerly, where an index outside its table is an error like
+        any other.
 
         Raises:
             ConfigError: the module fails on one.
         """
         base = self._prepared(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in self._reader.ranges[name] if spec.is_index else ():
+            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
                 changed = base.inputs[name].clone()
                 changed.view(-1)[0] = int(number)
-                answer = self._engine.alone(replace(base, inputs={**base.inputs, name: changed}))
-                if answer.error is not None:
+                job = replace(base, inputs={**base.inputs, name: changed})
+                path = f"module.inputs.{name}.range"
+                try:
+                    error = self._engine.alone(job).error
+                except SystemExit as lost:  # CUDA asserts on the device, which is lost with it
+                    raise ConfigError(f"{number:.15g} is not what it takes", path) from lost
+                if error is not None:
                     raise ConfigError(
-                        f"{number:.15g} is more than it takes: {answer.error}",
-                        f"module.inputs.{name}.range",
+                        f"{number:.15g} is not what it takes in its smallest bucket: {error}", path
                     )
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
@@ -304,6 +309,12 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         job = self._engine.prepare(inputs, accept, call.deadline)
         known = self._own.inputs or self._reader.ranges
         unbounded = any(_is_index(tensor) and name not in known for name, tensor in inputs.items())
+        if unbounded and self._device.type == "cuda":
+            raise RequestError(
+                "holds whole numbers of unknown range, and one outside its table would cost the "
+                "GPU; declare module.inputs in the YAML",
+                "body",
+            )
         return replace(job, planned_eager=True) if unbounded else job
 
     def inference(self, jobs: Sequence[Job]) -> list[Answer]:
@@ -319,23 +330,19 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         facts = {
             "bucket": answer.bucket,
             "engine": answer.engine,
-            "padding": f"{answer.padding:.4f}",
+            "padding": round(answer.padding, 4),
             "exact": answer.exact,
         }
-        headers = {
-            "content-type": answer.job.accept,
-            **{f"x-preheat-{name}": text for name, text in facts.items()},
-        }
+        headers = {"content-type": answer.job.accept, **preheat_headers(facts)}
         too_large = self._too_large(answer)
         if too_large is not None:
             return from_error(too_large)
         if answer.job.accept == "application/safetensors":
-            return Response(200, tensors.to_safetensors(answer.outputs, facts), headers)
+            return Response(200, tensors.to_safetensors(answer.outputs, texts(facts)), headers)
         if answer.job.accept == "application/x-npy":
             return _npy_response(answer.outputs, headers)
         lists = {name: tensors.to_lists(tensor) for name, tensor in answer.outputs.items()}
-        document = {"outputs": lists, **facts, "padding": round(answer.padding, 4)}
-        return Response(200, tensors.dumps(document), headers)
+        return Response(200, tensors.dumps({"outputs": lists, **facts}), headers)
 
     def _too_large(self, answer: Answer) -> RequestError | None:
         """Why this answer is not encoded, or None: TorchServe ends a worker that answers more than
@@ -418,6 +425,13 @@ def _bounds(
     lengths = ranges.lengths(names, module)
     ranges.refuse_long_buckets(config, lengths)
     return tensors.Bounds(largest, rejecting, config.limits.max_elements, lengths)
+
+
+def _tried(span: tensors.Span) -> list[float]:
+    """Its ends and what is next to them and to 0: a range may begin with an `ignore_index`."""
+    least, most = span
+    near = {least, least + 1, -1.0, 0.0, most - 1, most}
+    return sorted(number for number in near if least <= number <= most)
 
 
 def _is_index(tensor: torch.Tensor) -> bool:

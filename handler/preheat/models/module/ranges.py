@@ -107,7 +107,11 @@ def _longest(module: nn.Module, *, decoder: bool) -> int | None:
     in a table that has no more rows.
     """
     most = _setting(module, *_POSITIONS, decoder=decoder)
-    if most is None:
+    relative = any(
+        getattr(config, "position_biased_input", True) is False  # DeBERTa's have no table of them
+        for config in _configs(module, "decoder" if decoder else "encoder")
+    )
+    if most is None or relative:
         return None
     behind = [
         (table.padding_idx or 0) + 1

@@ -172,7 +172,10 @@ class Reader:
             tensor = tensors.as_sent(tensor, name, self.bounds)
         else:
             tensor = tensors.checked(tensor, spec, name, self.bounds)
-        tensors.check_values(tensor, name, self.computed, self.ranges.get(name))
+        # A mask of an undeclared input may be of floats that are added, such as 0 and -10000.
+        added = spec is None and tensor.is_floating_point()
+        span = None if added else self.ranges.get(name)
+        tensors.check_values(tensor, name, self.computed, span)
         return tensor
 
     def _decoded(self, value: object, spec: InputConfig | None, name: str) -> torch.Tensor:

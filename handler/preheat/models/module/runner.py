@@ -7,6 +7,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 
 import torch
 from torch import nn
@@ -160,13 +161,15 @@ class ModuleEngine(Batcher[Answer, Job]):
         return str(answer.job.bucket)
 
     def _load(self, answer: Answer, size: int) -> Load:
-        return Load(answer.job.bucket.volume if answer.job.bucket else 0, size, size, 1)
+        job = answer.job
+        volume = job.bucket.volume if job.bucket else prod(job.sizes.values())
+        return Load(volume, size, size, 1)
 
     def _identity(self, answer: Answer) -> int:
         inputs = sorted(answer.job.inputs.items())
         return hash(
             tuple(
-                (name, tensor.shape, tensor.view(torch.uint8).numpy().tobytes())
+                (name, tensor.shape, tensor.contiguous().view(torch.uint8).numpy().tobytes())
                 for name, tensor in inputs
             )
         )

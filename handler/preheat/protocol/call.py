@@ -1,4 +1,4 @@
-"""One request as it reaches a worker, whoever brings it."""
+"""A request as a host hands it over."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from preheat.protocol.responses import Response
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request of a batch."""
+    """One request of a batch, as it came."""
 
     row: Mapping[str, object]
     headers: Mapping[str, str] = field(default_factory=dict)
