@@ -20,7 +20,6 @@ import old_folders
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.backends.base import CompiledCode, Prepared
-from preheat.compilation.closeness import mismatch
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -354,30 +353,6 @@ def test_a_package_that_computes_something_else_is_found_out_before_it_serves(
     router.start_run()
     warm(module, 2)
     assert "aot" not in router.run.engines
-
-
-def test_nan_is_no_small_difference() -> None:
-    whole, broken = torch.ones(3), torch.tensor([1.0, float("nan"), 1.0])
-    assert mismatch((whole,), (whole,)) is None
-    assert "differs" in str(mismatch((broken,), (whole,)))
-    assert "returns" in str(mismatch((whole[:2],), (whole,))) and "returns" in str(
-        mismatch((), (whole,))
-    )
-
-
-def test_what_is_let_through_says_how_far_it_is_off(caplog: pytest.LogCaptureFixture) -> None:
-    theirs, name = torch.ones(4, dtype=torch.bfloat16), "unet-0.pt2"
-    with caplog.at_level(logging.INFO):
-        assert mismatch((theirs * 1.0625, torch.ones(2)), (theirs, torch.ones(2)), name) is None
-    assert caplog.messages == [
-        f"{name}: differs from eager by 0.062 of the largest magnitude; 0.08 is let through"
-    ]
-    caplog.clear()
-    assert (
-        mismatch((theirs * 1.5,), (theirs,), name) is not None
-        and mismatch((theirs,), (theirs,)) is None
-    )
-    assert not caplog.messages
 
 
 @pytest.mark.parametrize("scope", ["full", "regional"])
