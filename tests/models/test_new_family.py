@@ -4,6 +4,7 @@ the handler, the cache or the command knows it. It is also the smallest model to
 
 from __future__ import annotations
 
+import gc
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -186,6 +187,7 @@ def test_a_new_family_is_compiled_warmed_proven_batched_and_streamed(
 
 
 def test_two_workers_of_a_process_do_not_disturb_each_other(watch: CompileWatch) -> None:
+    gc.collect()  # workers of other tests, which nobody has closed
     first, second = start(2), start(4)  # of a class's equal graphs Dynamo compiles one alone
     for worker in (first, second):
         (result,) = worker.run([worker.parse({"body": 4.0})])
