@@ -49,7 +49,10 @@ def num_gpus() -> int:
         return 0
     if named is not None:
         return len([name for name in named.split(",") if name.strip()])
-    return max(0, torch.cuda._raw_device_count_nvml())
+    try:
+        return max(0, torch.cuda._raw_device_count_nvml())
+    except OSError:  # no driver, no libnvidia-ml: a torch with CUDA on a machine without a GPU
+        return 0
 
 
 def see_one_gpu(gpu_id: int | str | None) -> int | str | None:
