@@ -4,13 +4,13 @@ the handler, the cache or the command knows it. It is also the smallest model to
 
 from __future__ import annotations
 
-import gc
 import json
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -186,8 +186,11 @@ def test_a_new_family_is_compiled_warmed_proven_batched_and_streamed(
         assert worker.current_state().compiles_since_ready == 0
 
 
-def test_two_workers_of_a_process_do_not_disturb_each_other(watch: CompileWatch) -> None:
-    gc.collect()  # workers of other tests, which nobody has closed
+def test_two_workers_of_a_process_do_not_disturb_each_other(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # without the workers of other tests, which nobody has closed
+    monkeypatch.setattr(Worker, "alive", WeakSet())
     first, second = start(2), start(4)  # of a class's equal graphs Dynamo compiles one alone
     for worker in (first, second):
         (result,) = worker.run([worker.parse({"body": 4.0})])

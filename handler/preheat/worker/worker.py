@@ -163,7 +163,7 @@ class Worker(Generic[JobT, ResultT]):
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
-    _alive: ClassVar[WeakSet[Worker[Any, Any]]] = WeakSet()
+    alive: ClassVar[WeakSet[Worker[Any, Any]]] = WeakSet()
     """Those of this process that are READY and not closed."""
 
     def __init__(
@@ -211,9 +211,9 @@ class Worker(Generic[JobT, ResultT]):
         with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
             phase = self._heat(sharing)
         self._events_at_ready = self._watch.num_events
-        for other in Worker._alive:
+        for other in Worker.alive:
             other._events_at_ready += self._events_at_ready  # its watch has seen them too
-        Worker._alive.add(self)
+        Worker.alive.add(self)
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
@@ -230,10 +230,10 @@ class Worker(Generic[JobT, ResultT]):
         """Let go of what the process holds for this worker; it serves nothing afterwards. When the
         last one goes, compiling is allowed again.
         """
-        if self in Worker._alive:
-            Worker._alive.remove(self)
+        if self in Worker.alive:
+            Worker.alive.remove(self)
             self._open.close()
-            if not Worker._alive:
+            if not Worker.alive:
                 allow_compiling()
 
     def __enter__(self) -> Worker[JobT, ResultT]:
