@@ -196,7 +196,7 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(server.ServerError):
-        server._launch(tmp_path, tmp_path, None, {})
+        server.launch(tmp_path, tmp_path, None, {})
     (environment,) = given
     assert {name: image[name] for name in SHARED_SETTINGS} == {
         name: environment[name] for name in SHARED_SETTINGS
