@@ -137,15 +137,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     """A hot worker in this dtype, and what it paints without faults."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults()
         faults.install(patch)
-        service = half_served(folder, request.param, shapes={"batch_sizes": [1, 2]})
-        expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
-        yield Bench(service, faults, request.param, expected)
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
+        with half_served(folder, request.param, shapes={"batch_sizes": [1, 2]}) as service:
+            expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
+            yield Bench(service, faults, request.param, expected)
+    torch.compiler.reset()
 
 
 @pytest.fixture
