@@ -80,22 +80,22 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         warmed.
         """
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
         return variants
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def extremes(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every
         graph is static.
         """
         return ()
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """Variants beside these that must be served too, and so proven."""
         return ()
 
     @abstractmethod
-    def run_variant(self, variant: Any) -> Timing:
+    def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would; how long it took."""
 
     def overload(self, pace: Pace, timeout: float) -> str | None:

@@ -39,11 +39,11 @@ from preheat.cache.shared import (
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.debugging import debugging
-from preheat.compilation.pace import Budget, Load, Timing
+from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Record, Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.model import ModelConfig
@@ -55,8 +55,7 @@ from preheat.models.registry import load_model
 from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
-from preheat.status import Phase as StatePhase
-from preheat.status import StatusFile
+from preheat.status import Phase, StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
@@ -109,7 +108,7 @@ def load(
     """The first half of a worker's start; `build_packages` goes on by itself.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
     """
     config = config.in_archive(manifest or {})
     # a key that cannot be used shows before anything is loaded
@@ -177,7 +176,7 @@ class Worker(Generic[JobT, ResultT]):
         manifest: the archive's, where a module may be named.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
@@ -200,7 +199,6 @@ class Worker(Generic[JobT, ResultT]):
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        self._loads: dict[tuple[str, int], Load] = {}
         with ExitStack() as undo:
             self._watch = CompileWatch()
             undo.callback(self._watch.close)
@@ -236,7 +234,7 @@ class Worker(Generic[JobT, ResultT]):
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -352,16 +350,19 @@ class Worker(Generic[JobT, ResultT]):
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
         self._metrics.state(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
         self.state.unfit = dict(self.runner.batches.unfit)
-        self._show_pace()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
+
+    def document(self) -> dict[str, object]:
+        """The current state as JSON."""
+        return self.current_state().document(self._budget.pace)
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
@@ -384,13 +385,13 @@ class Worker(Generic[JobT, ResultT]):
             cache.max_bytes,
         )
         # Half of the time, so that a worker that has waited in vain can still compile.
-        patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
+        timeout = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
-            cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
+            cache.key or "default", shared, timeout=max(0.0, timeout), report=self._show_waiting
         ) as use:
             with self._headers():
                 yield use
-            fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
+            fallen = [row for row in self.state.buckets if row.engine == "eager"]
             # Who found nothing shares what did compile. The others, who fail as it did, do not
             # replace it at every start.
             if fallen and use.digest:
@@ -407,7 +408,7 @@ class Worker(Generic[JobT, ResultT]):
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, sharing: CacheUse | None) -> StatePhase:
+    def _heat(self, sharing: CacheUse | None) -> Phase:
         """Warm-up and proof; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
         if self.config.pt2.shapes.strategy == "exact":
@@ -438,7 +439,7 @@ class Worker(Generic[JobT, ResultT]):
         # all, without a probe.
         proven = self._plan(covers=covers).verify
         num_faults = warmup.prove(proven)
-        self.state.buckets = [_row(record) for record in warmup.records]
+        self.state.buckets = warmup.rows
         logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
         self.state.padding = dict(self.runner.measure_padding())
         self._learn_pace(warmup.timings)
@@ -448,21 +449,10 @@ class Worker(Generic[JobT, ResultT]):
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
             self._budget.pace.measured(variant.load, timing)
-            key = (str(variant.bucket), variant.batch_size)
-            if key not in self._loads or self._loads[key].rows < variant.load.rows:
-                self._loads[key] = variant.load
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
             logger.warning("%s", too_much)
-
-    def _show_pace(self) -> None:
-        rows: list[Mapping[str, Any]] = []
-        for row in self.state.buckets:
-            load = self._loads.get((row["bucket"], row["batch_size"]))
-            seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
-            rows.append({**row, "seconds_per_step": round(seconds, 6)})
-        self.state.buckets = rows
 
     def _plan(self, *, covers: bool = True) -> WarmupPlan:
         """What is warmed and replayed, for all that is known of the targets now."""
@@ -509,20 +499,3 @@ def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> No
             "records CUDA graphs, which strategy: dynamic cannot; use mode: default",
             "pt2.compile.mode",
         )
-
-
-def _row(record: Record) -> dict[str, Any]:
-    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
-    words.
-    """
-    sizes = dict(record.bucket.sizes)
-    return {
-        "bucket": str(record.bucket),
-        **(sizes if record.bucket.is_picture else {"dims": sizes}),
-        "batch_size": record.batch_size,
-        "target": record.target,
-        "engine": record.engine,
-        "warm_seconds": record.warm_seconds,
-        "cache": record.cache or "none",
-        "reason": record.reason or "",
-    }

@@ -16,6 +16,7 @@ from PIL import Image
 
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import MARGIN, Pace, Timing
+from preheat.compilation.variants import Variant as AnyVariant
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
 from preheat.device import num_cores, synchronize
@@ -31,7 +32,7 @@ from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
 from preheat.models.diffusion.streaming import emit_step
-from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 from preheat.protocol import images
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
@@ -78,29 +79,24 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             self._pipeline.tasks,
         )
 
-    def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
-        return covering(variants)
+    def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
+        return covering(own(variants))
 
-    def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
-        largest, smallest = variants[0], variants[-1]
+    def extremes(self, variants: Sequence[AnyVariant]) -> list[Variant]:
+        every = own(variants)
+        largest, smallest = every[0], every[-1]
         if self._shapes.strategy == "dynamic":
-            sizes = {
-                variant.bucket: variant
-                for variant in variants
-                if variant.guidance == largest.guidance
-            }
+            sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
             return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
-            guided = [
-                v for v in variants if v.bucket == smallest.bucket and v.task == smallest.task
-            ]
+            guided = [v for v in every if v.bucket == smallest.bucket and v.task == smallest.task]
             return [guided[0], guided[-1]]
         return []
 
-    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+    def between(self, variants: Sequence[AnyVariant]) -> list[Variant]:
         if self._shapes.strategy != "dynamic":
             return []
-        return list({self._between(variant): None for variant in variants})
+        return list({self._between(variant): None for variant in own(variants)})
 
     def _between(self, variant: Variant) -> Variant:
         """The variant at about half its size: what `strategy: dynamic` has to serve beside the
@@ -112,11 +108,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         )
         return replace(variant, bucket=half)
 
-    def run_variant(self, variant: Variant) -> Timing:
+    def run_variant(self, variant: AnyVariant) -> Timing:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is
         met too.
         """
-        samples = (self._sample(variant, seed) for seed in range(variant.batch_size))
+        (meant,) = own([variant])
+        samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
         jobs = [self.planner.prepare(sample) for sample in samples]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
