@@ -155,10 +155,10 @@ def test_packages_are_unpacked_where_a_later_start_sweeps(
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     before = set(tmp_path.iterdir())
-    aot._unpacked.cache_clear()
+    aot.unpacked_folder.cache_clear()
     _, router = attached(watch, folder)
     (unpacked,) = set(tmp_path.iterdir()) - before
-    aot._unpacked.cache_clear()
+    aot.unpacked_folder.cache_clear()
     assert (
         packages(router)
         and unpacked.name.startswith("preheat-aot-")
@@ -191,7 +191,7 @@ def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> N
     (package,) = packages(router)
     assert isinstance(package, aot.Package)
     own = dict(module.named_parameters()) | dict(module.named_buffers())
-    assert {name: tensor.data_ptr() for name, tensor in package._constants.items()} == {
+    assert {name: tensor.data_ptr() for name, tensor in package.constants.items()} == {
         name: tensor.data_ptr() for name, tensor in own.items()
     }
     warm(module, 2)
@@ -344,7 +344,7 @@ def test_a_package_that_computes_something_else_is_found_out_before_it_serves(
     with torch.no_grad():  # one weight, a percent off, behind the package's back
         (package,) = packages(router)
         assert isinstance(package, aot.Package)
-        package._constants["conv.weight"] = module.conv.weight.detach() * 1.01
+        package.constants["conv.weight"] = module.conv.weight.detach() * 1.01
         package.use_constants()
     with caplog.at_level(logging.ERROR):
         warm(module, 2, 3, 1)

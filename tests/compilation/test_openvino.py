@@ -150,7 +150,7 @@ def test_float32_is_float32_and_bfloat16_bfloat16() -> None:
         (backend,) = routed(dtype=dtype)[1].backends
         model = backend.code_for(inputs(2, dtype=dtype), DynamicDims())
         assert isinstance(model, openvino.Model)
-        compiled = model._request.get_compiled_model()
+        compiled = model.request.get_compiled_model()
         said.append(compiled.get_property("INFERENCE_PRECISION_HINT").get_type_name())
     # which it says where the CPU has no bfloat16
     assert said[0] == "f32" and said[1] in ("bf16", "f32")

@@ -19,7 +19,7 @@ import pytest
 
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client, Reply
-from served import CACHE, Served, serving
+from served import Served, serving
 
 PAIR = """
 minWorkers: 2
@@ -84,7 +84,7 @@ def pair(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     config = work / "pair.yaml"
     config.write_text(PAIR)
     archive = build_archive(config, tiny_sdxl, output=work / "archives")
-    with serving(archive, work, wait=0, cache=CACHE) as cold:
+    with serving(archive, work, wait=0, cache=work / "cache") as cold:
         yield cold
 
 

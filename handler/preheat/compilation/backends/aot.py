@@ -94,13 +94,13 @@ class Package:
         self._loader = _load(content, device)
         self._returns = pytree.treespec_loads(self._loader.get_call_spec()[1])
         # not copied, so kept alive here
-        self._constants = _constants(module, self._loader.get_constant_fqns())
+        self.constants = _constants(module, self._loader.get_constant_fqns())
         self.use_constants()
 
     def use_constants(self) -> None:
-        """Compute with the tensors in `_constants` from now on."""
+        """Compute with the tensors in `constants` from now on."""
         # active ones, all of them, user-managed
-        self._loader.load_constants(self._constants, False, True, True)
+        self._loader.load_constants(self.constants, False, True, True)
 
     def matches(self, inputs: Inputs) -> bool:
         return call_key(*inputs, self.dims) == self._key
@@ -118,7 +118,7 @@ def _load(content: bytes, device: torch.device) -> Any:
     """
     index = -1 if device.index is None else device.index
     with (
-        _unpacking_in(_unpacked()) as folder,
+        _unpacking_in(unpacked_folder()) as folder,
         tempfile.NamedTemporaryFile(suffix=".pt2", dir=folder) as file,
     ):
         file.write(content)
@@ -128,7 +128,7 @@ def _load(content: bytes, device: torch.device) -> Any:
 
 
 @cache
-def _unpacked() -> Path:
+def unpacked_folder() -> Path:
     """Where this process's packages lie unpacked; CUDA kernels are read from there at their first
     launch.
     """

@@ -91,7 +91,7 @@ class Model:
         # parameter itself would not keep it.
         self._weights = [weight.detach() for weight in exported.state_dict.values()]
         self._converted = model
-        self._request = (
+        self.request = (
             openvino.Core()
             .compile_model(model, "CPU", {**_precision(module), **properties})
             .create_infer_request()
@@ -102,10 +102,10 @@ class Model:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         for index, tensor in enumerate(tensors(args, kwargs)):
-            self._request.set_input_tensor(index, self._lent(tensor))
-        self._request.infer()
+            self.request.set_input_tensor(index, self._lent(tensor))
+        self.request.infer()
         outputs = [
-            _taken(self._request.get_output_tensor(index)) for index in range(self._num_outputs)
+            _taken(self.request.get_output_tensor(index)) for index in range(self._num_outputs)
         ]
         return pytree.tree_unflatten(outputs, self._returns)
 
