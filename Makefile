@@ -20,6 +20,7 @@ CSV ?=
 COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
+PLAN_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -40,7 +41,7 @@ NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -95,6 +96,9 @@ stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 
 archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
 	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+
+plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
+	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)

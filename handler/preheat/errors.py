@@ -3,11 +3,13 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
+    │   └── NoBucket         it is larger than every bucket, under `oversize: reject`
     ├── RunError         a legal request that could not be painted; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
     │   └── PipelineFailure  500: the model raised
+    ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
@@ -20,6 +22,11 @@ Anything else that is raised is a bug, or the machine's doing.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preheat.buckets import Bucket
 
 
 class PreheatError(Exception):
@@ -54,6 +61,10 @@ def in_one_line(error: BaseException) -> str:
     return text if len(text) <= 300 else f"{text[:297]}..."
 
 
+class LogError(PreheatError):
+    """Asked sizes that cannot be read."""
+
+
 class RequestError(PreheatError):
     """A request that is refused; `field` is the request's field at fault, None where no single one
     is.
@@ -79,6 +90,14 @@ class RequestError(PreheatError):
             "message": str(self),
             "field": self.field,
         }
+
+
+class NoBucket(RequestError):
+    """A size that no bucket covers; `asked` is it, where the request says all of it."""
+
+    def __init__(self, message: str, field: str | None, asked: Bucket | None) -> None:
+        super().__init__(message, field)
+        self.asked = asked
 
 
 class RunError(PreheatError):

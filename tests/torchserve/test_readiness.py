@@ -267,6 +267,30 @@ def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
             return
 
 
+def test_asked_sizes_are_written_to_a_file_of_their_own_and_read_by_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_status, "INTERVAL", 0.01)
+    monkeypatch.setattr(worker_status, "SIZES_INTERVAL", 0.01)
+    asked = threading.Event()
+    sizes = [[64, 64, 1]]
+
+    def document() -> dict[str, Any]:
+        assert threading.current_thread() is not threading.main_thread()
+        asked.set()
+        return {"sizes": [*sizes]}
+
+    file = StatusFile(str(tmp_path), "fox")
+    (tmp_path / "other.sizes").write_text("no JSON")
+    for _ in range(2):  # the first time, and later
+        sizes.append([32, 32, len(sizes)])
+        asked.clear()
+        while worker_status.read_sizes(tmp_path).get("fox", [{}])[0].get("sizes") != sizes:
+            file.keep_sizes(document)
+            assert asked.wait(60)
+    assert worker_status.read_statuses(tmp_path) == [], "no status was written"
+
+
 def test_a_server_without_models_is_not_ready(management: Management) -> None:
     assert readiness.check(management.url) == (False, ["no model is registered"])
 

@@ -29,6 +29,7 @@ from preheat.models.diffusion.pipeline import FAMILIES
 from preheat.models.diffusion.runner import Answer, Job
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
+from preheat.protocol.call import Call
 from preheat.status import StatusFile
 from preheat.worker import worker
 from preheat.worker.worker import Worker
@@ -131,6 +132,19 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def test_asked_sizes_are_those_of_clients_refused_ones_too(models: Path) -> None:
+    with start(models / "sd15", compile=False) as service:
+        body: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 1}
+        calls = [
+            Call({"body": body | {"height": height, "width": 50}}, {}) for height in (60, 60, 90)
+        ]
+        answers = service.postprocess(service.inference(service.preprocess(calls)))
+        assert [answer.code for answer in answers] == [200, 200, 400]
+        state = service.current_state()
+        assert state.document()["preheat"]["asked_sizes"]["sizes"] == [[90, 50, 1], [60, 50, 2]]
+        assert "asked_sizes" not in state.summary(), "the status file is written at every batch"
 
 
 def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(

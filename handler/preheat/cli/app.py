@@ -22,8 +22,9 @@ from preheat.errors import ConfigError, PreheatError
 from preheat.status import STATUS_DIR_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from preheat.planning.demand import Demand
     from preheat.status import Status
     from preheat.torchserve.server import TorchServe
 
@@ -326,6 +327,88 @@ def demo(
 
 
 @app.command()
+def plan(
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sizes that were asked for: columns height,width[,count] in pixels, or a module's "
+            "dimension, such as sequence[,count]. Default: what the workers here have counted."
+        ),
+    ] = None,
+    max_buckets: Annotated[int, typer.Option(min=1, max=32, help="So many, or fewer.")] = 5,
+    max_waste: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="The fewest buckets that compute no larger share in vain, as 0.15."
+        ),
+    ] = None,
+    cover: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the requests that needs a bucket, as 0.95."),
+    ] = 1.0,
+    must: Annotated[
+        list[str] | None,
+        typer.Option(help="A bucket that is in any case, as 1024x1024; may be repeated."),
+    ] = None,
+    grid: Annotated[
+        int, typer.Option(min=1, help="What sizes are rounded up to; 16 for Flux and SD3.")
+    ] = 8,
+    cost: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A worker's state as JSON: its seconds are the cost, its asked sizes the log "
+            "where there is no other. May be repeated, for other strategies' seconds."
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Denoising steps a request, for measured seconds.")
+    ] = 30,
+    seconds: Annotated[float, typer.Option(min=1, help="To search and prove.")] = 45,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it here: a .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    model: OneModel = None,
+    name: Name = None,
+) -> None:
+    """Choose the buckets that waste least for the sizes that were asked for, and prove it.
+
+    Without --csv and --cost: from what the workers of a server started here have counted and
+    measured. Exit 1 where there is no such plan.
+    """
+    from rich.console import Console
+
+    from preheat.cli import plan_picture, planner
+    from preheat.planning.demand import read_csv
+    from preheat.planning.plan import Wanted
+
+    states: list[Mapping[str, Any]] = [planner.read_state(path) for path in cost or ()]
+    if csv is not None:
+        demand = read_csv(csv)
+    elif states:
+        asked = [state.get("asked_sizes", {}) for state in states]
+        demand = planner.from_workers(asked, ", ".join(map(str, cost or ())))
+    else:
+        demand, states = _counted(name, model)
+    wanted = Wanted(
+        max_buckets,
+        tuple(dict.fromkeys(planner.parse_bucket(text, demand.names) for text in must or ())),
+        1 - cover,
+        grid,
+        seconds,
+    )
+    report = planner.make(
+        demand, planner.measurements(states), wanted, max_waste=max_waste, steps=steps
+    )
+    if picture is not None:
+        plan_picture.draw(report, picture)
+    if as_json:
+        print(json.dumps(planner.document(report)))
+    else:
+        planner.show(report, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110))
+
+
+@app.command()
 def schema() -> None:
     """Print the JSON schema of a model YAML, for editors: completion, and misspelt keys underlined.
 
@@ -449,6 +532,27 @@ class _Asked:
         wanted = [self.models] if isinstance(self.models, str) else self.models
         written = read_statuses(self.folder) if self.folder else []
         return [each for each in written if wanted is None or each.model in wanted]
+
+
+def _counted(name: str | None, model: str | None) -> tuple[Demand, list[Mapping[str, Any]]]:
+    """What the workers of a model here have been asked for, and their states."""
+    from preheat.cli import planner
+    from preheat.status import read_sizes
+
+    asked = _Asked.of(None, name, model, None)
+    if asked.folder is None:
+        raise PreheatError(
+            "no server was started here, and none writes to $PREHEAT_STATUS_DIR: give a log of "
+            "sizes (--csv, make: CSV=)"
+        )
+    sizes = read_sizes(asked.folder)
+    wanted = [asked.models] if isinstance(asked.models, str) else asked.models
+    models = [each for each in sizes if wanted is None or each in wanted]
+    if len(models) > 1:
+        raise PreheatError(f"several models were asked ({', '.join(models)}): say --model")
+    documents = sizes[models[0]] if models else []
+    states = [status.served for status in asked.statuses() if status.served and status.alive]
+    return planner.from_workers(documents, str(asked.folder)), states
 
 
 def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:

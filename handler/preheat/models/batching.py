@@ -16,7 +16,7 @@ from typing import Generic, Literal, Protocol, TypeVar
 
 import torch
 
-from preheat.buckets import split_rows
+from preheat.buckets import Bucket, split_rows
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.pace import MARGIN, Budget, Load
@@ -74,6 +74,11 @@ class Outcome:
     def bucket(self) -> str:
         """Where it ran."""
         return "none"
+
+    @property
+    def asked(self) -> Bucket | None:
+        """The size that the request asked for; None where there is none to plan buckets by."""
+        return None
 
     @property
     def num_painted(self) -> int:

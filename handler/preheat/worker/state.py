@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from preheat.status import Phase
+from preheat.worker.asked import AskedSizes
 
 
 @dataclass(slots=True)
@@ -52,7 +53,13 @@ class ServerState:
     requests: int = 0
     ready_seconds: float = 0.0
     peak_memory_bytes: int = 0
+    asked_sizes: AskedSizes = field(default_factory=AskedSizes)
+    """dims, sizes (a row each, with its number of requests) and uncounted."""
+
+    def summary(self) -> dict[str, Any]:
+        """All but the sizes, which may be many: what the status file holds."""
+        return {name: getattr(self, name) for name in self.__slots__ if name != "asked_sizes"}
 
     def document(self) -> dict[str, Any]:
         """The object under `customizedMetadata`."""
-        return {"preheat": {name: getattr(self, name) for name in self.__slots__}}
+        return {"preheat": {**self.summary(), "asked_sizes": self.asked_sizes.document()}}

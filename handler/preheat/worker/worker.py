@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import preheat
+from preheat.buckets import Bucket
 from preheat.cache.shared import (
     CacheUse,
     SharedCache,
@@ -49,7 +50,7 @@ from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recom
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
-from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
+from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
 from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
 from preheat.models.batching import Outcome, RunReport
 from preheat.models.registry import load_model
@@ -218,7 +219,7 @@ class Worker(Generic[JobT, ResultT]):
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.state.summary())
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -304,6 +305,8 @@ class Worker(Generic[JobT, ResultT]):
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
             self._metrics.refused(error.field)
+            if isinstance(error, NoBucket):
+                self._count_size(error.asked)
             return Pending(response=from_error(error))
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
             if not is_out_of_memory(error):
@@ -337,8 +340,10 @@ class Worker(Generic[JobT, ResultT]):
             else:
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
+            if not isinstance(result.error, PutOff):  # who comes again is counted then
+                self._count_size(result.asked)
         self._metrics.state(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.state.summary())
         return results
 
     def current_state(self) -> ServerState:
@@ -477,6 +482,10 @@ class Worker(Generic[JobT, ResultT]):
     def _report(self, run: RunReport) -> None:
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
+
+    def _count_size(self, size: Bucket | None) -> None:
+        self.state.asked_sizes.count(size)
+        self._status.keep_sizes(self.state.asked_sizes.document)
 
     def _count(self, answer: Outcome) -> None:
         self.state.incidents += answer.incident

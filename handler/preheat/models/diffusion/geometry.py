@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
-from preheat.errors import RequestError
+from preheat.errors import NoBucket
 
 if TYPE_CHECKING:
     from preheat.config.pt2 import Fit, Oversize
@@ -89,7 +89,7 @@ def plan(
     are rounded to it.
 
     Raises:
-        RequestError: no bucket covers the size, and `oversize` is `reject`.
+        NoBucket: no bucket covers the size, and `oversize` is `reject`.
         ValueError: a side is not positive, or there are no buckets.
     """
     if height < 1 or width < 1:
@@ -200,7 +200,7 @@ def _round_div(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
+def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> NoBucket:
     """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone
     would fit).
     """
@@ -212,11 +212,12 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
         field = "width" if width >= height else "height"
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
     nearest = nearest_aspect(buckets, height, width)
-    return RequestError(
+    return NoBucket(
         f"is too much: no bucket covers height {height} and width {width}; the nearest is "
         f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
         "the server would paint a bucket and scale it up",
         field,
+        Bucket(height, width),
     )
 
 

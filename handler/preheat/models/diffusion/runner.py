@@ -118,6 +118,10 @@ class Answer(Outcome):
         return str(self.job.plan.bucket)
 
     @property
+    def asked(self) -> Bucket:
+        return Bucket(self.job.plan.height, self.job.plan.width)
+
+    @property
     def num_flagged(self) -> int:
         return sum(self.flagged)
 

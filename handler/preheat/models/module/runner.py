@@ -67,6 +67,10 @@ class Answer(Outcome):
         return str(self.ran_in) if self.ran_in is not None else "none"
 
     @property
+    def asked(self) -> Bucket | None:
+        return Bucket(**self.job.sizes) if self.job.sizes else None
+
+    @property
     def num_cropped(self) -> int:
         return self.num_painted - self.num_real
 
