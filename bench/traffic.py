@@ -33,14 +33,13 @@ from bench.report import Answer, Measured
 from bench.sizes import Size, TrafficError
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
-from preheat.errors import PreheatError
+from preheat.errors import PreheatError, ServerError
 from preheat.planning.cost import Curve
 from preheat.planning.demand import PICTURE, Demand
 from preheat.planning.plan import Choice, Wanted, plan
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client, Reply
-from preheat.torchserve.server import ServerError
 
 STATE = server.ROOT / ".preheat"
 RESULTS = server.ROOT / "bench" / "results"

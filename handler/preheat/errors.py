@@ -13,12 +13,13 @@
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    ├── PipelineError    a pipeline folder cannot be served
-    ├── ModuleError      a module cannot be served
+    ├── ModelError       a model cannot be served
     ├── HubError         a model of the hub cannot be had, this time
+    ├── ServerError      TorchServe does not start, or does not stop
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
-Anything else that is raised is a bug, or the machine's doing.
+Anything else that is raised is a bug, or the machine's doing; signals between two functions of a
+wing, such as `NoCode`, are not drawn.
 """
 
 from __future__ import annotations
@@ -59,10 +60,6 @@ def in_one_line(error: BaseException) -> str:
     """What a library raised, as part of a message of one line: its first 300 characters."""
     text = " ".join(str(error).split())
     return text if len(text) <= 300 else f"{text[:297]}..."
-
-
-class LogError(PreheatError):
-    """Asked sizes that cannot be read."""
 
 
 class RequestError(PreheatError):
@@ -141,6 +138,10 @@ class PipelineFailure(RunError):
     """The pipeline raised on this request's group; the log has the traceback."""
 
 
+class LogError(PreheatError):
+    """Asked sizes that cannot be read."""
+
+
 class ArchiveError(PreheatError):
     """A model folder that cannot be packaged."""
 
@@ -153,17 +154,9 @@ class WarmupError(PreheatError):
     """A variant that could not be warmed although `on_failure: fail` asks for every one."""
 
 
-class PipelineError(PreheatError):
-    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody
-    wrote facts for.
-    """
-
-    lasting = True
-
-
-class ModuleError(PreheatError):
-    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that
-    are more than tensors.
+class ModelError(PreheatError):
+    """A model that cannot be served: no file, no class or family that is known, other weights than
+    it has, or weights that are more than tensors.
     """
 
     lasting = True
@@ -173,6 +166,10 @@ class HubError(PreheatError):
     """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer
     then.
     """
+
+
+class ServerError(PreheatError):
+    """A server that cannot be started, or that died."""
 
 
 class Untrusted(PreheatError):

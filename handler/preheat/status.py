@@ -41,6 +41,7 @@ class StatusFile:
         self._timer: threading.Timer | None = None
         self._sizes_timer: threading.Timer | None = None
         self._sizes_interval = 0.0  # of the next one
+        self._served: Callable[[], Mapping[str, Any]] | None = None
 
     @classmethod
     def from_environment(cls, model: str) -> StatusFile:
@@ -70,22 +71,25 @@ class StatusFile:
         self._document["lasting"] = lasting
         self.write("failed", message)
 
-    def serve(self, state: Mapping[str, Any]) -> None:
-        """The worker serves, or has answered a batch: the file holds its whole `state` from now
-        on, at the latest `INTERVAL` later. Apart from the first time no request waits for the disk.
+    def serve(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        """The worker serves, or has answered a batch: the file holds its whole state from now on,
+        at the latest `INTERVAL` later. Apart from the first time no request waits for it: it is
+        asked for, and written, in a thread of its own.
         """
-        first = "served" not in self._document
-        self._document["served"] = state
+        first, self._served = self._served is None, state
         if first:
-            self.write(state["state"])
-        elif self._timer is None:
+            self._write_served()
+        elif self._timer is None and self._path is not None:
             self._timer = threading.Timer(INTERVAL, self._write_served)
             self._timer.daemon = True
             self._timer.start()
 
     def _write_served(self) -> None:
         self._timer = None  # what comes from now on is written by the next one
-        self.write(self._document["served"]["state"])
+        assert self._served is not None
+        served = self._served()
+        self._document["served"] = served
+        self.write(served["state"])
 
     def keep_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
         """A size was asked for: what `document` then gives is written soon, to a file of its own.
