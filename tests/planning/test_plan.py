@@ -18,7 +18,8 @@ from preheat.errors import PreheatError
 from preheat.planning.bound import bound
 from preheat.planning.cost import Curve
 from preheat.planning.demand import PICTURE, Demand
-from preheat.planning.grid import Grid
+from preheat.planning.exact import solve
+from preheat.planning.grid import Grid, Point
 from preheat.planning.plan import Choice, Cost, Wanted, plan, usage
 from preheat.planning.search import search
 
@@ -136,19 +137,42 @@ def test_a_plan_is_never_worse_than_the_best_of_many_random_choices(seed: int) -
     assert beats_chance(seed)
 
 
-def test_a_bound_holds_for_every_choice_and_every_price() -> None:
-    demand = on_grid(log(7, num=25))
-    counts = {(height, width): count for (height, width), count in demand.counts.items()}
-    grid = Grid.of(counts, CELLS, may_be_left=0.1 * demand.num_requests)
+def small_grid(seed: int) -> Grid:
+    """A dozen sizes in a grid of few sides, of which a part may be left."""
+    rng = random.Random(seed)
+    counts = {(rng.randint(1, 9), rng.randint(1, 9)): rng.randint(1, 9) for _ in range(12)}
+    return Grid.of(counts, CELLS, may_be_left=(seed % 3) * 0.08 * sum(counts.values()))
+
+
+def points_of(grid: Grid) -> list[Point]:
+    return [(int(row), int(column)) for row, column in zip(*grid.usable.nonzero(), strict=True)]
+
+
+def cheapest_of(grid: Grid, num: int) -> tuple[float, tuple[Point, ...]]:
+    every = combinations(points_of(grid), num)
+    return min((grid.cost(chosen), chosen) for chosen in every)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_bound_and_integer_program_find_the_least_from_a_bad_choice(seed: int) -> None:
+    grid = small_grid(seed)
+    top = (len(grid.heights) - 1, len(grid.widths) - 1)
+    least, _ = cheapest_of(grid, 2)
+    proven = bound(grid, 2, [top], 0.2)
+    assert 0.6 * least < proven.cost <= least * (1 + 1e-9), "no more than there is"
+    exact = solve(grid, 2, proven.open, [top], 20)
+    assert exact is not None and exact.cost == pytest.approx(least)
+    assert grid.cost(exact.chosen) == pytest.approx(least)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_a_search_ends_where_no_other_bucket_would_be_better(seed: int) -> None:
+    grid = small_grid(seed)
     best = search(grid, 3, 0.0)
-    points = [(int(row), int(column)) for row, column in zip(*grid.usable.nonzero(), strict=True)]
-    rng = random.Random(0)
-    proven = bound(grid, 3, best, 0.3)
-    for _ in range(500):
-        chosen = rng.sample(points, 3)
-        assert grid.cost(chosen) >= proven.cost
-        if grid.cost(chosen) < grid.cost(best):
-            assert all(proven.open[point] for point in chosen)
+    for index in range(3):
+        for point in points_of(grid):
+            other = [*best[:index], point, *best[index + 1 :]]
+            assert grid.cost(other) >= grid.cost(best) * (1 - 1e-9)
 
 
 def test_more_buckets_never_cost_more_and_as_many_as_sizes_waste_nothing() -> None:
