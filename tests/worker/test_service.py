@@ -398,8 +398,10 @@ def test_a_model_that_cannot_be_served_says_why(
         start(models / "sdxl", pt2={"targets": ["transformer"]})
     with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
-    with pytest.raises(ModelError, match="no scheduler 'Nonsense'"):
+    with pytest.raises(ConfigError, match=r"pipeline\.scheduler: .*no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+    with pytest.raises(ModelError, match=r"^pipeline\.fused_lora: /models/nope: "):
+        start(models / "sdxl", pipeline={"fused_lora": "/models/nope"})
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
