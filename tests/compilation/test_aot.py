@@ -180,10 +180,10 @@ def test_every_batch_size_equals_eager_and_nothing_is_compiled(
         args, kwargs = inputs(rows)
         with torch.inference_mode():
             torch.testing.assert_close(module(*args, **kwargs), eager(*args, **kwargs))
-    assert router.run.engines == {"aot"} and router.run.incidents == 0
+    assert router.run.engines == {"aot"} and router.run.unwarmed == 0
     assert watch.num_events == 0
     warm(module, MOST_ROWS + 1)
-    assert router.run.incidents == 1 and router.run.engines == {"aot", "eager"}
+    assert router.run.unwarmed == 1 and router.run.engines == {"aot", "eager"}
 
 
 def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
         router.freeze()
         router.start_run()
         warm(module, 2)
-        assert router.run.fallen == 1 and router.run.engines == {"eager"}
+        assert router.run.fallbacks == 1 and router.run.engines == {"eager"}
 
 
 def test_with_one_package_missing_there_is_something_to_compile_and_to_share(

@@ -87,7 +87,7 @@ def _torch_compile(
     if config.export.aot_compile:
         return backend
     if device.type == "cuda":
-        _lay_out(module)
+        _to_channels_last(module)
     try:
         _ = backend.compiled
     except (TypeError, ValueError, RuntimeError) as error:
@@ -108,7 +108,7 @@ def _ipex(
     missing = ipex.why_not(device, config)
     if missing is None:
         try:
-            _lay_out(module)
+            _to_channels_last(module)
             return ipex.Ipex(name, module, dtype)
         except Exception as error:  # whatever Intel's code meets in a module that it does not know
             logger.exception("%s: ipex failed", name)
@@ -124,7 +124,7 @@ def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Backen
     plain layout.
     """
     if device.type == "cpu" and not config.export.aot_compile:
-        _lay_out(module)
+        _to_channels_last(module)
     return Prepared("eager", reason=config.compile.warning)
 
 
@@ -132,7 +132,7 @@ def _has_convolutions(module: nn.Module) -> bool:
     return any(isinstance(part, CONVOLUTIONS) for part in module.modules())
 
 
-def _lay_out(module: nn.Module) -> None:
+def _to_channels_last(module: nn.Module) -> None:
     """Weights in channels_last, where the module has convolutions."""
     if _has_convolutions(module):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

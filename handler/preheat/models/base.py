@@ -91,7 +91,7 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         return ()
 
     def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
-        """Variants beside these that must be served too, and so proven."""
+        """Variants beside these that must be served too, and so verified."""
         return ()
 
     @abstractmethod

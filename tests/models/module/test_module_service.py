@@ -630,9 +630,7 @@ def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
     pytest.importorskip("openvino")
     (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
     assert (
-        answer.engine == "eager"
-        and answer.fell_back
-        and "shapes that the YAML names" in caplog.text
+        answer.engine == "eager" and answer.fallback and "shapes that the YAML names" in caplog.text
     )
 
 
