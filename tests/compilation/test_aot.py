@@ -19,7 +19,7 @@ from torch import nn
 import old_folders
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
-from preheat.compilation.backends.base import CompiledCode, Prepared
+from preheat.compilation.backends.base import CompiledCode, Precompiled
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -129,7 +129,7 @@ def attached(
 def packages(router: Router) -> Sequence[CompiledCode]:
     """Those that serve the target, if any."""
     first = router.backends[0]
-    return first.codes if isinstance(first, Prepared) else ()
+    return first.codes if isinstance(first, Precompiled) else ()
 
 
 def warm(module: Toy, *rows: int) -> None:

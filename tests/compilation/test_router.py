@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from preheat.compilation.backends.base import EngineName, Prepared
+from preheat.compilation.backends.base import EngineName, Precompiled
 from preheat.compilation.modes import Route
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -39,7 +39,7 @@ class Code:
 
 
 def routed(*codes: Code) -> Router:
-    return Router("toy", double, [Prepared(code.engine, [code]) for code in codes])
+    return Router("toy", double, [Precompiled(code.engine, [code]) for code in codes])
 
 
 def warm(router: Router, *rows: int) -> dict[int, Route]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from preheat.compilation.backends import inductor, ipex, openvino
-from preheat.compilation.backends.base import Backend, Prepared
+from preheat.compilation.backends.base import Backend, Precompiled
 from preheat.compilation.router import Router
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import thawed
@@ -71,7 +71,7 @@ def _torch_compile(
         kwargs.setdefault("dynamic", False)
     regional = config.scope == "regional"
     if (missing := inductor.why_not(device, config)) is not None:
-        return Prepared("compiled", reason=missing)
+        return Precompiled("compiled", reason=missing)
     if regional and not getattr(module, "_repeated_blocks", None):
         raise ConfigError(
             f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope"
@@ -91,13 +91,13 @@ def _torch_compile(
     try:
         _ = backend.compiled
     except (TypeError, ValueError, RuntimeError) as error:
-        return Prepared("compiled", reason=f"torch.compile refused its arguments: {error}")
+        return Precompiled("compiled", reason=f"torch.compile refused its arguments: {error}")
     return backend
 
 
 def _openvino(name: str, module: nn.Module, config: Pt2Config, device: torch.device) -> Backend:
     if (missing := openvino.why_not(device, config)) is not None:
-        return Prepared("openvino", reason=missing)
+        return Precompiled("openvino", reason=missing)
     properties = openvino.cpu_properties(thawed(config.compile.kwargs).get("options") or {})
     return openvino.OpenVINO(name, module, properties)
 
@@ -113,7 +113,7 @@ def _ipex(
         except Exception as error:  # whatever Intel's code meets in a module that it does not know
             logger.exception("%s: ipex failed", name)
             missing = f"ipex: {type(error).__name__}: {error}".strip()
-    return Prepared("ipex", reason=missing)
+    return Precompiled("ipex", reason=missing)
 
 
 def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Backend:
@@ -125,7 +125,7 @@ def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Backen
     """
     if device.type == "cpu" and not config.export.aot_compile:
         _to_channels_last(module)
-    return Prepared("eager", reason=config.compile.warning)
+    return Precompiled("eager", reason=config.compile.warning)
 
 
 def _has_convolutions(module: nn.Module) -> bool:

@@ -46,10 +46,11 @@ from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import LoadedModel, Manifest, ModelRunner
+from preheat.models.base import LoadedModel, ModelRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
@@ -202,9 +203,12 @@ class Worker(Generic[JobT, ResultT]):
         with ExitStack() as undo:
             self._watch = CompileWatch()
             undo.callback(self._watch.close)
-            self._prepared: Prepared[JobT, ResultT] = load(
+            prepared: Prepared[JobT, ResultT] = load(
                 config, model_dir, device, manifest=manifest, report=self._report
             )
+            self._prepared, self.config, self.model = prepared, prepared.config, prepared.model
+            self.runner, self.routers = prepared.runner, prepared.routers
+            self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
@@ -257,30 +261,6 @@ class Worker(Generic[JobT, ResultT]):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    @property
-    def config(self) -> ModelConfig:
-        return self._prepared.config
-
-    @property
-    def model(self) -> LoadedModel[JobT, ResultT]:
-        return self._prepared.model
-
-    @property
-    def runner(self) -> ModelRunner[JobT, ResultT]:
-        return self._prepared.runner
-
-    @property
-    def routers(self) -> Mapping[str, Router]:
-        return self._prepared.routers
-
-    @property
-    def targets(self) -> Mapping[str, nn.Module]:
-        return self._prepared.targets
-
-    @property
-    def _budget(self) -> Budget:
-        return self._prepared.execution.budget
 
     def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
         """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with

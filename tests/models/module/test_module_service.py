@@ -28,6 +28,7 @@ from config.test_pt2_forms import FORMS
 from preheat import status as worker_status
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, ModelError, RequestError
 from preheat.models import tiny
@@ -96,7 +97,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
+MANIFEST: Manifest = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
 
 
 def start(

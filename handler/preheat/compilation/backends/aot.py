@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from preheat.cache.scratch import own_folder
 from preheat.cache.trust import Trust
-from preheat.compilation.backends.base import EngineName, Prepared
+from preheat.compilation.backends.base import EngineName, Precompiled
 from preheat.compilation.closeness import mismatch
 from preheat.compilation.export import call_key, export, own_forward, tensors
 from preheat.compilation.router import Router
@@ -166,7 +166,7 @@ def attach(
         entries = _read_index(folder, fingerprint, trust)
     except (OSError, Untrusted, ValueError, LookupError, TypeError) as error:
         for router in routers.values():
-            router.prefer(Prepared("aot", reason=f"aot: {_described(error)}"))
+            router.prefer(Precompiled("aot", reason=f"aot: {_described(error)}"))
         logger.error("aot: no package is used: %s", _described(error))
         return
     for name, router in routers.items():
@@ -179,7 +179,7 @@ def attach(
                 logger.error("aot: %s is not used: %s", entry.file, _described(error))
         if packages or reason:
             dims = DynamicDims(packages[0].dims.ranges) if packages else None
-            router.prefer(Prepared("aot", packages, reason, dims))
+            router.prefer(Precompiled("aot", packages, reason, dims))
         logger.info("aot: %d package(s) for %s", len(packages), name)
 
 
