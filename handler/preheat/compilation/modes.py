@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,14 @@ class Visits:
     recompiled: set[Signature] = field(default_factory=set)
 
 
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+Layout = Callable[[torch.Tensor], torch.Tensor]
+"""Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to serve
+both.
+"""
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """In that memory format where it has four dimensions, else contiguous."""
     if tensor.dim() != 4:
         return tensor.contiguous()
     return tensor.contiguous(memory_format=torch.channels_last)
@@ -74,29 +81,31 @@ class Target:
     """What the modes of a router share: the target's code, and what is known of its calls."""
 
     def __init__(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        backends: list[Backend],
-        *,
-        channels_last: bool,
+        self, name: str, forward: Callable[..., Any], backends: Sequence[Backend], layout: Layout
     ) -> None:
-        self.name, self.backends, self.forward = name, backends, forward
-        # Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to
-        # serve both.
-        self._layout = _channels_last if channels_last else torch.Tensor.contiguous
+        self.name, self.backends, self.forward, self._layout = name, backends, forward, layout
         self.dims = DynamicDims()
+        """The dimensions that one graph covers."""
         self.routes: Mapping[Signature, Route] = {}
-        self.verified: list[CompiledCode] = []  # agreed with eager at some signature
-        self.failure: str | None = None  # of compiling in a request, where that is allowed
+        self.verified: list[CompiledCode] = []
+        """Code that agreed with eager at some signature."""
+        self.failure: str | None = None
+        """Of compiling in a request, where that is allowed."""
         self.run = Run()
+        """What the run has met that `start_run` began last."""
+
+    def start_run(self, *, bypass: bool = False, smallest: bool = True) -> None:
+        """A run of the model begins; see `Run`."""
+        self.run = Run(bypass, smallest)
 
     @property
     def idle(self) -> bool:
+        """Whether there is nothing faster than eager to route to."""
         return all(backend.idle for backend in self.backends)
 
     @property
     def reason(self) -> str | None:
+        """Why a backend does not serve all that it was asked for."""
         reasons = [self.failure, *(backend.reason for backend in self.backends)]
         return "; ".join(filter(None, reasons)) or None
 
