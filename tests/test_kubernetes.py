@@ -19,6 +19,7 @@ import yaml
 from preheat.cli import app
 from preheat.config.model import ModelConfig
 from preheat.device import CPUS_VARIABLE
+from preheat.errors import ServerError
 from preheat.torchserve import server
 
 ROOT = Path(__file__).parent.parent
@@ -193,7 +194,7 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
 
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(server.ServerError):
+    with pytest.raises(ServerError):
         server._launch(tmp_path, tmp_path, None, {})
     (environment,) = given
     assert image["GOMP_SPINCOUNT"] == environment["GOMP_SPINCOUNT"]

@@ -11,12 +11,13 @@
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    ├── PipelineError    a pipeline folder cannot be served
-    ├── ModuleError      a module cannot be served
+    ├── ModelError       a model cannot be served
     ├── HubError         a model of the hub cannot be had, this time
+    ├── ServerError      TorchServe does not start, or does not stop
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
-Anything else that is raised is a bug, or the machine's doing.
+Anything else that is raised is a bug, or the machine's doing; signals between two functions of a
+wing, such as `NoCode`, are not drawn.
 """
 
 from __future__ import annotations
@@ -134,17 +135,9 @@ class WarmupError(PreheatError):
     """A variant that could not be warmed although `on_failure: fail` asks for every one."""
 
 
-class PipelineError(PreheatError):
-    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody
-    wrote facts for.
-    """
-
-    lasting = True
-
-
-class ModuleError(PreheatError):
-    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that
-    are more than tensors.
+class ModelError(PreheatError):
+    """A model that cannot be served: no file, no class or family that is known, other weights than
+    it has, or weights that are more than tensors.
     """
 
     lasting = True
@@ -154,6 +147,10 @@ class HubError(PreheatError):
     """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer
     then.
     """
+
+
+class ServerError(PreheatError):
+    """A server that cannot be started, or that died."""
 
 
 class Untrusted(PreheatError):
