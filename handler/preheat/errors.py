@@ -98,18 +98,23 @@ class DeadlinePassed(RunError):
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after
-    `retry_after` seconds.
+    """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
+    seconds there is time for it; None: nobody knows when.
     """
 
     code = 503
+    retry_after: int | None = None
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(
-            "not begun: with the requests before it the answer would take longer than "
-            f"responseTimeout; send it again after {retry_after} s"
+    def __str__(self) -> str:
+        again = (
+            "send it again later"
+            if self.retry_after is None
+            else f"send it again after {self.retry_after} s, and its turn is kept"
         )
-        self.retry_after = retry_after
+        return (
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; {again}"
+        )
 
 
 class OutOfMemory(RunError):

@@ -102,7 +102,7 @@ class DoubleRunner(Batcher[Doubled, float], ModelRunner[Call, Doubled]):
     def _kind(self, answer: Doubled) -> str:
         return "double"
 
-    def _load(self, answer: Doubled, size: int) -> Load:
+    def _load(self, answers: Sequence[Doubled], size: int) -> Load:
         return Load(1, size, size, 1)
 
     def _identity(self, answer: Doubled) -> int:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Literal, Protocol, TypeVar
 
@@ -57,8 +57,10 @@ class Outcome:
     fell_back: bool = False
     """Ran eagerly because warm-up had found no engine."""
     error: RunError | None = None
-    begun: bool = False
-    """Some of its rows are done."""
+    sure: bool = False
+    """It was promised a turn, or some of its rows are done: its next run begins if its own seconds
+    are left, without the third on top.
+    """
 
     @property
     def is_fallback(self) -> bool:
@@ -92,7 +94,7 @@ class Outcome:
 
     def restart(self) -> None:
         """Forget what a failed run has left; a family with more to forget adds it."""
-        self.engine, self.incident, self.fell_back, self.begun = "eager", False, False, False
+        self.engine, self.incident, self.fell_back, self.sure = "eager", False, False, False
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -185,8 +187,8 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """What decides, beside the number of rows, how much memory this answer's runs take."""
 
     @abstractmethod
-    def _load(self, answer: AnswerT, size: int) -> Load:
-        """What the time of a run of `size` rows like this answer's depends on."""
+    def _load(self, answers: Sequence[AnswerT], size: int) -> Load:
+        """What the time of a run of `size` rows that are these answers' depends on."""
 
     @abstractmethod
     def _identity(self, answer: AnswerT) -> int:
@@ -204,43 +206,48 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """
         self._budget.begin()
         try:
-            for group in self._grouped(self._admitted(answers)):
+            for group in self._admitted(answers):
                 self._answer_group(group, retry)
         finally:
+            self._promise_turns(answers)
             self._budget.end()
+
+    def _promise_turns(self, answers: Sequence[AnswerT]) -> None:
+        """At the call's end, from when on clients count their seconds."""
+        for answer in answers:
+            if isinstance(answer.error, PutOff):
+                identity, alone = self._identity(answer), self.seconds([answer])
+                answer.error.retry_after = self._budget.promise_turn(identity, alone)
 
     def seconds(self, answers: Sequence[AnswerT], *, generous: bool = False) -> float:
         """What their runs take together, as far as it is known."""
         return sum(
-            self._budget.pace.seconds(self._load(group[0], size), generous=generous)
-            for group in self._grouped(answers)
-            for size in split_rows(
-                self._fitting(self._kind(group[0]), self._batch_sizes),
-                sum(len(self._rows(answer)) for answer in group),
+            self._budget.pace.seconds(
+                self._load([answer for answer, _ in chunk], size), generous=generous
             )
+            for group in self._grouped(answers)
+            for chunk, size in self._chunks(self._paired(group), self._sizes(group[0]))
         )
 
-    def _admitted(self, answers: Sequence[AnswerT]) -> list[AnswerT]:
-        """Those whose runs end in time: who was put off before first, then in the batch's order;
-        the first one always.
+    def _admitted(self, answers: Sequence[AnswerT]) -> list[list[AnswerT]]:
+        """The groups of those whose runs end in time, in their order; the first one's always do.
+
+        First who was promised a turn, each by itself, so that it takes what was kept for it; then
+        the others as they stand in the batch.
         """
-        if self._budget.timeout is None:
-            return list(answers)
-        order = list(answers)
         if self._budget.promising:
-            order.sort(key=lambda answer: self._budget.turn(self._identity(answer)))
+            for answer in answers:
+                answer.sure = self._budget.take_turn(self._identity(answer))
+        promised = [[answer] for answer in answers if answer.sure]
+        ahead = sum(map(self.seconds, promised))
         admitted: list[AnswerT] = []
-        for answer in order:
-            if admitted and not self._budget.fits(self.seconds([*admitted, answer])):
-                self._put_off(answer)
+        for answer in (each for each in answers if not each.sure):
+            seconds = ahead + self.seconds([*admitted, answer])
+            if (promised or admitted) and not self._budget.fits(seconds):
+                answer.error = PutOff()
             else:
                 admitted.append(answer)
-                if self._budget.promising:
-                    self._budget.keep(self._identity(answer))
-        return admitted
-
-    def _put_off(self, answer: AnswerT) -> None:
-        answer.error = PutOff(self._budget.put_off(self._identity(answer), self.seconds([answer])))
+        return [*promised, *self._grouped(admitted)]
 
     def _due(
         self, chunk: Sequence[tuple[AnswerT, RowT]], size: int
@@ -250,13 +257,13 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         """
         self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
-        seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
-        # Who has begun is not asked for the third on top: it was admitted, and would begin anew.
-        margin = MARGIN if any(answer.begun for answer, _ in chunk) else 1.0
+        load = self._load([answer for answer, _ in chunk], size) if chunk else None
+        seconds = self._budget.pace.seconds(load) if load else 0.0
+        margin = MARGIN if any(answer.sure for answer, _ in chunk) else 1.0
         if self._budget.running and not self._budget.fits(seconds / margin):
             for answer, _ in chunk:
                 if answer.error is None:
-                    self._put_off(answer)
+                    answer.error = PutOff()
             return []
         self._budget.running = True
         return chunk
@@ -292,29 +299,42 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
 
     def _run_group(self, group: Sequence[AnswerT]) -> None:
         self._drop_late(group)
-        rows = [
-            (answer, row) for answer in group if answer.error is None for row in self._rows(answer)
-        ]
+        rows = self._paired([answer for answer in group if answer.error is None])
         if rows:
-            self._run_rows(rows, self._batch_sizes)
+            self._run_rows(rows, self._sizes(rows[0][0]))
+
+    def _paired(self, answers: Sequence[AnswerT]) -> list[tuple[AnswerT, RowT]]:
+        return [(answer, row) for answer in answers for row in self._rows(answer)]
+
+    def _sizes(self, answer: AnswerT) -> Sequence[int]:
+        """The sizes that runs of rows like this answer's are filled up to."""
+        return self._batch_sizes
+
+    def _chunks(
+        self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]
+    ) -> Iterator[tuple[Sequence[tuple[AnswerT, RowT]], int]]:
+        """The rows of each run, and what it is filled up to."""
+        start = 0
+        for size in split_rows(self._fitting(self._kind(rows[0][0]), batch_sizes), len(rows)):
+            yield rows[start : start + size], size
+            start += size
 
     def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
         ones, and so is its like.
         """
-        start, kind = 0, self._kind(rows[0][0])
-        for size in split_rows(self._fitting(kind, batch_sizes), len(rows)):
-            chunk = rows[start : start + size]
-            start += size
-            chunk = list(self._due(chunk, size))
+        kind = self._kind(rows[0][0])
+        for planned, size in self._chunks(rows, batch_sizes):
+            chunk = self._due(planned, size)
             if not chunk:
                 continue
-            load, began = self._load(chunk[0][0], size), self._budget.now()
+            load = self._load([answer for answer, _ in chunk], size)
+            began = self._budget.now()
             try:
                 self._run_chunk(chunk, size)
                 self._budget.pace.saw(load, self._budget.now() - began)
                 for answer, _ in chunk:
-                    answer.begun = True
+                    answer.sure = True
                 continue
             except Exception as error:
                 if not is_out_of_memory(error):

@@ -123,7 +123,7 @@ def load(
         name: build_router(name, target, pt2, model.dtype, device)
         for name, target in targets.items()
     }
-    budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
+    budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT, config.batchSize)
     runner = model.runner(routers, report, budget)
     compiled = config.pt2.model_dump(
         mode="json", exclude={"cache", "export", "on_failure", "debug"}

@@ -257,10 +257,10 @@ class Engine(Batcher[Answer, Row]):
         eager = ["eager"] if plan.engine_hint == "eager" else []
         return ", ".join([str(plan.bucket), guidance, *eager])
 
-    def _load(self, answer: Answer, size: int) -> Load:
-        request = answer.job.request
-        rows = size * (2 if self._doubles and request.guidance_scale > 1 else 1)
-        return Load(answer.job.plan.bucket.volume, rows, size, request.num_run_steps)
+    def _load(self, answers: Sequence[Answer], size: int) -> Load:
+        job = answers[0].job
+        rows = size * (2 if self._doubles and job.request.guidance_scale > 1 else 1)
+        return Load(job.plan.bucket.volume, rows, size, job.request.num_run_steps)
 
     def _identity(self, answer: Answer) -> int:
         # a seed that the client left out is drawn anew

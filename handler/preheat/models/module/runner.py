@@ -160,9 +160,9 @@ class ModuleEngine(Batcher[Answer, Job]):
     def _kind(self, answer: Answer) -> str:
         return str(answer.job.bucket)
 
-    def _load(self, answer: Answer, size: int) -> Load:
-        job = answer.job
-        volume = job.bucket.volume if job.bucket else prod(job.sizes.values())
+    def _load(self, answers: Sequence[Answer], size: int) -> Load:
+        bucket = _joined([answer.job for answer in answers])
+        volume = bucket.volume if bucket else prod(answers[0].job.sizes.values())
         return Load(volume, size, size, 1)
 
     def _identity(self, answer: Answer) -> int:
@@ -191,14 +191,13 @@ class ModuleEngine(Batcher[Answer, Job]):
             # The large ones together: a run is as large as its largest row.
             yield sorted(group, key=lambda each: -each.job.bucket.volume if each.job.bucket else 0)
 
-    def _run_rows(self, rows: Sequence[tuple[Answer, Job]], batch_sizes: Sequence[int]) -> None:
+    def _sizes(self, answer: Answer) -> Sequence[int]:
         # A request outside every bucket runs by itself and is not filled up.
-        super()._run_rows(rows, [1] if rows[0][1].bucket is None else batch_sizes)
+        return [1] if answer.job.bucket is None else self._batch_sizes
 
     def _run_chunk(self, chunk: Sequence[tuple[Answer, Job]], size: int) -> None:
         jobs = [job for _, job in chunk]
-        buckets = [job.bucket for job in jobs if job.bucket is not None]
-        bucket = joined(buckets) if buckets else None
+        bucket = _joined(jobs)
         batch = {name: self._stacked(name, jobs, bucket, size) for name in jobs[0].inputs}
         outputs, run = self._called(
             lambda: self._named(self._module(**batch), size if bucket is not None else None),
@@ -287,6 +286,12 @@ class ModuleEngine(Batcher[Answer, Job]):
             if spec and job.bucket is not None
             else {}
         )
+
+
+def _joined(jobs: Sequence[Job]) -> Bucket | None:
+    """The smallest bucket that holds them all; None for one that runs as it is."""
+    buckets = [job.bucket for job in jobs if job.bucket is not None]
+    return joined(buckets) if buckets else None
 
 
 def _check_output(name: str, tensor: torch.Tensor, size: int | None) -> None:
