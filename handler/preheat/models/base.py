@@ -19,6 +19,7 @@ from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.models.batching import Outcome, RunReport
+from preheat.models.memory import Unfit
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
 
@@ -80,8 +81,7 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
     every variant has a static graph of its own.
     """
 
-    unfit: dict[str, int]
-    """By kind of run, the smallest batch size that has not fitted into memory."""
+    unfit: Unfit
 
     @abstractmethod
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:

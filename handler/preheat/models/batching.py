@@ -24,13 +24,9 @@ from preheat.compilation.router import Router
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
+from preheat.models.memory import Unfit
 
 logger = logging.getLogger(__name__)
-
-_MOST_KINDS = 256
-"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the
-clients' own.
-"""
 
 Exactness = Literal["bitwise", "rounding", "padded"]
 """How equal an answer is to the same request's alone: to the last bit, within rounding, or a little
@@ -166,10 +162,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
         )
         if shapes.invariant:
             self._batch_sizes = (max(self._batch_sizes),)
-        self.unfit: dict[str, int] = {}
-        """By kind of run, the smallest batch size that has not fitted into memory, though there is
-        a smaller one.
-        """
+        self.unfit = Unfit(self._budget.now)
 
     @abstractmethod
     def _job(self, answer: AnswerT) -> Queued:
@@ -270,7 +263,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
 
     def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
         try:
-            self._run_group(group)
+            self._run_group(group, retry)
         # the model's own failure: it belongs to this group, not to the batch
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
@@ -297,11 +290,11 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
                     "the deadline had passed before the request's turn came"
                 )
 
-    def _run_group(self, group: Sequence[AnswerT]) -> None:
+    def _run_group(self, group: Sequence[AnswerT], retry: bool) -> None:
         self._drop_late(group)
         rows = self._paired([answer for answer in group if answer.error is None])
         if rows:
-            self._run_rows(rows, self._sizes(rows[0][0]))
+            self._run_rows(rows, self._sizes(rows[0][0]), retry)
 
     def _paired(self, answers: Sequence[AnswerT]) -> list[tuple[AnswerT, RowT]]:
         return [(answer, row) for answer in answers for row in self._rows(answer)]
@@ -315,16 +308,19 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
     ) -> Iterator[tuple[Sequence[tuple[AnswerT, RowT]], int]]:
         """The rows of each run, and what it is filled up to."""
         start = 0
-        for size in split_rows(self._fitting(self._kind(rows[0][0]), batch_sizes), len(rows)):
+        for size in split_rows(self.unfit.fitting(self._kind(rows[0][0]), batch_sizes), len(rows)):
             yield rows[start : start + size], size
             start += size
 
-    def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
+    def _run_rows(
+        self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int], retry: bool
+    ) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
-        ones, and so is its like.
+        ones, and so is its like for a while; without `retry` for ever.
         """
-        kind = self._kind(rows[0][0])
+        kind, seen = self._kind(rows[0][0]), 0
         for planned, size in self._chunks(rows, batch_sizes):
+            seen += len(planned)
             chunk = self._due(planned, size)
             if not chunk:
                 continue
@@ -333,6 +329,7 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             try:
                 self._run_chunk(chunk, size)
                 self._budget.pace.saw(load, self._budget.now() - began)
+                self.unfit.fitted(kind, size)
                 for answer, _ in chunk:
                     answer.sure = True
                 continue
@@ -343,26 +340,11 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
             release_memory(self._device)
             smaller = [other for other in batch_sizes if other < size]
             if smaller:
-                self._remember(kind, size)
-                self._run_rows(chunk, smaller)
-            for answer, _ in () if smaller else chunk:
+                self.unfit.failed(kind, size, lasting=not retry)
+                self._run_rows([*chunk, *rows[seen:]], smaller, retry)
+                return
+            for answer, _ in chunk:
                 answer.error = OutOfMemory(self._too_large(answer))
-
-    def _fitting(self, kind: str, batch_sizes: Sequence[int]) -> Sequence[int]:
-        """Those that have not failed for want of memory; the smallest is always tried."""
-        unfit = self.unfit.get(kind)
-        fitting = [size for size in batch_sizes if unfit is None or size < unfit]
-        return fitting or [min(batch_sizes)]
-
-    def _remember(self, kind: str, size: int) -> None:
-        self.unfit[kind] = min(size, self.unfit.get(kind, size))
-        logger.error(
-            "%s: %d rows do not fit into memory; from now on it runs in smaller batches",
-            kind,
-            self.unfit[kind],
-        )
-        if len(self.unfit) > _MOST_KINDS:
-            del self.unfit[next(iter(self.unfit))]
 
     @abstractmethod
     def _too_large(self, answer: AnswerT) -> str:

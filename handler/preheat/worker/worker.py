@@ -344,7 +344,8 @@ class Worker(Generic[JobT, ResultT]):
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.unfit)
+        self.state.unfit = self.runner.unfit.sizes()
+        self.state.unfit_seconds = self.runner.unfit.waits()
         self._show_pace()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.device)
         return self.state

@@ -151,7 +151,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
 @pytest.fixture
 def hot(bench: Bench) -> Iterator[Bench]:
     """With nothing remembered; afterwards every task has to be served as ever."""
-    bench.service.runner.unfit.clear()
+    bench.service.runner.unfit.fitted("64x64, guidance", 4)
     yield bench
     bench.faults.stage = None
     for task in TASKS:
