@@ -6,6 +6,7 @@
     ├── RunError         a legal request that could not be painted; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
+    │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   ├── OutOfMemory      507: not even alone does it fit
     │   └── PipelineFailure  500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
@@ -121,6 +122,12 @@ class OutOfMemory(RunError):
     """The request does not fit into memory, at the smallest batch size there is."""
 
     code = 507
+
+
+class AnswerTooLarge(RunError):
+    """The request was painted, and TorchServe would end the worker that answers with so much."""
+
+    code = 413
 
 
 class PipelineFailure(RunError):

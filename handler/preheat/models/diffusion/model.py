@@ -282,7 +282,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         return self._engine.run(jobs)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(results, self._encoders)
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
         return [
             responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]
