@@ -54,6 +54,8 @@ class ServerState:
     """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
     requests: int = 0
     ready_seconds: float = 0.0
+    num_threads: int = 0
+    """Of torch on the CPU, in this worker."""
     peak_memory_bytes: int = 0
 
     def document(self) -> dict[str, Any]:
