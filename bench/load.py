@@ -48,7 +48,6 @@ from preheat.protocol import images
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
-from preheat.torchserve.server import ServerError
 
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
@@ -419,7 +418,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
-    except (PreheatError, ServerError, httpx.HTTPError) as error:
+    except (PreheatError, httpx.HTTPError) as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(1)
 

@@ -18,7 +18,7 @@ import counted_compiler
 from preheat.cache import bundle, store
 from preheat.cache.shared import CacheUse
 from preheat.config.model import ModelConfig
-from preheat.models.diffusion.model import DiffusionRunner
+from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
@@ -61,7 +61,7 @@ def is_hot_and_serves(service: Worker[Any, Any]) -> bool:
 
 
 def caches(service: Worker[Any, Any]) -> set[str]:
-    return {row["cache"] for row in service.state.buckets}
+    return {row.cache for row in service.state.buckets}
 
 
 def _die(*_: object) -> None:

@@ -19,6 +19,7 @@ import yaml
 from preheat.cli import app
 from preheat.config.model import ModelConfig
 from preheat.device import CPUS_VARIABLE
+from preheat.errors import ServerError
 from preheat.torchserve import server
 
 ROOT = Path(__file__).parent.parent
@@ -195,7 +196,7 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
     for name in SHARED_SETTINGS:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(subprocess, "run", run)
-    with pytest.raises(server.ServerError):
+    with pytest.raises(ServerError):
         server._launch(tmp_path, tmp_path, None, {})
     (environment,) = given
     assert {name: image[name] for name in SHARED_SETTINGS} == {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -16,15 +15,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from models.diffusion.fakes import FakePipeline
 from models.diffusion.test_engine import make_request
-from preheat.buckets import Bucket
 from preheat.compilation.pace import PATIENCE, Budget, Load, Pace, Timing, interpolated
-from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.compilation.warmup_plan import served_sizes
+from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import DeadlinePassed, PutOff, RequestError
+from preheat.models.batching import Chunk, Execution, RunReport
 from preheat.models.diffusion.admission import check_cost, check_time
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row
-from preheat.models.diffusion.runner import Answer, Engine, Job
+from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
+from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.protocol import responses
 
 SDXL = yaml.safe_load((Path(__file__).parents[2] / "model-config" / "sdxl.yaml").read_text())
@@ -33,33 +35,29 @@ PICTURE_STEPS = 9.0  # a second: SDXL at one megapixel with guidance on an A100
 FIXED = 0.3
 
 
-class Machine:
+class Machine(FakePipeline):
     """A painter whose time passes on a clock of its own: `speed` 1 is the machine that sdxl.yaml is
     written for.
     """
 
-    multiple, grid = 8, 32
+    grid = 32
 
     def __init__(
         self,
         speed: float = 1.0,
         timeout: float = SDXL["responseTimeout"],
-        engine: type[Engine] = Engine,
+        runner: type[DiffusionRunner] = DiffusionRunner,
         **shapes: Any,
     ) -> None:
         self.now, self.speed, self.pictures = 0.0, speed, 0
-        self.config = CONFIG
-        self.budget = Budget(timeout, self.config.batchSize, lambda: self.now)
-        self.fail = False
+        self.config = CONFIG.with_shapes(CONFIG.pt2.shapes.model_copy(update=shapes))
         size = self.config.batchSize
-        self.engine = engine(
-            self,
-            {},
-            self.config.pt2.shapes.model_copy(update=shapes),
-            max_rows=size,
-            device=torch.device("cpu"),
-            budget=self.budget,
+        self.budget = Budget(timeout, size, lambda: self.now)
+        self.fail = False
+        execution = Execution(
+            served_sizes(self.config.pt2.shapes, size), torch.device("cpu"), budget=self.budget
         )
+        self.runner = runner(execution, self, self.config)
         for bucket in self.config.pt2.shapes.buckets:
             for rows in range(1, size + 1):
                 timing = Timing(FIXED * rows / speed, self.step(bucket.volume, rows))
@@ -89,7 +87,7 @@ class Machine:
         request = make_request(
             **({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes)
         )
-        job = self.engine.prepare(request, limits=LimitsConfig(), default=Bucket(1024, 1024))
+        job = self.runner.planner.prepare(request)
         check_cost(
             request,
             job.plan.bucket,
@@ -97,27 +95,26 @@ class Machine:
             least_area=1024**2,
             max_cost=limits.max_cost,
         )
-        seconds = self.engine.seconds([Answer(job)], generous=True)
+        seconds = self.runner.batches.seconds([job], generous=True)
         check_time(request, job.plan.bucket, seconds, self.budget.timeout or 0)
         return job
 
 
-class Clockwork(Engine):
+class Clockwork(DiffusionRunner):
     """Paints nothing, only its machine's time passes: `lag` of what was measured. The engine paints
     a megapixel in milliseconds, too slow for thousands of batches.
     """
 
-    machine: Machine
     lag = 1.0
 
-    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
-        load = self._load([answer for answer, _ in chunk], size)
-        measured = FIXED * size / self.machine.speed + load.steps * self.machine.step(
-            load.area, size
-        )
-        self.machine.now += self.lag * measured
+    def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
+        machine, load = self._pipeline, chunk[0][0].job.load(size)
+        assert isinstance(machine, Machine)
+        steps = load.steps * machine.step(load.area, size)
+        machine.now += self.lag * (FIXED * size / machine.speed + steps)
         for answer, _ in chunk:
             answer.pictures.append(BLANK)
+        return RunReport(size, len(chunk), "eager", 0.0, incident=False, fell_back=False)
 
 
 BLANK = Image.new("1", (1, 1))
@@ -157,10 +154,9 @@ def test_whoever_was_put_off_with_a_retry_after_is_served_the_next_time(
     """Whoever it meets, if it reaches the worker in time. And no batch outlasts the response
     timeout.
     """
-    machine = Machine(speed, engine=Clockwork, batch_sizes=sizes)
-    engine = machine.engine
-    assert isinstance(engine, Clockwork)
-    engine.machine = machine
+    machine = Machine(speed, runner=Clockwork, batch_sizes=sizes)
+    runner = machine.runner
+    assert isinstance(runner, Clockwork)
     dice = Random(seed)
     waiting = [
         Client(job, dice.uniform(0, 30), dice.choice([0, dice.uniform(0, 300)]))
@@ -173,9 +169,9 @@ def test_whoever_was_put_off_with_a_retry_after_is_served_the_next_time(
         here = [client for client in waiting if client.comes <= machine.now]
         batch = here[: machine.config.batchSize]
         # no slower than was measured, nor so fast that the estimate follows it by more than a third
-        engine.lag = dice.uniform(0.75, 1.0)
+        runner.lag = dice.uniform(0.75, 1.0)
         began = machine.now
-        answers = engine.run([client.job for client in batch])
+        answers = runner.inference([client.job for client in batch])
         assert machine.now - began <= SDXL["responseTimeout"]
         for client, answer in zip(batch, answers, strict=True):
             if isinstance(answer.error, PutOff):
@@ -201,12 +197,10 @@ def admitted(machine: Machine, prompt: str, dice: Random) -> list[Job]:
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(st.integers(0, 2**32))
 def test_the_shipped_yaml_fits_the_machine_that_it_is_written_for(seed: int) -> None:
-    machine, dice = Machine(engine=Clockwork), Random(seed)
-    assert isinstance(machine.engine, Clockwork)
-    machine.engine.machine = machine
+    machine, dice = Machine(runner=Clockwork), Random(seed)
     size = machine.config.batchSize
     jobs = [job for number in range(4 * size) for job in admitted(machine, str(number), dice)]
-    assert not any(answer.error for answer in machine.engine.run(jobs[:size]))
+    assert not any(answer.error for answer in machine.runner.inference(jobs[:size]))
 
 
 def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_the_next_time() -> None:
@@ -216,11 +210,11 @@ def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_the_n
         machine.job(prompt=name, num_inference_steps=60, guidance_scale=5.0 + n)
         for n, name in enumerate("abc")
     ]
-    first = machine.engine.run(jobs)
+    first = machine.runner.inference(jobs)
     assert [type(answer.error) for answer in first] == [type(None), type(None), PutOff]
     assert machine.pictures == 2
     machine.now += 1
-    again = machine.engine.run(
+    again = machine.runner.inference(
         [*jobs[:2], replace(jobs[2], request=replace(jobs[2].request, seed=99))]
     )
     assert [type(answer.error) for answer in again] == [type(None), PutOff, type(None)]
@@ -230,17 +224,16 @@ def test_a_late_failure_is_bounded_by_the_same_time() -> None:
     machine = Machine(0.2)
     jobs = [machine.job(prompt=name, num_inference_steps=40) for name in "abc"]
     machine.fail = True
-    answers = machine.engine.run(jobs)
+    answers = machine.runner.inference(jobs)
     assert machine.now <= SDXL["responseTimeout"]
     assert PutOff in {type(answer.error) for answer in answers}
 
 
 def test_a_deadline_is_looked_at_before_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine()
+    machine = Machine(batch_sizes=(1,))
     monkeypatch.setattr("preheat.models.batching.time.time", lambda: machine.now)
-    machine.engine._batch_sizes = (1,)
     first, second = (machine.job(prompt=name, num_inference_steps=30) for name in "ab")
-    answers = machine.engine.run([first, replace(second, deadline=1.0)])
+    answers = machine.runner.inference([first, replace(second, deadline=1.0)])
     assert [type(answer.error) for answer in answers] == [type(None), DeadlinePassed]
     assert machine.pictures == 1
 
@@ -287,19 +280,19 @@ def test_without_a_measurement_nothing_is_refused() -> None:
 def test_a_request_of_many_runs_that_has_begun_is_finished() -> None:
     """Admitted with the time that it takes, and not asked for a third more in its middle."""
     machine = Machine(speed=0.0487, timeout=120, batch_sizes=(1,))  # four runs of 29 s
-    (answer,) = machine.engine.run([machine.job(num_inference_steps=10, num_images=4)])
+    (answer,) = machine.runner.inference([machine.job(num_inference_steps=10, num_images=4)])
     assert answer.error is None and machine.pictures == 4 and machine.now <= 120
 
 
 def test_of_equal_requests_each_has_its_turn() -> None:
     machine = Machine(0.2)
     twins = [machine.job(num_inference_steps=60) for _ in range(4)]
-    first = machine.engine.run(twins)
+    first = machine.runner.inference(twins)
     errors = [answer.error for answer in first[2:]]
     assert [type(answer.error) for answer in first[:2]] == [type(None)] * 2
     assert [isinstance(each, PutOff) and each.retry_after for each in errors] == [1, 1]
     machine.now += 1
-    assert not any(answer.error for answer in machine.engine.run(twins[2:]))
+    assert not any(answer.error for answer in machine.runner.inference(twins[2:]))
     assert not machine.budget.promising
 
 

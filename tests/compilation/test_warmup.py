@@ -13,11 +13,12 @@ from preheat.buckets import Bucket
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
+from preheat.compilation.variants import Variant as AnyVariant
 from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.watch import CompileWatch
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import WarmupError
-from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 
 SMALL, WIDE = Bucket(8, 8), Bucket(8, 16)
 
@@ -53,15 +54,16 @@ class Server:
         options: dict[str, Any] = {"on_failure": "eager", "progress": self.steps.append} | settings
         self.warmup = Warmup(self.serve, {"unet": self.router}, watch, **options)
 
-    def serve(self, variant: Variant) -> None:
-        self.served.append(variant)
+    def serve(self, variant: AnyVariant) -> None:
+        (meant,) = own([variant])
+        self.served.append(meant)
         self.router.start_run()
-        rows = variant.batch_size * (2 if variant.guidance else 1)
+        rows = variant.batch_size * (2 if meant.guidance else 1)
         with torch.inference_mode():
             self.denoiser(torch.zeros(rows, 1, variant.bucket.height, variant.bucket.width))
 
     def engines(self) -> dict[tuple[object, int], str]:
-        return {(record.bucket, record.batch_size): record.engine for record in self.warmup.records}
+        return {(record.bucket, record.batch_size): record.engine for record in self.warmup.rows}
 
 
 def failing(*_: object) -> Any:
@@ -138,8 +140,8 @@ def test_a_variant_left_out_of_warm_up_is_caught_by_the_proof(
     watch: CompileWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten = Variant(WIDE, 2, True, "text-to-image")
-    server = Server(watch, leave_out=[forgotten])
-    server.warmup.warm(VARIANTS)
+    server = Server(watch)
+    server.warmup.warm([variant for variant in VARIANTS if variant != forgotten])
     events = watch.num_events
     with caplog.at_level(logging.ERROR):
         assert server.warmup.prove(VARIANTS) == 1
@@ -150,8 +152,8 @@ def test_a_variant_left_out_of_warm_up_is_caught_by_the_proof(
 
 def test_a_variant_left_out_refuses_ready_where_the_config_says_so(watch: CompileWatch) -> None:
     forgotten = Variant(WIDE, 2, True, "text-to-image")
-    server = Server(watch, leave_out=[forgotten], on_failure="fail")
-    server.warmup.warm(VARIANTS)
+    server = Server(watch, on_failure="fail")
+    server.warmup.warm([variant for variant in VARIANTS if variant != forgotten])
     with pytest.raises(WarmupError, match=r"on_failure is fail.*8x16 batch 2, guidance on"):
         server.warmup.prove(VARIANTS)
 
@@ -167,7 +169,7 @@ def test_state_that_changes_between_warm_up_and_traffic_is_caught_with_its_guard
     said = "scale" if names_guards else "does not name"
     assert said in caplog.text
     assert set(server.engines().values()) == {"eager"}
-    assert all(said in str(record.reason) for record in server.warmup.records)
+    assert all(said in str(record.reason) for record in server.warmup.rows)
 
 
 def fails_on_wide(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -186,8 +188,8 @@ def test_a_bucket_whose_compile_fails_becomes_eager_alone(watch: CompileWatch) -
         (WIDE, 1): "eager",
         (WIDE, 2): "eager",
     }
-    reasons = {record.bucket: record.reason for record in server.warmup.records}
-    assert reasons[SMALL] is None and "no lowering" in str(reasons[WIDE])
+    reasons = {record.bucket: record.reason for record in server.warmup.rows}
+    assert reasons[SMALL] == "" and "no lowering" in str(reasons[WIDE])
 
 
 def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(
@@ -248,8 +250,8 @@ def test_eager_though_compiling_was_asked_for_always_has_a_reason(
 ) -> None:
     server = Server(watch, compile=compile)
     server.warmup.warm(VARIANTS)
-    assert {record.engine for record in server.warmup.records} == {"eager"}
-    assert all(record.reason for record in server.warmup.records)
+    assert {record.engine for record in server.warmup.rows} == {"eager"}
+    assert all(record.reason for record in server.warmup.rows)
     server.warmup.prove(())
     server.serve(VARIANTS[0])
     assert server.router.run.fallen > 0
@@ -264,7 +266,7 @@ def test_on_failure_fail_counts_every_reason(watch: CompileWatch, compile: dict[
 def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
     server = Server(watch, compile={"enable": False}, on_failure="fail")
     server.warmup.warm(VARIANTS)
-    assert {(record.engine, record.reason) for record in server.warmup.records} == {("eager", None)}
+    assert {(record.engine, record.reason) for record in server.warmup.rows} == {("eager", "")}
     assert server.router.run.fallen == 0
 
 
@@ -278,7 +280,7 @@ def test_only_the_target_that_compiled_again_is_given_up(
     config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}})
     other = build_router("vae.decoder", decoder, config, torch.float32, torch.device("cpu"))
 
-    def serve(variant: Variant) -> None:
+    def serve(variant: AnyVariant) -> None:
         server.serve(variant)
         other.start_run()
         with torch.inference_mode():
@@ -288,5 +290,5 @@ def test_only_the_target_that_compiled_again_is_given_up(
     warmup.warm(VARIANTS)
     make_restless("vae.decoder", watch, monkeypatch)
     assert warmup.prove(VARIANTS) == 2, "in each bucket once: then it is eager"
-    engines = {(record.target, record.engine) for record in warmup.records}
+    engines = {(record.target, record.engine) for record in warmup.rows}
     assert ("unet", "eager") not in engines and ("vae.decoder", "eager") in engines

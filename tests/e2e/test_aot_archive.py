@@ -142,5 +142,5 @@ def test_an_archive_from_another_machine_is_compiled_and_says_why(
         config, archive, torch.device("cpu"), status=StatusFile(None, "other")
     )
     torch.compiler.set_stance("default")
-    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
-    assert all("built for fingerprint" in row["reason"] for row in service.state.buckets)
+    assert {row.engine for row in service.state.buckets} == {"compiled"}
+    assert all("built for fingerprint" in row.reason for row in service.state.buckets)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
 
 from compilation.test_pace import Clockwork, Machine
-from preheat.models.diffusion.pipeline import Row
-from preheat.models.diffusion.runner import Answer
+from preheat.models.batching import Chunk, RunReport
+from preheat.models.diffusion.job import Answer
 from preheat.models.memory import Unfit
 
 SIZES = (1, 2, 4)
@@ -22,53 +21,57 @@ class Full(Clockwork):
     room = 4
     runs: list[int]
 
-    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
+    def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
         self.runs.append(size)
         if size > self.room:
             raise MemoryError
-        super()._run_chunk(chunk, size)
+        return super().run_chunk(chunk, size)
 
 
 def full_machine() -> tuple[Machine, Full]:
-    machine = Machine(engine=Full, batch_sizes=SIZES)
-    assert isinstance(machine.engine, Full)
-    machine.engine.machine = machine
-    return machine, machine.engine
+    machine = Machine(runner=Full, batch_sizes=SIZES)
+    assert isinstance(machine.runner, Full)
+    return machine, machine.runner
 
 
-def sizes_run(machine: Machine, engine: Full, **options: Any) -> list[int]:
+def sizes_run(machine: Machine, runner: Full, **options: Any) -> list[int]:
     """Of four pictures that are painted together."""
-    engine.runs = []
-    answers = engine.run(
+    runner.runs = []
+    answers = runner.batches.run(
         [machine.job(prompt=name, num_inference_steps=4) for name in "abcd"], **options
     )
     assert all(len(answer.pictures) == 1 for answer in answers)
-    return engine.runs
+    return runner.runs
 
 
 def test_after_a_shortage_has_passed_batches_are_as_large_as_before() -> None:
-    machine, engine = full_machine()
-    engine.room = 1
-    assert sizes_run(machine, engine) == [4, 2, 1, 1, 1, 1]
-    assert engine.unfit.sizes() == {"1024x1024, guidance": 2}
-    engine.room = 4
-    assert sizes_run(machine, engine) == [1, 1, 1, 1]
-    (wait,) = engine.unfit.waits().values()
+    machine, runner = full_machine()
+    runner.room = 1
+    assert sizes_run(machine, runner) == [4, 2, 1, 1, 1, 1]
+    assert runner.batches.unfit.sizes() == {"1024x1024, guidance": 2}
+    runner.room = 4
+    assert sizes_run(machine, runner) == [1, 1, 1, 1]
+    (wait,) = runner.batches.unfit.waits().values()
     machine.now += wait
-    assert not engine.unfit.sizes()
-    assert sizes_run(machine, engine) == [4]
-    engine.room = 2
-    assert sizes_run(machine, engine) == [4, 2, 2]
-    assert engine.unfit.waits() == {"1024x1024, guidance": pytest.approx(10 * MINUTES, abs=10)}
+    assert not runner.batches.unfit.sizes()
+    assert sizes_run(machine, runner) == [4]
+    runner.room = 2
+    assert sizes_run(machine, runner) == [4, 2, 2]
+    assert runner.batches.unfit.waits() == {
+        "1024x1024, guidance": pytest.approx(10 * MINUTES, abs=10)
+    }
 
 
 def test_what_was_never_warmed_is_never_tried() -> None:
-    machine, engine = full_machine()
-    engine.room = 2
-    assert sizes_run(machine, engine, retry=False)[0] == 4
-    engine.room, machine.now = 4, 1e9
-    assert sizes_run(machine, engine) == [2, 2]
-    assert engine.unfit.sizes() == {"1024x1024, guidance": 4} and not engine.unfit.waits()
+    machine, runner = full_machine()
+    runner.room = 2
+    assert sizes_run(machine, runner, retry=False)[0] == 4
+    runner.room, machine.now = 4, 1e9
+    assert sizes_run(machine, runner) == [2, 2]
+    assert (
+        runner.batches.unfit.sizes() == {"1024x1024, guidance": 4}
+        and not runner.batches.unfit.waits()
+    )
 
 
 def test_each_try_in_vain_is_followed_by_one_twice_as_late() -> None:

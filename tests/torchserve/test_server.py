@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from preheat.errors import ServerError
 from preheat.torchserve import processes, server
-from preheat.torchserve.server import Ports, ServerError, TorchServe
+from preheat.torchserve.server import Ports, TorchServe
 
 ROOT = Path(__file__).parents[2]
 SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(600)"

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from preheat import status
-from preheat.errors import PreheatError
+from preheat.errors import ServerError
 from preheat.status import STATUS_DIR_VARIABLE as STATUS
 from preheat.status import Status
 from preheat.torchserve import processes, readiness
@@ -36,10 +36,6 @@ LONGEST_SOCKET_FOLDER = 80
 """Characters. A Unix socket's path ends at 107, and TorchServe adds a name; longer folders lie in
 /tmp instead.
 """
-
-
-class ServerError(PreheatError):
-    """A server that cannot be started, or that died."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,7 +130,7 @@ class TorchServe:
             min_workers,
             self.token(),
             seconds=seconds,
-            hopeful=lambda: self.alive,
+            should_wait=lambda: self.alive,
             statuses=statuses,
         )
         written = statuses()

@@ -13,8 +13,8 @@ from PIL import Image
 
 from compilation.test_pace import Clockwork, Machine
 from preheat.errors import AnswerTooLarge
+from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.responses import encoded, from_answer
-from preheat.models.diffusion.runner import Answer
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
 
@@ -34,7 +34,7 @@ def pool() -> Iterator[Executor]:
 def bodies(form: str, pool: Executor, most: int) -> tuple[Answer, list[Response]]:
     """All that is sent for noise, of which no file is small."""
     noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)
-    job, sent = Machine(engine=Clockwork).job(**FORMS[form]), list[Response]()
+    job, sent = Machine(runner=Clockwork).job(**FORMS[form]), list[Response]()
     if job.request.stream:
         job = replace(job, events=EventStream(sent.append, {}))
     answer = Answer(job, pictures=[Image.fromarray(noise)] * job.request.num_images)

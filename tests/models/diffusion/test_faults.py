@@ -23,9 +23,9 @@ from conftest import NUM_THREADS
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
+from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.model import DiffusionModel
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Painted
-from preheat.models.diffusion.runner import Answer
 from preheat.protocol import images
 from preheat.worker.worker import Worker
 from worker.test_service import IMAGE, MASK, ask, start
@@ -156,7 +156,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
 @pytest.fixture
 def hot(bench: Bench) -> Iterator[Bench]:
     """With nothing remembered; afterwards every task has to be served as ever."""
-    bench.service.runner.unfit.fitted("64x64, guidance", 4)
+    bench.service.runner.batches.unfit.fitted("64x64, guidance", 4)
     yield bench
     bench.faults.stage = None
     for task in TASKS:
@@ -243,7 +243,7 @@ def test_a_batch_size_that_does_not_fit_in_warm_up_is_not_served_and_nothing_tur
     state = service.current_state()
     smallest = 4 if batch_sizes != "dynamic" else 3
     assert state.unfit == {"64x64, guidance": smallest}
-    assert {(row["engine"], row["reason"]) for row in state.buckets} == {("compiled", "")}
+    assert {(row.engine, row.reason) for row in state.buckets} == {("compiled", "")}
     faults.runs.clear()
     answers = ask(service, *bodies("text-to-image", 4))
     assert [rows for rows, _ in faults.runs] == [2, 2] and {
@@ -257,7 +257,7 @@ def test_where_no_batch_is_smaller_what_eager_can_hold_is_served_eagerly(
     faults = Faults("decode", 0)
     faults.install(monkeypatch)
     service = half_served(folder, pipeline={"tasks": ["text-to-image"]})
-    rows = {(row["target"], row["engine"]) for row in service.state.buckets}
+    rows = {(row.target, row.engine) for row in service.state.buckets}
     assert rows == {("unet", "compiled"), ("vae.decoder", "eager")}
     (answer,) = ask(service, bodies("text-to-image")[0])
     assert answer.engine == "eager" and answer.is_fallback

@@ -21,7 +21,7 @@ from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
-from preheat.errors import PipelineError, RequestError
+from preheat.errors import ModelError, RequestError
 from preheat.models import tiny
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Row
 from preheat.models.diffusion.prompts import Reader
@@ -194,7 +194,7 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
         pipeline = DiffusionPipeline.load(
             built("sdxl") / "model", PipelineConfig(scheduler=name), CPU
         )
-    except PipelineError as error:
+    except ModelError as error:
         assert str(error).startswith(f"pipeline.scheduler: {name}") and "\n" not in str(error)
         assert name in {"DPMSolverSDEScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"}, (
             "others need nothing"
@@ -240,7 +240,7 @@ def test_transformers_count_their_image_to_image_steps_as_they_run(
 
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
 def test_schedulers_with_a_seed_of_their_own_are_refused(built: Built, name: str) -> None:
-    with pytest.raises(PipelineError, match=f"pipeline.scheduler: {name} draws"):
+    with pytest.raises(ModelError, match=f"pipeline.scheduler: {name} draws"):
         DiffusionPipeline.load(built("sdxl") / "model", PipelineConfig(scheduler=name), CPU)
 
 

@@ -30,7 +30,7 @@ from torch import nn
 from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.device import DTYPES
-from preheat.errors import HubError, PipelineError, RequestError, in_one_line
+from preheat.errors import HubError, ModelError, RequestError, in_one_line
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
@@ -87,8 +87,6 @@ class Row:
     seed: int
     image: Image | None = None
     mask: Image | None = None
-    index: int = 0
-    """Which of its request's pictures it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +160,7 @@ class DiffusionPipeline:
         """Load a pipeline folder (or hub id) from safetensors.
 
         Raises:
-            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not
+            ModelError: it is not a diffusers pipeline of a known family, or its weights are not
                 safetensors.
             HubError: the hub does not give it.
         """
@@ -181,15 +179,13 @@ class DiffusionPipeline:
         except (OSError, ValueError) as error:
             # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that
             # is not said here.
-            kind = PipelineError if Path(folder).is_dir() else HubError
+            kind = ModelError if Path(folder).is_dir() else HubError
             raise kind(
                 f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}"
             ) from None
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
-            raise PipelineError(
-                f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}"
-            )
+            raise ModelError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
         # a hub id's shows only now
         _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))
         _replace_scheduler(pipe, config.scheduler)
@@ -233,13 +229,13 @@ class DiffusionPipeline:
         """The module a target names, such as `unet` or `vae.decoder`.
 
         Raises:
-            PipelineError: this pipeline has no such module.
+            ModelError: this pipeline has no such module.
         """
         module: Any = self._pipe
         for part in name.split("."):
             module = getattr(module, part, None)
         if not isinstance(module, nn.Module):
-            raise PipelineError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
+            raise ModelError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
         return module
 
     def structure(self) -> dict[str, Any]:
@@ -445,7 +441,7 @@ def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(folder: str | Path, reason: str | None) -> None:
     if reason is not None:
-        raise PipelineError(f"cannot serve {str(folder)!r}: {reason}")
+        raise ModelError(f"cannot serve {str(folder)!r}: {reason}")
 
 
 _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
@@ -456,19 +452,19 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
     if name is not None:
         scheduler = getattr(diffusers, name, None)
         if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+            raise ModelError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
         if name not in _GLOBAL_NOISE:
             try:
                 pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
             # no scipy, or a schedule that it cannot follow
             except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise PipelineError(
+                raise ModelError(
                     f"pipeline.scheduler: {name} cannot replace this folder's: {reason}"
                 ) from error
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
-        raise PipelineError(
+        raise ModelError(
             f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed "
             "would not give the same picture; DPMSolverMultistepScheduler with algorithm_type "
             "sde-dpmsolver++ in its config is near"

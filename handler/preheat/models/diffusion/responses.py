@@ -14,8 +14,8 @@ from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
+    from preheat.models.diffusion.job import Answer, Job
     from preheat.models.diffusion.request import ImageRequest
-    from preheat.models.diffusion.runner import Answer, Job
 
 
 _WORDS = 1000  # bytes of JSON beside a picture, at most
