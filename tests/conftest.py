@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -9,8 +10,9 @@ import torch
 from preheat.compilation.watch import CompileWatch
 
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the
-# cores.
-torch.set_num_threads(1)
+# cores. Tests that are about threads run some others with two, in a process of their own.
+NUM_THREADS = int(os.environ.get("PREHEAT_TEST_THREADS", "1"))
+torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -93,9 +93,10 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         """
         base = self.sample(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
+            # of floats too: a module may make indices of them
+            for number in _tried(self._reader.ranges[name]) if name in self._reader.ranges else ():
                 changed = base.inputs[name].clone()
-                changed.view(-1)[0] = int(number)
+                changed.view(-1)[0] = int(number) if spec.is_index else number
                 job = replace(base, inputs={**base.inputs, name: changed})
                 path = f"module.inputs.{name}.range"
                 try:
