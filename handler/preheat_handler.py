@@ -48,7 +48,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """
 
     def initialize(self, context: Any) -> None:
-        """Load, compile, warm and prove; TorchServe shows READY when this returns.
+        """Load, compile, warm and verify; TorchServe shows READY when this returns.
 
         Raises:
             SystemExit: the model cannot be served as its YAML says, and the log has the reason;

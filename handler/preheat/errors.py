@@ -3,7 +3,7 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
-    ├── RunError         a legal request that could not be painted; becomes a 5xx answer
+    ├── RunError         a legal request that could not be generated; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
@@ -93,7 +93,7 @@ class RunError(PreheatError):
 
 
 class DeadlinePassed(RunError):
-    """The client's deadline was over before the request's turn came; nothing was painted."""
+    """The client's deadline was over before the request's turn came; nothing was generated."""
 
     code = 504
 

@@ -19,7 +19,7 @@ import pytest
 from rich.console import Console
 
 from preheat import status as worker_status
-from preheat.cli.progress import WarmupProgress
+from preheat.cli.progress import WarmupBars
 from preheat.status import Engine, StatusFile, padding_warning, read_statuses
 from preheat.torchserve import readiness
 
@@ -548,7 +548,7 @@ def test_status_of_a_server_that_is_gone_says_so(management: Management, tmp_pat
 def test_progress_shows_workers_that_run_and_their_buckets() -> None:
     shown = io.StringIO()
     rows = (("320x192", 2, 2, 31.2), ("256x256", 0, 2, 0.0))
-    with WarmupProgress(Console(file=shown, width=100)) as progress:
+    with WarmupBars(Console(file=shown, width=100)) as progress:
         for state in ("warming", "hot"):
             progress.update([worker_status.Status("fox", os.getpid(), state, 2, 4, rows, "", 0.0)])
         # no such process
@@ -564,7 +564,7 @@ def test_progress_of_two_workers_says_whose_bucket_it_is() -> None:
     shown = io.StringIO()
     rows = (("320x192", 2, 2, 31.2),)
     pids = (os.getpid(), os.getppid())
-    with WarmupProgress(Console(file=shown, width=100)) as progress:
+    with WarmupBars(Console(file=shown, width=100)) as progress:
         progress.update(
             [worker_status.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids]
         )

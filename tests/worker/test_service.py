@@ -69,7 +69,7 @@ def start(
 
 
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
-    """What is proven is not what was warmed: the proof must find it."""
+    """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
     return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
 
@@ -267,7 +267,7 @@ def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     # not what the same request gets from compiled code
     assert (answer.engine, answer.exact) == ("eager", "rounding")
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
-    assert "incident: unet" in caplog.text and "secret" not in caplog.text
+    assert "unwarmed call: unet" in caplog.text and "secret" not in caplog.text
 
 
 def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -> None:

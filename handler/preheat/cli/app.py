@@ -510,9 +510,9 @@ def _recall(recorded: dict[str, Any]) -> TorchServe:
 
 def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
     """Wait with progress bars, as long as the server lives and no worker says that it failed."""
-    from preheat.cli.progress import WarmupProgress
+    from preheat.cli.progress import WarmupBars
 
-    with WarmupProgress() as progress:
+    with WarmupBars() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import Dtype, Section, Text
+
+
+class Manifest(TypedDict, total=False):
+    """TorchServe's MAR-INF/MANIFEST.json, as far as it is read."""
+
+    model: Mapping[str, str]
+    """Of it `modelFile`, `serializedFile` and `configFile`."""
 
 
 class FamilyConfig(Section):
@@ -43,7 +50,7 @@ class FamilyConfig(Section):
         return False
 
     @classmethod
-    def is_meant_by(cls, manifest: Mapping[str, Any]) -> bool:
+    def is_meant_by(cls, manifest: Manifest) -> bool:
         """Whether an archive whose YAML names no family is one of these."""
         return False
 

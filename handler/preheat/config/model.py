@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import ValidationError, model_validator
 
 from preheat.config.diffusion import PipelineConfig
-from preheat.config.family import FamilyConfig
+from preheat.config.family import FamilyConfig, Manifest
 from preheat.config.module import ModuleConfig
 from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import normalized
@@ -141,7 +141,7 @@ class ModelConfig(Section):
     def _sections(self) -> Iterator[FamilyConfig]:
         return filter(None, (getattr(self, key) for key in self.families()))
 
-    def in_archive(self, manifest: Mapping[str, Any]) -> ModelConfig:
+    def in_archive(self, manifest: Manifest) -> ModelConfig:
         """This config where `manifest`, the archive's, may say what is served."""
         if self.names_a_family(self.model_fields_set):
             return self

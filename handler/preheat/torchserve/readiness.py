@@ -117,11 +117,11 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
             for engine in engines
         )
         lines.append(f"{who}: {'; '.join(texts)}")
-        fallen = [row for row in rows if row.reason]
-        if fallen:
-            reasons = "; ".join(dict.fromkeys(row.reason for row in fallen))
+        fallbacks = [row for row in rows if row.reason]
+        if fallbacks:
+            reasons = "; ".join(dict.fromkeys(row.reason for row in fallbacks))
             warnings.append(
-                f"{who}: {len(fallen)} of {len(rows)} buckets are served eagerly: {reasons} "
+                f"{who}: {len(fallbacks)} of {len(rows)} buckets are served eagerly: {reasons} "
                 "(pt2.on_failure: fail would not serve them)"
             )
     padded = {(s.model, padding_warning(s.served.get("padding", {}))) for s in statuses}

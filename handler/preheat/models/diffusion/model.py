@@ -10,11 +10,12 @@ from torch import nn
 
 from preheat.buckets import Bucket
 from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import DiffusionPipeline

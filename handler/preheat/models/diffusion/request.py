@@ -59,7 +59,7 @@ class ImageRequest:
     output_format: OutputFormat
     response_format: ResponseFormat
     stream: bool = False
-    """Answer with events while it is painted, not with a picture at the end."""
+    """Answer with events while it is generated, not with a picture at the end."""
     preview_every: int = 0
     """Steps from one preview to the next; 0 is never."""
 

@@ -78,7 +78,7 @@ def _pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def _facts(answer: Answer) -> dict[str, Any]:
-    """What JSON says of how an answer was painted; sizes in pixels."""
+    """What JSON says of how an answer was generated; sizes in pixels."""
     plan = answer.job.plan
     return {
         "width": plan.width,
@@ -93,7 +93,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
 
 
 def plan_headers(job: Job) -> dict[str, str]:
-    """What headers say of a request before it is painted."""
+    """What headers say of a request before it is generated."""
     plan, seed = job.plan, job.request.seed
     facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **_dropped(job)}
     return preheat_headers(facts)

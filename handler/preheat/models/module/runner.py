@@ -1,5 +1,5 @@
-"""Serves batches of strangers with any module: pads inputs into a bucket, stacks rows, and cuts
-each answer back to its own size.
+"""Serves batches of unrelated requests with any module: pads inputs into a bucket, stacks rows, and
+cuts each answer back to its own size.
 """
 
 from __future__ import annotations
@@ -251,7 +251,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         for index, (answer, _) in enumerate(chunk):
             job = answer.job
             answer.ran_in = bucket
-            answer.num_painted = sum(tensor.numel() // size for tensor in batch.values())
+            answer.num_computed = sum(tensor.numel() // size for tensor in batch.values())
             answer.num_real = sum(tensor.numel() for tensor in job.inputs.values())
             answer.exact = self._exactness(answer)
             answer.outputs = {
@@ -263,7 +263,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         return run
 
     def _exactness(self, answer: Answer) -> Exactness:
-        if answer.num_cropped and self.padded == "padded":
+        if answer.num_padding and self.padded == "padded":
             return "padded"
         return "bitwise" if self._shapes.invariant else "rounding"
 
