@@ -138,7 +138,7 @@ def archive(
     from preheat.torchserve.archive import build_archive
 
     _refuse_archive(config)
-    place = _model(config, model)
+    place = place_of_model(config, model)
     print(
         build_archive(
             config,
@@ -313,7 +313,7 @@ def serve(
     if archived:
         built = config
     else:
-        place = _model(config, model)
+        place = place_of_model(config, model)
         built = build_archive(
             config, place, output=run_dir / "archives", archive_format="no-archive", external=True
         )
@@ -394,8 +394,8 @@ def _refuse_archive(config: Path) -> None:
         )
 
 
-def _model(config: Path, model: str | None) -> str | None:
-    """`_named`, where a tiny model is the folder that it has been made in."""
+def place_of_model(config: Path, model: str | None) -> str | None:
+    """The model to package or serve, where a tiny one is the folder that it has been made in."""
     from preheat.cli.demo import tiny_model
     from preheat.config.places import TINY_PREFIX
 

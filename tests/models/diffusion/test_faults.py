@@ -142,15 +142,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     """A hot worker in this dtype, and what it generates without faults."""
     assert torch.get_num_threads() == NUM_THREADS
-    torch._dynamo.reset()
+    torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults()
         faults.install(patch)
-        service = half_served(folder, request.param, shapes={"batch_sizes": [1, 2]})
-        expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
-        yield Bench(service, faults, request.param, expected)
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
+        with half_served(folder, request.param, shapes={"batch_sizes": [1, 2]}) as service:
+            expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
+            yield Bench(service, faults, request.param, expected)
+    torch.compiler.reset()
 
 
 @pytest.fixture
