@@ -4,10 +4,11 @@
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
     │   └── NoBucket         it is larger than every bucket, under `oversize: reject`
-    ├── RunError         a legal request that could not be painted; becomes a 5xx answer
+    ├── RunError         a legal request that could not be generated; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
+    │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   └── PipelineFailure  500: the model raised
     ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
@@ -108,30 +109,41 @@ class RunError(PreheatError):
 
 
 class DeadlinePassed(RunError):
-    """The client's deadline was over before the request's turn came; nothing was painted."""
+    """The client's deadline was over before the request's turn came; nothing was generated."""
 
     code = 504
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after
-    `retry_after` seconds.
+    """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
+    seconds there is time for it; None: nobody knows when.
     """
 
     code = 503
+    retry_after: int | None = None
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(
-            "not begun: with the requests before it the answer would take longer than "
-            f"responseTimeout; send it again after {retry_after} s"
+    def __str__(self) -> str:
+        again = (
+            "send it again later"
+            if self.retry_after is None
+            else f"send it again after {self.retry_after} s, and its turn is kept"
         )
-        self.retry_after = retry_after
+        return (
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; {again}"
+        )
 
 
 class OutOfMemory(RunError):
     """The request does not fit into memory, at the smallest batch size there is."""
 
     code = 507
+
+
+class AnswerTooLarge(RunError):
+    """The request was painted, and TorchServe would end the worker that answers with so much."""
+
+    code = 413
 
 
 class PipelineFailure(RunError):

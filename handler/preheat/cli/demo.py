@@ -24,7 +24,7 @@ from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from preheat.cli.progress import WarmupProgress
+from preheat.cli.progress import WarmupBars
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 from preheat.torchserve.archive import PACKAGE, build_archive
@@ -109,7 +109,7 @@ def serving(
         [archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor"
     )
     try:
-        with WarmupProgress(console) as progress:
+        with WarmupBars(console) as progress:
             running.wait_ready(1800, watch=progress.update)
         seconds = time.monotonic() - begun
         console.print(f"READY after {seconds:.1f} s: REST {running.inference}, gRPC {running.grpc}")

@@ -1,4 +1,4 @@
-"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and
+"""Makes every variant hot before READY, then verifies it: warm through the served path, replay, and
 nothing may compile.
 
 Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as
@@ -69,13 +69,13 @@ class WarmupProgress:
 
 
 class Warmup:
-    """One run of warm-up and proof.
+    """One run of warm-up and verification.
 
     Args:
         serve: runs one variant through the served path.
         routers: by target name.
         on_failure: `eager` gives up the shapes at fault; `fail` raises.
-        progress: told after each variant.
+        progress: called after each variant.
         own_folder: see `watch.cache_counters`.
     """
 
@@ -92,7 +92,7 @@ class Warmup:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._own_folder = on_failure, progress, own_folder
         self.timings: dict[Variant, Timing] = {}
-        """Of each variant's last run, which was that of the proof where it was replayed."""
+        """Of each variant's last run, which was that of the verification where it was replayed."""
         self._rows: dict[tuple[Bucket, int, str], WarmupRow] = {}
 
     @property
@@ -182,7 +182,7 @@ class Warmup:
             counters, cache_counters(self._own_folder)
         )
 
-    def prove(self, variants: Iterable[Variant]) -> int:
+    def verify(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
@@ -201,7 +201,7 @@ class Warmup:
             why = "compiled again in the replay" if self._watch.num_events != events else None
             if self._give_up(visited, why):
                 num_faults += 1
-                logger.error("proof: %s was not hot after warm-up", variant)
+                logger.error("verification: %s was not hot after warm-up", variant)
                 self._note(variant, visited, 0.0, None)
                 self._fail_if_asked(variant, visited)
         for router in self._routers.values():

@@ -22,12 +22,14 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from torch._dynamo.utils import counters
 from ts.torch_handler import base_handler
 
 from config.test_pt2_forms import FORMS
 from preheat import status as worker_status
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, ModelError, RequestError
 from preheat.models import tiny
@@ -96,7 +98,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
+MANIFEST: Manifest = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
 
 
 def start(
@@ -479,14 +481,14 @@ def test_an_imported_op_leaves_the_graph_whole(
 
     def served(**changes: Any) -> tuple[Any, str]:
         torch.compiler.set_stance("default")
-        torch._dynamo.utils.counters["graph_break"].clear()  # those of other tests
+        counters["graph_break"].clear()  # those of other tests
         config = ModelConfig.parse(own | {"pt2": own["pt2"] | changes})
         service = Worker[Any, Any](
             config, folder, torch.device("cpu"), status=StatusFile(None, "op")
         )
         with torch.profiler.profile() as profile:
             (answer,) = service.run([service.parse({"body": body})])
-        assert answer.engine == "compiled" and not torch._dynamo.utils.counters["graph_break"]
+        assert answer.engine == "compiled" and not counters["graph_break"]
         ran = any(event.key == "preheat_example::attention" for event in profile.key_averages())
         assert ran == bool(changes)
         pictures = [
@@ -630,9 +632,7 @@ def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
     pytest.importorskip("openvino")
     (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
     assert (
-        answer.engine == "eager"
-        and answer.fell_back
-        and "shapes that the YAML names" in caplog.text
+        answer.engine == "eager" and answer.fallback and "shapes that the YAML names" in caplog.text
     )
 
 

@@ -19,7 +19,7 @@ from preheat.protocol.events import EventStream
 
 @dataclass(frozen=True, slots=True)
 class Job(BaseJob):
-    """A request with its plan; `image` and `mask` are already laid in the bucket."""
+    """A request with its plan; `image` and `mask` are already placed in the bucket."""
 
     request: ImageRequest
     plan: Plan
@@ -110,11 +110,11 @@ class Answer(Outcome):
         return sum(self.flagged)
 
     @property
-    def num_painted(self) -> int:
+    def num_computed(self) -> int:
         """Pixels, of all its pictures."""
         return len(self.pictures) * self.job.plan.scaled[0] * self.job.plan.scaled[1]
 
     @property
-    def num_cropped(self) -> int:
+    def num_padding(self) -> int:
         """Of those, how many were cut off."""
-        return self.num_painted - len(self.pictures) * self.job.plan.height * self.job.plan.width
+        return self.num_computed - len(self.pictures) * self.job.plan.height * self.job.plan.width

@@ -28,7 +28,7 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
 from preheat.models.diffusion.previews import LatentColours, plain_colours
@@ -117,7 +117,7 @@ AfterStep = Callable[[int, int, Sketch], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class Generated:
     """What a run of the pipeline gave."""
 
     pixels: NDArray[np.uint8]
@@ -129,7 +129,7 @@ class Painted:
 
 
 class DiffusionPipeline:
-    """A loaded pipeline folder on its device, ready to paint batches at bucket size."""
+    """A loaded pipeline folder on its device, ready to generate batches at bucket size."""
 
     def __init__(self, pipe: Any, family: Family, config: PipelineConfig) -> None:
         self.family = family
@@ -296,7 +296,7 @@ class DiffusionPipeline:
         )
         return None if parameter is None else int(parameter.default)
 
-    def paint(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Generated:
         """Run one batch through diffusers; `after_step` is told of every denoising step that was
         asked for.
         """
@@ -324,7 +324,7 @@ class DiffusionPipeline:
         output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return Painted(
+        return Generated(
             pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None)
         )
 
@@ -347,7 +347,7 @@ class DiffusionPipeline:
         if batch.task == "inpainting":
             arguments["mask_image"] = [row.mask for row in batch.rows]
         if self.family.size_conditioning:
-            # The canvas that is painted is the bucket; the crop to the asked size happens after.
+            # The canvas that is generated is the bucket; the crop to the asked size happens after.
             arguments |= {
                 "original_size": size,
                 "target_size": size,
@@ -386,7 +386,7 @@ class DiffusionPipeline:
             latents = self._pipe._unpack_latents(
                 latents, bucket.height, bucket.width, self._pipe.vae_scale_factor
             )
-        return self._colours.paint(latents[0])
+        return self._colours.generate(latents[0])
 
 
 def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
@@ -423,7 +423,7 @@ def _steady_vae(vae: Any, *, upcast: bool) -> None:
     SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a
     call, and an exception in between leaves it half-way. Its float16 alone overflows, so there it
     is float32 for good, and tensors are cast, which nothing can undo. Slicing is also what lets a
-    batch fit that was painted but could not be decoded, and one graph serve every batch size.
+    batch fit that was generated but could not be decoded, and one graph serve every batch size.
     """
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()
@@ -450,12 +450,10 @@ _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 def _replace_scheduler(pipe: Any, name: str | None) -> None:
     if name is not None:
-        scheduler = getattr(diffusers, name, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise ModelError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+        check_scheduler(name)
         if name not in _GLOBAL_NOISE:
             try:
-                pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+                pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
             # no scipy, or a schedule that it cannot follow
             except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
@@ -473,7 +471,10 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
     """Add a LoRA into the weights before anything is compiled, so that it costs nothing later."""
-    pipe.load_lora_weights(folder, use_safetensors=True)
+    try:
+        pipe.load_lora_weights(folder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"pipeline.fused_lora: {folder}: {in_one_line(error)}") from None
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     logger.info("fused the LoRA in %s", folder)

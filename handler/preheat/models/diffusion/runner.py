@@ -27,7 +27,7 @@ from preheat.models.diffusion import image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Sketch
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
@@ -53,11 +53,11 @@ class Pipeline(Sized, Protocol):
 
     def num_calls(self, request: ImageRequest) -> int: ...
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted: ...
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated: ...
 
 
 class DiffusionRunner(ModelRunner[Job, Answer]):
-    """A pipeline that paints.
+    """A pipeline that generates.
 
     Args:
         config: its shapes are resolved: with buckets, unless `exact`.
@@ -221,22 +221,21 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
     def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
         batch = _batch(job.request, job.plan.bucket, rows, size)
-        painted, run = self.execution.run(
-            lambda: self._pipeline.paint(batch, partial(self._emit_step, chunk)),
+        generated, run = self.execution.run(
+            lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
             num_real_rows=len(rows),
             bypass=job.bypass,
         )
-        # All before any is kept: a run that fails here is painted again. The filler's pictures are
-        # dropped.
+        # All before any is kept: a run that fails here is repeated. The filler's are dropped.
         finished = [
             image_processor.finish(pixels, answer.job.plan)
-            for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
+            for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
             answer.pictures.append(picture)
-            if painted.flagged is not None:
-                answer.flagged.append(bool(painted.flagged[index]))
+            if generated.flagged is not None:
+                answer.flagged.append(bool(generated.flagged[index]))
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:
@@ -250,7 +249,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             emit_step(answer, row, step, of, preview)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(results, self._encoders)
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
         return [
             responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]
