@@ -30,7 +30,6 @@ if TYPE_CHECKING:
 STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
 MANAGEMENT = "http://127.0.0.1:8081"
-DEMOS = ("sdxl", "bert", "resnet")
 
 app = typer.Typer(
     help="Package, serve and watch models that are hot before the first request.",
@@ -315,14 +314,12 @@ def demo(
     model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
 ) -> None:
     """Build, archive, warm and ask a tiny model, and stop it again."""
-    from preheat.cli import demo, module_demo
+    from preheat.cli import demo
 
-    if model not in DEMOS:
-        raise PreheatError(f"no demo of {model!r}: {', '.join(DEMOS[:-1])} or {DEMOS[-1]}")
-    if model == "sdxl":
-        demo.run(STATE, out)
-    else:
-        module_demo.run(model, STATE, out)
+    if model not in demo.MODELS:
+        *others, last = demo.MODELS
+        raise PreheatError(f"no demo of {model!r}: {', '.join(others)} or {last}")
+    demo.run(model, STATE, out)
 
 
 @app.command()
@@ -484,9 +481,9 @@ def _recall(recorded: dict[str, Any]) -> TorchServe:
 
 def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
     """Wait with progress bars, as long as the server lives and no worker says that it failed."""
-    from preheat.cli.progress import WarmupProgress
+    from preheat.cli.progress import WarmupBars
 
-    with WarmupProgress() as progress:
+    with WarmupBars() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
 
 
