@@ -30,13 +30,19 @@ GRPC_MANAGEMENT_PORT ?= 7071
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
 
-# The servers of the end-to-end tests come first and stay in one process; the other one works through the rest.
+# Longest first, and the servers of the end-to-end tests in one process: tests/by_server.py.
 TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
-UNIT_FOLDERS := $(filter-out tests/e2e/ tests/gpu/ tests/__pycache__/,$(wildcard tests/*/))
+# What torch 2.8 can change, and IPEX itself: not YAML, bytes, processes, commands and documents.
+IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
+	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
+	$(filter-out $(foreach folder,benchmarks cli config e2e gpu protocol torchserve __pycache__,tests/$(folder)/), \
+	$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
+PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -70,19 +76,17 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
-test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
-	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) tests/test_*.py $(UNIT_FOLDERS) tests/e2e/test_cpu_roads.py
+test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
+	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
-check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl]
-	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION)
+check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
-	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
-		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-		--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)

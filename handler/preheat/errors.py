@@ -7,6 +7,7 @@
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
+    │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   └── PipelineFailure  500: the model raised
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
@@ -99,24 +100,35 @@ class DeadlinePassed(RunError):
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after
-    `retry_after` seconds.
+    """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
+    seconds there is time for it; None: nobody knows when.
     """
 
     code = 503
+    retry_after: int | None = None
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(
-            "not begun: with the requests before it the answer would take longer than "
-            f"responseTimeout; send it again after {retry_after} s"
+    def __str__(self) -> str:
+        again = (
+            "send it again later"
+            if self.retry_after is None
+            else f"send it again after {self.retry_after} s, and its turn is kept"
         )
-        self.retry_after = retry_after
+        return (
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; {again}"
+        )
 
 
 class OutOfMemory(RunError):
     """The request does not fit into memory, at the smallest batch size there is."""
 
     code = 507
+
+
+class AnswerTooLarge(RunError):
+    """The request was painted, and TorchServe would end the worker that answers with so much."""
+
+    code = 413
 
 
 class PipelineFailure(RunError):

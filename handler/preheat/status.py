@@ -102,6 +102,24 @@ class StatusFile:
         scratch.replace(self._path)
 
 
+def padding_warning(padding: Mapping[str, Any]) -> str | None:
+    """What a module's `padding`, as its state has it, means for who asks it; None where padding
+    changes no more than rounding, or nothing was measured.
+    """
+    if padding.get("exact") != "padded":
+        return None
+    share = padding["max_share"]
+    how_far = (
+        f"by up to {share:.2g} of the largest magnitude"
+        if isinstance(share, float)
+        else "into what is not finite"
+    )
+    return (
+        f"padding changes answers {how_far}; a mask input with default: 1, padded with 0, would "
+        "let the module see it"
+    )
+
+
 Phase = Literal["loading", "warming", "hot", "cold", "failed"]
 """`cold`: serving without warm-up (`strategy: exact`)."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo import config as dynamo_config
 
 from preheat.buckets import Bucket
 from preheat.compilation.warmup_plan import WarmupPlan, warmup_plan
@@ -91,7 +92,7 @@ def pixels(answer: Answer) -> Any:
 
 
 def flash_enabled() -> bool:
-    return bool(torch._C._get_flash_sdp_enabled())
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def b64(mode: str, size: tuple[int, int]) -> str:
@@ -398,8 +399,10 @@ def test_a_model_that_cannot_be_served_says_why(
         start(models / "sdxl", pt2={"targets": ["transformer"]})
     with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
-    with pytest.raises(ModelError, match="no scheduler 'Nonsense'"):
+    with pytest.raises(ConfigError, match=r"pipeline\.scheduler: .*no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+    with pytest.raises(ModelError, match=r"^pipeline\.fused_lora: /models/nope: "):
+        start(models / "sdxl", pipeline={"fused_lora": "/models/nope"})
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
@@ -465,7 +468,7 @@ def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
 def test_compile_traces_land_in_a_folder_that_stays_bounded(
     watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", "elsewhere")
+    monkeypatch.setattr(dynamo_config, "debug_dir_root", "elsewhere")
     folder = tmp_path / "preheat-traces"
     stale = folder / "run_old" / "stale.py"
     stale.parent.mkdir(parents=True)
@@ -475,11 +478,7 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
     os.utime(stale, (0, 0))
     debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
     start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
-    assert (
-        not stale.exists()
-        and foreign.exists()
-        and torch._dynamo.config.debug_dir_root == str(folder)
-    )
+    assert not stale.exists() and foreign.exists() and dynamo_config.debug_dir_root == str(folder)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 999
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import ClassVar, TypedDict
 
 from preheat.config.pt2 import Pt2Config
-from preheat.config.schema import Section, Text
+from preheat.config.schema import Dtype, Section, Text
 
 
 class Manifest(TypedDict, total=False):
@@ -34,6 +34,8 @@ class FamilyConfig(Section):
 
     path: Text | None = None
     """A model folder, or a hub id; `.` is the archive's own."""
+    dtype: Dtype = "float32"
+    """Of weights and computation."""
 
     @property
     def made_by(self) -> str | None:
@@ -65,3 +67,8 @@ class FamilyConfig(Section):
 
     def check(self, pt2: Pt2Config) -> None:
         """Raise ConfigError where `pt2` says what this family cannot do."""
+
+    def check_here(self) -> None:
+        """Raise ConfigError where the section names what is not on this machine, `path` and
+        `made_by` aside: asked before an archive is made.
+        """

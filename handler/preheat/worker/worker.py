@@ -133,7 +133,7 @@ def load(
         },
         attention=config.pt2.attention,
         report=report,
-        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT),
+        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT, config.batchSize),
     )
     compiled = {
         "pt2": config.pt2.model_dump(
@@ -217,6 +217,7 @@ class Worker(Generic[JobT, ResultT]):
         prepared, pt2 = self._prepared, self.config.pt2
         self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
             # what cannot be used leaves a reason in its router
@@ -336,7 +337,8 @@ class Worker(Generic[JobT, ResultT]):
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.batches.unfit)
+        unfit = self.runner.batches.unfit
+        self.state.unfit, self.state.unfit_seconds = unfit.sizes(), unfit.waits()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
 

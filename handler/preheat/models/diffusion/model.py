@@ -69,18 +69,5 @@ def _resolved_buckets(
                     f"{pipeline.family.name} needs",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
-        if (
-            max(bucket.height, bucket.width) > limits.max_side
-            or bucket.volume > limits.max_image_pixels
-        ):
-            raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "
-                f"{limits.max_image_pixels})",
-                f"pt2.shapes.buckets[{index}]",
-            )
-        if min(bucket.height, bucket.width) < limits.min_side:
-            raise ConfigError(
-                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})",
-                f"pt2.shapes.buckets[{index}]",
-            )
+    limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not
     return buckets

@@ -28,7 +28,7 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
 from preheat.models.diffusion.previews import LatentColours, plain_colours
@@ -450,12 +450,10 @@ _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 def _replace_scheduler(pipe: Any, name: str | None) -> None:
     if name is not None:
-        scheduler = getattr(diffusers, name, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise ModelError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+        check_scheduler(name)
         if name not in _GLOBAL_NOISE:
             try:
-                pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+                pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
             # no scipy, or a schedule that it cannot follow
             except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
@@ -473,7 +471,10 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
     """Add a LoRA into the weights before anything is compiled, so that it costs nothing later."""
-    pipe.load_lora_weights(folder, use_safetensors=True)
+    try:
+        pipe.load_lora_weights(folder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"pipeline.fused_lora: {folder}: {in_one_line(error)}") from None
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     logger.info("fused the LoRA in %s", folder)

@@ -249,7 +249,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             emit_step(answer, row, step, of, preview)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(results, self._encoders)
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
         return [
             responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]

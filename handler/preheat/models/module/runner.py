@@ -29,6 +29,7 @@ from preheat.models.module.request import Accept, Reader, sizes_of
 from preheat.models.module.tensors import TORCH_DTYPES, cut_to, pad_to
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
+from preheat.status import padding_warning
 
 logger = logging.getLogger(__name__)
 
@@ -92,9 +93,10 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         """
         base = self.sample(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
+            # of floats too: a module may make indices of them
+            for number in _tried(self._reader.ranges[name]) if name in self._reader.ranges else ():
                 changed = base.inputs[name].clone()
-                changed.view(-1)[0] = int(number)
+                changed.view(-1)[0] = int(number) if spec.is_index else number
                 job = replace(base, inputs={**base.inputs, name: changed})
                 path = f"module.inputs.{name}.range"
                 try:
@@ -132,18 +134,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
     def measure_padding(self) -> Mapping[str, float | str]:
         """Of the warm module; where padding changes more than rounding, the log says so."""
         found = padding_check.document(self._measure_padding())
-        if self.padded == "padded":
-            share = found["max_share"]
-            how_far = (
-                f"up to {share:.2g} of the largest magnitude"
-                if isinstance(share, float)
-                else "into what is not finite"
-            )
-            logger.warning(
-                "padding changes answers by %s; a mask input with default: 1, padded with 0, "
-                "would let the module see it",
-                how_far,
-            )
+        warning = padding_warning(found)
+        if warning is not None:
+            logger.warning("%s", warning)
         return found
 
     def _measure_padding(self) -> Sequence[Closeness]:
