@@ -141,7 +141,7 @@ class OutOfMemory(RunError):
 
 
 class AnswerTooLarge(RunError):
-    """The request was painted, and TorchServe would end the worker that answers with so much."""
+    """The request was served, and TorchServe would end the worker that answers with so much."""
 
     code = 413
 

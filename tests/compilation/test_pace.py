@@ -101,8 +101,8 @@ class Machine(FakePipeline):
 
 
 class Clockwork(DiffusionRunner):
-    """Paints nothing, only its machine's time passes: `lag` of what was measured. The engine paints
-    a megapixel in milliseconds, too slow for thousands of batches.
+    """Generates nothing, only its machine's time passes: `lag` of what was measured. The runner
+    takes milliseconds for a megapixel, too slow for thousands of batches.
     """
 
     lag = 1.0

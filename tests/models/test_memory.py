@@ -35,7 +35,7 @@ def full_machine() -> tuple[Machine, Full]:
 
 
 def sizes_run(machine: Machine, runner: Full, **options: Any) -> list[int]:
-    """Of four pictures that are painted together."""
+    """Of four pictures that are generated together."""
     runner.runs = []
     answers = runner.batches.run(
         [machine.job(prompt=name, num_inference_steps=4) for name in "abcd"], **options

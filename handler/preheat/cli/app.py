@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
 MANAGEMENT = "http://127.0.0.1:8081"
-DEMOS = ("sdxl", "bert", "resnet")
 
 app = typer.Typer(
     help="Package, serve and watch models that are hot before the first request.",
@@ -342,14 +341,12 @@ def demo(
     model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
 ) -> None:
     """Build, archive, warm and ask a tiny model, and stop it again."""
-    from preheat.cli import demo, module_demo
+    from preheat.cli import demo
 
-    if model not in DEMOS:
-        raise PreheatError(f"no demo of {model!r}: {', '.join(DEMOS[:-1])} or {DEMOS[-1]}")
-    if model == "sdxl":
-        demo.run(STATE, out)
-    else:
-        module_demo.run(model, STATE, out)
+    if model not in demo.MODELS:
+        *others, last = demo.MODELS
+        raise PreheatError(f"no demo of {model!r}: {', '.join(others)} or {last}")
+    demo.run(model, STATE, out)
 
 
 @app.command()

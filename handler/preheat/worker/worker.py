@@ -44,7 +44,7 @@ from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.family import Manifest
@@ -461,8 +461,8 @@ class Worker(Generic[JobT, ResultT]):
             covers=covers,
         )
 
-    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
-        self._status.step(str(step.variant.bucket), step.seconds)
+    def _show(self, sharing: CacheUse | None, variant: Variant, seconds: float) -> None:
+        self._status.step(str(variant.bucket), seconds)
         if sharing is not None:
             sharing.keep()
 

@@ -46,10 +46,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
     def __init__(
         self, execution: Execution, module: nn.Module, config: ModelConfig, reader: Reader
     ) -> None:
-        super().__init__(execution)
-        self._module, self._reader = module, reader
         self._own, self._shapes = config.section(ModuleConfig), config.pt2.shapes
-        self._buckets, self._dtype = buckets(self._own), DTYPES[self._own.dtype]
+        super().__init__(execution, buckets(self._own))
+        self._module, self._reader, self._dtype = module, reader, DTYPES[self._own.dtype]
         self.padded: Exactness = "padded"
         """What an answer is whose inputs were padded, until `rounding` has been measured."""
         self.output_names = tuple(self._own.outputs)
@@ -64,7 +63,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         if not self._own.inputs:
             self._warn_of_unknown_ranges()
             return
-        smallest = dict(self._buckets[-1].sizes)
+        smallest = dict(self.buckets[-1].sizes)
         with ExitStack() as stack:
             for router in self.execution.routers.values():
                 stack.enter_context(router.observing())
@@ -109,10 +108,6 @@ class ModuleRunner(ModelRunner[Job, Answer]):
                         f"{number:.15g} is not what it takes in its smallest bucket: {error}", path
                     )
 
-    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
-        descending = sorted(batch_sizes, reverse=True)
-        return tuple(Variant(bucket, size) for bucket in self._buckets for size in descending)
-
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
         if self._shapes.batch_sizes != "dynamic":
             return []
@@ -145,7 +140,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         return found
 
     def _measure_padding(self) -> Sequence[Closeness]:
-        found = padding_check.measure(self, self._buckets, self._own, self._dtype)
+        found = padding_check.measure(self, self.buckets, self._own, self._dtype)
         self.padded = "rounding" if all(close.ok for close in found) else "padded"
         return found
 
@@ -158,7 +153,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         if self._shapes.strategy == "exact":
             return Job(inputs, {}, None, accept, deadline=deadline)
         sizes = sizes_of(inputs, self._own.inputs)
-        bucket = smallest_covering(self._buckets, Bucket(**sizes))
+        bucket = smallest_covering(self.buckets, Bucket(**sizes))
         return Job(inputs, sizes, bucket, accept, deadline=deadline, bypass=bucket is None)
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> Job:
