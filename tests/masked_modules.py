@@ -244,6 +244,8 @@ def pair(name: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.M
         for weight in untouched.parameters():
             if weight.dim() == 1:
                 nn.init.normal_(weight, mean=0.5, std=0.5)
+            else:
+                weight.mul_(1.5)  # as drawn, what lies deep inside hardly shows
     untouched.to(dtype)
     masked = copy.deepcopy(untouched)
     rewrite(masked, name)
