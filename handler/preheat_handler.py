@@ -30,7 +30,7 @@ from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out
 from preheat.worker.metrics import Metrics
-from preheat.worker.worker import Pending, Worker
+from preheat.worker.worker import AnyPending, AnyWorker
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of
 # every start, and not what the engine `openvino` here runs on.
@@ -71,7 +71,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             share_cpu(config.minWorkers, gpus if self.device.type == "cuda" else 0)
             if self.device.type == "cpu":
                 keep_freed_memory()
-            self.worker = Worker[Any, Any](
+            self.worker = AnyWorker(
                 config,
                 Path(properties["model_dir"]),
                 self.device,
@@ -90,18 +90,18 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             raise
         self.initialized = True
 
-    def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[Pending[Any, Any]]:
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[AnyPending]:
         """Every row as a job, or with the reason why not."""
         self._arrivals: list[float] = []
         return self.worker.preprocess(self._call(index, row) for index, row in enumerate(data))
 
     def inference(
-        self, data: Sequence[Pending[Any, Any]], *args: Any, **kwargs: Any
-    ) -> Sequence[Pending[Any, Any]]:
+        self, data: Sequence[AnyPending], *args: Any, **kwargs: Any
+    ) -> Sequence[AnyPending]:
         """Serve the jobs."""
         return self.worker.inference(data)
 
-    def postprocess(self, data: Sequence[Pending[Any, Any]]) -> list[bytes]:
+    def postprocess(self, data: Sequence[AnyPending]) -> list[bytes]:
         """Set each row's status and headers; the bodies are the output."""
         answered = self.worker.postprocess(data)
         for index, response in enumerate(answered):

@@ -18,7 +18,7 @@ import counted_compiler
 from preheat.cache import bundle, store
 from preheat.cache.shared import CacheUse
 from preheat.config.model import ModelConfig
-from preheat.models.diffusion.model import DiffusionRunner
+from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 

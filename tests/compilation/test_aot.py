@@ -29,7 +29,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import AheadError, ConfigError
 from preheat.worker.build_packages import build, rehearse
-from preheat.worker.worker import load
+from preheat.worker.worker import AnyPrepared, load
 
 CPU, OWNER = torch.device("cpu"), Trust("owner")
 FINGERPRINT = "f" * 64
@@ -442,7 +442,7 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
             "tasks": ["text-to-image", "image-to-image"],
         },
     }
-    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    prepared: AnyPrepared = load(ModelConfig.parse(config), tmp_path, CPU)
     every = rehearse(prepared)
     for wanted in every:
         export(prepared.targets[wanted.target], wanted.plan.inputs, wanted.plan.dims)
@@ -460,7 +460,7 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
         "pt2": {"compile": {"enable": True}, "shapes": shapes},
         "pipeline": {"tasks": ["text-to-image"]},
     }
-    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    prepared: AnyPrepared = load(ModelConfig.parse(config), tmp_path, CPU)
     monkeypatch.setattr(
         aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
     )

@@ -171,6 +171,21 @@ def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(
         module(sample(1, 3, 8, 8))
 
 
+def test_a_second_module_of_the_class_runs_the_graphs_of_the_first_and_is_compiled(
+    watch: CompileWatch,
+) -> None:
+    """As a worker that was started again in this process: weights are inputs of Dynamo's graphs."""
+    inputs = sample(2, 4, 8, 8)
+    first, _ = compiled(watch)
+    first(inputs)
+    events = watch.num_events
+    module, router = compiled(watch)
+    result = module(inputs)
+    assert [route.engine for route in router.routes.values()] == ["compiled"]
+    assert watch.num_events == events and (result != first(inputs)).any()
+    torch.testing.assert_close(result, module.conv(inputs) * 2.0)  # type: ignore[operator]
+
+
 class Opaque(Toy):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(self, sample: torch.Tensor, flag: bool = False) -> torch.Tensor:

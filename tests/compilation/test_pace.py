@@ -13,15 +13,19 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models.diffusion.fakes import FakePipeline
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Load, Pace, Timing, interpolated
-from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.compilation.warmup_plan import served_sizes
+from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import DeadlinePassed, PutOff, RequestError
+from preheat.models.batching import Execution
 from preheat.models.diffusion.admission import check_cost, check_time
+from preheat.models.diffusion.job import Job
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
-from preheat.models.diffusion.runner import Answer, Engine, Job
+from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.protocol import responses
 
 SDXL = yaml.safe_load((Path(__file__).parents[2] / "model-config" / "sdxl.yaml").read_text())
@@ -29,12 +33,12 @@ PICTURE_STEPS = 9.0  # a second: SDXL at one megapixel with guidance on an A100
 FIXED = 0.3
 
 
-class Machine:
+class Machine(FakePipeline):
     """A painter whose time passes on a clock of its own: `speed` 1 is the machine that sdxl.yaml is
     written for.
     """
 
-    multiple, grid = 8, 32
+    grid = 32
 
     def __init__(
         self,
@@ -44,17 +48,14 @@ class Machine:
     ) -> None:
         self.now, self.speed, self.pictures = 0.0, speed, 0
         self.budget = Budget(timeout, lambda: self.now)
-        self.config = ModelConfig.parse(SDXL)
+        read = ModelConfig.parse(SDXL)
+        self.config = read.with_shapes(read.pt2.shapes.model_copy(update=shapes))
         self.fail = False
         size = self.config.batchSize
-        self.engine = Engine(
-            self,
-            {},
-            self.config.pt2.shapes.model_copy(update=shapes),
-            max_rows=size,
-            device=torch.device("cpu"),
-            budget=self.budget,
+        execution = Execution(
+            served_sizes(self.config.pt2.shapes, size), torch.device("cpu"), budget=self.budget
         )
+        self.runner = DiffusionRunner(execution, self, self.config)
         for bucket in self.config.pt2.shapes.buckets:
             for rows in range(1, size + 1):
                 timing = Timing(FIXED * rows / speed, self._step(bucket, rows))
@@ -83,7 +84,7 @@ class Machine:
         request = make_request(
             **({"height": 1024, "width": 1024, "response_format": "b64_json"} | wishes)
         )
-        job = self.engine.prepare(request, limits=LimitsConfig(), default=Bucket(1024, 1024))
+        job = self.runner.planner.prepare(request)
         check_cost(
             request,
             job.plan.bucket,
@@ -91,7 +92,7 @@ class Machine:
             least_area=1024**2,
             max_cost=limits.max_cost,
         )
-        seconds = self.engine.seconds([Answer(job)], generous=True)
+        seconds = self.runner.batches.seconds([job], generous=True)
         check_time(request, job.plan.bucket, seconds, self.budget.timeout or 0)
         return job
 
@@ -131,7 +132,7 @@ def test_no_batch_outlasts_the_response_timeout_and_nobody_is_put_off_twice(
         ready = [each for each in queue if each[0] <= machine.now][: machine.config.batchSize]
         queue = [each for each in queue if each not in ready]
         began = machine.now
-        answers = machine.engine.run([job for _, job in ready])
+        answers = machine.runner.inference([job for _, job in ready])
         assert machine.now - began <= SDXL["responseTimeout"]
         for answer in answers:
             if isinstance(answer.error, PutOff):
@@ -153,12 +154,12 @@ def test_what_has_no_time_left_is_put_off_before_it_begins_and_comes_first_the_n
         machine.job(prompt=name, num_inference_steps=60, guidance_scale=5.0 + n)
         for n, name in enumerate("abc")
     ]
-    first = machine.engine.run(jobs)
+    first = machine.runner.inference(jobs)
     assert [type(answer.error) for answer in first] == [type(None), type(None), PutOff]
     assert machine.pictures == 2
     response = responses.from_error(first[2].error or PutOff(0))
     assert response.code == 503 and int(response.headers["retry-after"]) >= 1
-    again = machine.engine.run(
+    again = machine.runner.inference(
         [*jobs[:2], replace(jobs[2], request=replace(jobs[2].request, seed=99))]
     )
     assert [type(answer.error) for answer in again] == [type(None), PutOff, type(None)]
@@ -168,17 +169,16 @@ def test_a_late_failure_is_bounded_by_the_same_time() -> None:
     machine = Machine(0.2)
     jobs = [machine.job(prompt=name, num_inference_steps=40) for name in "abc"]
     machine.fail = True
-    answers = machine.engine.run(jobs)
+    answers = machine.runner.inference(jobs)
     assert machine.now <= SDXL["responseTimeout"]
     assert PutOff in {type(answer.error) for answer in answers}
 
 
 def test_a_deadline_is_looked_at_before_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    machine = Machine()
+    machine = Machine(batch_sizes=(1,))
     monkeypatch.setattr("preheat.models.batching.time.time", lambda: machine.now)
-    machine.engine._batch_sizes = (1,)
     first, second = (machine.job(prompt=name, num_inference_steps=30) for name in "ab")
-    answers = machine.engine.run([first, replace(second, deadline=1.0)])
+    answers = machine.runner.inference([first, replace(second, deadline=1.0)])
     assert [type(answer.error) for answer in answers] == [type(None), DeadlinePassed]
     assert machine.pictures == 1
 
@@ -225,7 +225,7 @@ def test_without_a_measurement_nothing_is_refused() -> None:
 def test_a_request_of_many_runs_that_has_begun_is_finished() -> None:
     """Admitted with the time that it takes, and not asked for a third more in its middle."""
     machine = Machine(speed=0.0487, timeout=120, batch_sizes=(1,))  # four runs of 29 s
-    (answer,) = machine.engine.run([machine.job(num_inference_steps=10, num_images=4)])
+    (answer,) = machine.runner.inference([machine.job(num_inference_steps=10, num_images=4)])
     assert answer.error is None and machine.pictures == 4 and machine.now <= 120
 
 

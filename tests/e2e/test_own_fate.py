@@ -122,7 +122,7 @@ def test_what_fits_nowhere_is_a_507_of_its_own(served: Served, faulty: Served) -
     assert replies[0].error == {
         "code": 507,
         "type": "OutOfMemory",
-        "message": f"painting {BUCKETS[0][0]}x{BUCKETS[0][1]} does not fit into memory",
+        "message": f"{BUCKETS[0][0]}x{BUCKETS[0][1]}, guidance: one row does not fit into memory",
         "field": None,
     }
     assert_same(replies[1].body, served.client.predict(calm))

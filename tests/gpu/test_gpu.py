@@ -21,7 +21,7 @@ from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.device import pick_device
 from preheat.models import tiny
-from preheat.models.diffusion.runner import Answer
+from preheat.models.diffusion.job import Answer
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 

@@ -25,8 +25,8 @@ from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
 from preheat.models import tiny
+from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
-from preheat.models.diffusion.runner import Answer, Job
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
 from preheat.status import StatusFile

@@ -20,7 +20,7 @@ from preheat.compilation.signatures import (
     signature,
     tensor_shapes,
 )
-from preheat.compilation.watch import eagerly, hit_recompile_limit, num_graphs, refused_guards
+from preheat.compilation.watch import GraphWatch, eagerly, hit_recompile_limit, refused_guards
 from preheat.device import is_device_lost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ class Target:
         *,
         channels_last: bool,
     ) -> None:
-        self.name, self.backends, self._forward = name, backends, forward
+        self.name, self.backends, self.forward = name, backends, forward
         # Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to
         # serve both.
         self._lay_out = _channels_last if channels_last else torch.Tensor.contiguous
@@ -106,7 +106,7 @@ class Target:
     def eager(self, args: Any, kwargs: Any) -> Any:
         self.run.engines.add("eager")
         with eagerly():
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
 
     def through(self, code: CompiledCode, args: Any, kwargs: Any) -> Any:
         result = code(*args, **kwargs)
@@ -154,7 +154,7 @@ class Warm:
     def __init__(self, target: Target, routes: dict[Signature, Route]) -> None:
         self._target, self._routes = target, routes
         self.visits = Visits()
-        self._captured: set[str] = set()  # by name: code that Dynamo has made a graph of
+        self._graphs = GraphWatch(target.forward)
         self._refuted: dict[str, str] = {}  # by name of the code: how it differs from eager
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
@@ -207,8 +207,8 @@ class Warm:
         if code.is_compared:
             why = mismatch(result, target.eager(args, kwargs), code.name)
         else:
-            captured = code.name in self._captured
-            why = None if captured else "torch.compile produced no graph for this module"
+            ran = self._graphs.ran_graph
+            why = None if ran else "torch.compile produced no graph for this module"
         if why is None:
             if code not in target.proven:
                 target.proven.append(code)
@@ -219,12 +219,8 @@ class Warm:
         raise NoCode(f"{backend.engine}: {why}")
 
     def _again(self, code: CompiledCode, args: Any, kwargs: Any) -> Done:
-        graphs = num_graphs()
-        try:
+        with self._graphs():
             return code, self._target.through(code, args, kwargs)
-        finally:
-            if num_graphs() != graphs:
-                self._captured.add(code.name)
 
 
 class Serve:

@@ -16,7 +16,7 @@ from pydantic import ValidationError, model_validator
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.family import FamilyConfig
 from preheat.config.module import ModuleConfig
-from preheat.config.pt2 import Pt2Config
+from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import normalized
 from preheat.config.schema import Count, FrozenMapping, Listed, Positive, Section
 from preheat.config.yaml_errors import explained, keys_of, shown
@@ -146,6 +146,10 @@ class ModelConfig(Section):
             return self
         meant = {key: kind() for key, kind in self.families().items() if kind.is_meant_by(manifest)}
         return self.model_copy(update=meant)
+
+    def with_shapes(self, shapes: ShapesConfig) -> ModelConfig:
+        """This config with `pt2.shapes` as a loaded model has resolved them."""
+        return self.model_copy(update={"pt2": self.pt2.model_copy(update={"shapes": shapes})})
 
     @property
     def warnings(self) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ class Metrics:
         """One request that was served."""
         self._count("preheat_incidents_total", answer.incident)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)
-        self._count("preheat_planned_eager_total", answer.is_planned_eager)
+        self._count("preheat_planned_eager_total", answer.job.bypass)
         labels = {"Bucket": self._label(answer.bucket), "Engine": answer.engine}
         self._count("preheat_requests_total", 1, labels)
         self._count("preheat_pixels_painted_total", answer.num_painted)

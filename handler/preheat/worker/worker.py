@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -47,11 +47,10 @@ from preheat.compilation.warmup import Record, Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.model import ModelConfig
-from preheat.config.pt2 import ShapesConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
-from preheat.models.batching import Outcome, RunReport
+from preheat.models.base import LoadedModel, Manifest, ModelRunner
+from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
@@ -73,20 +72,26 @@ class Prepared(Generic[JobT, ResultT]):
     """A loaded model behind its routers, of which nothing is compiled yet."""
 
     config: ModelConfig
-    device: torch.device
+    """As the model has resolved it."""
     model: LoadedModel[JobT, ResultT]
     targets: Mapping[str, nn.Module]
-    routers: Mapping[str, Router]
     runner: ModelRunner[JobT, ResultT]
-    budget: Budget
     trust: Trust
     fingerprint: str
 
     @property
+    def execution(self) -> Execution:
+        return self.runner.execution
+
+    @property
+    def routers(self) -> Mapping[str, Router]:
+        return self.execution.routers
+
+    @property
     def warmed_sizes(self) -> tuple[int, ...]:
         """The batch sizes that warm-up has to meet."""
-        every = wants_every_size(self.config.pt2.compile.kwargs, self.device)
-        return warmed_sizes(self.model.shapes, self.config.batchSize, every=every)
+        every = wants_every_size(self.config.pt2.compile.kwargs, self.execution.device)
+        return warmed_sizes(self.config.pt2.shapes, self.config.batchSize, every=every)
 
     @property
     def compiles(self) -> bool:
@@ -98,9 +103,9 @@ def load(
     model_dir: Path,
     device: torch.device,
     *,
-    manifest: Mapping[str, Any] | None = None,
+    manifest: Manifest | None = None,
     report: Callable[[RunReport], None] = lambda _: None,
-) -> Prepared[Any, Any]:
+) -> Prepared[JobT, ResultT]:
     """The first half of a worker's start; `build_packages` goes on by itself.
 
     Raises:
@@ -110,7 +115,8 @@ def load(
     # a key that cannot be used shows before anything is loaded
     trust = Trust.resolve(config.pt2.cache.trust)
     imported = load_files(config.pt2.imports, model_dir)
-    model = load_model(config, model_dir, manifest or {}, device)
+    model: LoadedModel[JobT, ResultT] = load_model(config, model_dir, manifest or {}, device)
+    config = model.config
     _refuse_dynamic_cuda_graphs(config, device)
     if not computes(model.dtype, device):
         logger.warning("this CPU has no instructions for %s: float32 would be faster", model.dtype)
@@ -118,24 +124,32 @@ def load(
     for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
         for target in targets.values():
             install(target)
-    pt2 = config.pt2.model_copy(update={"shapes": model.shapes})
-    routers = {
-        name: build_router(name, target, pt2, model.dtype, device)
-        for name, target in targets.items()
-    }
-    budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
-    runner = model.runner(routers, report, budget)
-    compiled = config.pt2.model_dump(
-        mode="json", exclude={"cache", "export", "on_failure", "debug"}
+    execution = Execution(
+        batch_sizes=served_sizes(config.pt2.shapes, config.batchSize),
+        device=device,
+        routers={
+            name: build_router(name, target, config.pt2, model.dtype, device)
+            for name, target in targets.items()
+        },
+        attention=config.pt2.attention,
+        report=report,
+        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT),
     )
-    compiled |= {
+    compiled = {
+        "pt2": config.pt2.model_dump(
+            mode="json", exclude={"cache", "export", "on_failure", "debug"}
+        ),
         "batchSize": config.batchSize,
-        **model.settings(),
-        "imports": config.pt2.imports,
         "sources": imported_from(model_dir),
     }
-    digest = fingerprint(device, compiled, model.structure())
-    return Prepared(config, device, model, targets, routers, runner, budget, trust, digest)
+    return Prepared(
+        config=config,
+        model=model,
+        targets=targets,
+        runner=model.runner(execution),
+        trust=trust,
+        fingerprint=fingerprint(device, compiled, model.fingerprint_facts()),
+    )
 
 
 @dataclass(slots=True)
@@ -145,6 +159,10 @@ class Pending(Generic[JobT, ResultT]):
     job: JobT | None = None
     result: ResultT | None = None
     response: Response | None = None
+
+
+AnyPrepared: TypeAlias = Prepared[BaseJob, Outcome]
+AnyPending: TypeAlias = Pending[BaseJob, Outcome]
 
 
 class Worker(Generic[JobT, ResultT]):
@@ -174,7 +192,7 @@ class Worker(Generic[JobT, ResultT]):
         *,
         status: StatusFile,
         metrics: Metrics | None = None,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         started = time.perf_counter()
         self._status, self._metrics = status, metrics or Metrics(discard)
@@ -195,7 +213,7 @@ class Worker(Generic[JobT, ResultT]):
 
     def _get_ready(self, model_dir: Path, started: float) -> None:
         prepared, pt2 = self._prepared, self.config.pt2
-        self.state.strategy = self._shapes.strategy
+        self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
@@ -206,7 +224,7 @@ class Worker(Generic[JobT, ResultT]):
                 model_dir / aot.FOLDER,
                 prepared.fingerprint,
                 prepared.trust,
-                prepared.device,
+                prepared.execution.device,
             )
         with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
             phase = self._heat(sharing)
@@ -263,12 +281,8 @@ class Worker(Generic[JobT, ResultT]):
         return self._prepared.targets
 
     @property
-    def _shapes(self) -> ShapesConfig:
-        return self.model.shapes
-
-    @property
     def _budget(self) -> Budget:
-        return self._prepared.budget
+        return self._prepared.execution.budget
 
     def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
         """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with
@@ -344,9 +358,9 @@ class Worker(Generic[JobT, ResultT]):
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.unfit)
+        self.state.unfit = dict(self.runner.batches.unfit)
         self._show_pace()
-        self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.device)
+        self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
 
     @contextmanager
@@ -354,7 +368,7 @@ class Worker(Generic[JobT, ResultT]):
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         # not with a package for everything
-        if not self._prepared.compiles or self._shapes.strategy == "exact":
+        if not self._prepared.compiles or self.config.pt2.shapes.strategy == "exact":
             yield None
             return
         if cache.shared is None:
@@ -366,7 +380,7 @@ class Worker(Generic[JobT, ResultT]):
             Path(cache.shared),
             trust,
             self.state.fingerprint,
-            self._prepared.device,
+            self._prepared.execution.device,
             cache.max_bytes,
         )
         # Half of the time, so that a worker that has waited in vain can still compile.
@@ -396,13 +410,8 @@ class Worker(Generic[JobT, ResultT]):
     def _heat(self, sharing: CacheUse | None) -> StatePhase:
         """Warm-up and proof; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
-        if self._shapes.strategy == "exact":
-            why = (
-                "strategy exact"
-                if self.config.pt2.shapes.strategy == "exact"
-                else "module.inputs is not declared"
-            )
-            logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
+        if self.config.pt2.shapes.strategy == "exact":
+            logger.warning("nothing is warmed (strategy exact): requests wait for the compiler")
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self.routers.values():
                 router.open()
@@ -460,7 +469,7 @@ class Worker(Generic[JobT, ResultT]):
         blocks = sum(1 for name in self.routers for _ in self.targets[name].modules())
         return warmup_plan(
             self.runner,
-            served_sizes(self._shapes, self.config.batchSize),
+            self._prepared.execution.batch_sizes,
             self._prepared.warmed_sizes,
             # blocks share theirs in a target
             graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,
@@ -481,8 +490,12 @@ class Worker(Generic[JobT, ResultT]):
     def _count(self, answer: Outcome) -> None:
         self.state.incidents += answer.incident
         self.state.eager_fallbacks += answer.is_fallback
-        self.state.planned_eager += answer.is_planned_eager
+        self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
+
+
+AnyWorker: TypeAlias = Worker[BaseJob, Outcome]
+"""For who passes jobs and results on unread."""
 
 
 def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> None:

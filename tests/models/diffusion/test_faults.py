@@ -19,9 +19,9 @@ import old_folders
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
+from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.model import DiffusionModel
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Painted
-from preheat.models.diffusion.runner import Answer
 from preheat.protocol import images
 from preheat.worker.worker import Worker
 from worker.test_service import IMAGE, MASK, ask, start
@@ -151,7 +151,7 @@ def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
 @pytest.fixture
 def hot(bench: Bench) -> Iterator[Bench]:
     """With nothing remembered; afterwards every task has to be served as ever."""
-    bench.service.runner.unfit.clear()
+    bench.service.runner.batches.unfit.clear()
     yield bench
     bench.faults.stage = None
     for task in TASKS:

@@ -149,7 +149,7 @@ def test_a_bucket_without_positions_is_refused_at_start() -> None:
     with pytest.raises(
         ConfigError, match=r"module.inputs.input_ids: 39 is more .* positions for, 38"
     ):
-        ModuleModel(roberta(), None, config, torch.device("cpu"))
+        ModuleModel(roberta(), None, config)
 
 
 def test_a_sequence_without_positions_is_refused_though_larger_ones_are_served_eagerly(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
 from preheat.errors import RequestError
@@ -49,8 +49,8 @@ class Plan:
     width: int
     bucket: Bucket
     """What the pipeline paints."""
-    engine_hint: Literal["bucket", "eager"]
-    """`eager`: a size outside every bucket, painted uncompiled on purpose (`oversize: eager`)."""
+    bypass: bool
+    """A size outside every bucket, painted uncompiled on purpose (`oversize: eager`)."""
     scaled: tuple[int, int]
     """What the painted picture is resampled to: the bucket's own size when nothing is resampled."""
     crop: Box
@@ -105,7 +105,7 @@ def plan(
         return resize_into(nearest_aspect(buckets, height, width), height, width)
     if oversize == "eager":
         own = round_up(Bucket(height, width), multiple)
-        return pad_into(own, height, width, has_image=has_image, engine_hint="eager")
+        return pad_into(own, height, width, has_image=has_image, bypass=True)
     raise _too_large(height, width, buckets)
 
 
@@ -115,7 +115,7 @@ def pad_into(
     width: int,
     *,
     has_image: bool,
-    engine_hint: Literal["bucket", "eager"] = "bucket",
+    bypass: bool = False,
 ) -> Plan:
     """The plan that paints more than asked for and cuts the surplus off, resampling nothing.
 
@@ -134,7 +134,7 @@ def pad_into(
         height=height,
         width=width,
         bucket=bucket,
-        engine_hint=engine_hint,
+        bypass=bypass,
         scaled=(bucket.height, bucket.width),
         crop=Box(top, left, height, width),
         image_size=(height, width),
@@ -154,7 +154,7 @@ def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
         height=height,
         width=width,
         bucket=bucket,
-        engine_hint="bucket",
+        bypass=False,
         scaled=(scaled_height, scaled_width),
         crop=crop,
         image_size=(image_height, image_width),

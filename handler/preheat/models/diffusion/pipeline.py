@@ -87,8 +87,6 @@ class Row:
     seed: int
     image: Image | None = None
     mask: Image | None = None
-    index: int = 0
-    """Which of its request's pictures it is."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
-    from preheat.models.diffusion.runner import Answer, Job
+    from preheat.models.diffusion.job import Answer, Job
 
 
 def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:

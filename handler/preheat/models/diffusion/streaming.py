@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 if TYPE_CHECKING:
-    from preheat.models.diffusion.runner import Answer
+    from preheat.models.diffusion.job import Answer
 
 _JPEG_QUALITY = 80
 
