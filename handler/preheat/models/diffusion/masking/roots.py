@@ -15,9 +15,7 @@ from diffusers.models.transformers.transformer_sd3 import SD3Transformer2DModel
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionModel
 
 from preheat.models.diffusion.masking.masks import Canvas, Masks
-
-FLUX_PATCH = 2
-"""Latent cells a side that a FluxPipeline packs into one token."""
+from preheat.models.diffusion.masking.place import PATCH
 
 
 class MaskedUNet2DConditionModel(UNet2DConditionModel):
@@ -107,7 +105,7 @@ class MaskedFluxTransformer2DModel(FluxTransformer2DModel):
     ) -> Any:
         own = None
         if sizes is not None:
-            within = img_ids[None, :, 1:] < (sizes // FLUX_PATCH)[:, None]
+            within = img_ids[None, :, 1:] < (sizes // PATCH)[:, None]
             own = within.all(-1)  # (rows, tokens)
             text = own.new_ones(encoder_hidden_states.shape[:2])
             mask = torch.cat([text, own], dim=1)[:, None, None]
