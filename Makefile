@@ -37,6 +37,8 @@ UNIT_FOLDERS := $(filter-out tests/e2e/ tests/gpu/ tests/__pycache__/,$(wildcard
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
+PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -76,13 +78,11 @@ test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real T
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
-check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl]
-	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION)
+check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
-	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
-		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-		--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)

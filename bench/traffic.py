@@ -32,11 +32,10 @@ from bench.report import Answer, Measured
 from bench.sizes import Size, TrafficError
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
-from preheat.errors import PreheatError
+from preheat.errors import PreheatError, ServerError
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client, Reply
-from preheat.torchserve.server import ServerError
 
 STATE = server.ROOT / ".preheat"
 RESULTS = server.ROOT / "bench" / "results"

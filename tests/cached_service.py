@@ -61,7 +61,7 @@ def is_hot_and_serves(service: Worker[Any, Any]) -> bool:
 
 
 def caches(service: Worker[Any, Any]) -> set[str]:
-    return {row["cache"] for row in service.state.buckets}
+    return {row.cache for row in service.state.buckets}
 
 
 def _die(*_: object) -> None:

@@ -3,7 +3,7 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
-    ├── RunError         a legal request that could not be painted; becomes a 5xx answer
+    ├── RunError         a legal request that could not be generated; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
@@ -11,12 +11,13 @@
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    ├── PipelineError    a pipeline folder cannot be served
-    ├── ModuleError      a module cannot be served
+    ├── ModelError       a model cannot be served
     ├── HubError         a model of the hub cannot be had, this time
+    ├── ServerError      TorchServe does not start, or does not stop
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
-Anything else that is raised is a bug, or the machine's doing.
+Anything else that is raised is a bug, or the machine's doing; signals between two functions of a
+wing, such as `NoCode`, are not drawn.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class RunError(PreheatError):
 
 
 class DeadlinePassed(RunError):
-    """The client's deadline was over before the request's turn came; nothing was painted."""
+    """The client's deadline was over before the request's turn came; nothing was generated."""
 
     code = 504
 
@@ -134,17 +135,9 @@ class WarmupError(PreheatError):
     """A variant that could not be warmed although `on_failure: fail` asks for every one."""
 
 
-class PipelineError(PreheatError):
-    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody
-    wrote facts for.
-    """
-
-    lasting = True
-
-
-class ModuleError(PreheatError):
-    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that
-    are more than tensors.
+class ModelError(PreheatError):
+    """A model that cannot be served: no file, no class or family that is known, other weights than
+    it has, or weights that are more than tensors.
     """
 
     lasting = True
@@ -154,6 +147,10 @@ class HubError(PreheatError):
     """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer
     then.
     """
+
+
+class ServerError(PreheatError):
+    """A server that cannot be started, or that died."""
 
 
 class Untrusted(PreheatError):

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -35,6 +35,7 @@ class StatusFile:
         }
         self._buckets: dict[str, dict[str, Any]] = {}
         self._timer: threading.Timer | None = None
+        self._served: Callable[[], Mapping[str, Any]] | None = None
 
     @classmethod
     def from_environment(cls, model: str) -> StatusFile:
@@ -64,22 +65,25 @@ class StatusFile:
         self._document["lasting"] = lasting
         self.write("failed", message)
 
-    def serve(self, state: Mapping[str, Any]) -> None:
-        """The worker serves, or has answered a batch: the file holds its whole `state` from now
-        on, at the latest `INTERVAL` later. Apart from the first time no request waits for the disk.
+    def serve(self, state: Callable[[], Mapping[str, Any]]) -> None:
+        """The worker serves, or has answered a batch: the file holds its whole state from now on,
+        at the latest `INTERVAL` later. Apart from the first time no request waits for it: it is
+        asked for, and written, in a thread of its own.
         """
-        first = "served" not in self._document
-        self._document["served"] = state
+        first, self._served = self._served is None, state
         if first:
-            self.write(state["state"])
-        elif self._timer is None:
+            self._write_served()
+        elif self._timer is None and self._path is not None:
             self._timer = threading.Timer(INTERVAL, self._write_served)
             self._timer.daemon = True
             self._timer.start()
 
     def _write_served(self) -> None:
         self._timer = None  # what comes from now on is written by the next one
-        self.write(self._document["served"]["state"])
+        assert self._served is not None
+        served = self._served()
+        self._document["served"] = served
+        self.write(served["state"])
 
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())

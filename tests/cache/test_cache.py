@@ -188,7 +188,7 @@ def test_what_was_put_aside_is_for_who_takes_over_and_goes_once_all_is_published
     with synchronized_inductor_cache("key", place) as use:
         assert sorted(os.listdir(use.folder)) == ["a", "owner.lock"]
         # alone, and begins there too
-        with synchronized_inductor_cache("key", place, patience=0) as other:
+        with synchronized_inductor_cache("key", place, timeout=0) as other:
             assert (other.folder / "a").exists()
             other.keep()  # which is the writer's business
         (use.folder / "c").write_text("compiled")
@@ -209,7 +209,7 @@ def test_waiting_is_bounded_and_ends_in_a_compile(
     share.mark()
     told: list[str] = []
     began = time.monotonic()
-    with synchronized_inductor_cache("key", place, patience=0.5, report=told.append) as use:
+    with synchronized_inductor_cache("key", place, timeout=0.5, report=told.append) as use:
         assert 0.5 <= time.monotonic() - began < 5
         (use.folder / "a").write_text("compiled")
     lock.release()
@@ -226,10 +226,10 @@ def test_who_waited_for_a_writer_that_could_not_publish_goes_on_at_once(place: S
     lock, _ = share.lock()
     with (
         synchronized_inductor_cache(
-            "key", place, patience=30, report=lambda _: lock.release()
+            "key", place, timeout=30, report=lambda _: lock.release()
         ) as use,
         # the lock is free for the others
-        synchronized_inductor_cache("key", place, patience=0) as other,
+        synchronized_inductor_cache("key", place, timeout=0) as other,
     ):
         assert other.reason == ""
     assert "has ended without a bundle" in use.reason
@@ -257,7 +257,7 @@ def test_a_waiter_takes_over_from_a_writer_that_is_killed(
         told.append(message)
         writer.kill()
 
-    with synchronized_inductor_cache("key", place, patience=60, report=kill) as use:
+    with synchronized_inductor_cache("key", place, timeout=60, report=kill) as use:
         (use.folder / "a").write_text("compiled")
     writer.communicate()
     assert f"pid {writer.pid}" in told[0] and use.outcome == "published"
@@ -442,7 +442,7 @@ def test_whatever_lies_in_the_share_a_worker_starts(
     lock = share.lock()[0] if suffix == ".writer" else None
     blocks = []
     monkeypatch.setattr(bundle, "_copy", lambda *_: blocks.append("copied"))
-    with synchronized_inductor_cache("key", place, patience=0) as use:
+    with synchronized_inductor_cache("key", place, timeout=0) as use:
         assert os.listdir(use.folder) == ["owner.lock"]
         (use.folder / "a").write_text("compiled")
         use.keep()

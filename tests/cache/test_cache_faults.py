@@ -21,6 +21,7 @@ import counted_compiler
 from cache.test_cache import program
 from cached_service import caches, is_hot_and_serves, start
 from preheat.cache import fingerprint
+from preheat.compilation.backends.base import EngineName
 from preheat.models import tiny
 
 KEY = "0123456789abcdef"
@@ -292,7 +293,7 @@ def test_a_writer_killed_at_any_point_leaves_nothing_harmful(
     num_buckets = 2 if point == "second" else 1
     service = start(model, folder, num_buckets)
     assert is_hot_and_serves(service) and not warnings(caplog)
-    assert [row["cache"] for row in service.state.buckets] == (
+    assert [row.cache for row in service.state.buckets] == (
         ["hit", "miss"] if point == "second" else ["miss"]
     )
     assert service.state.shared_cache["outcome"] == "published"
@@ -308,10 +309,10 @@ def test_a_bucket_that_does_not_compile_costs_the_others_nothing(
         counted_compiler, "broken", lambda shapes: any(shape[-2:] == (8, 12) for shape in shapes)
     )
 
-    def outcomes() -> tuple[str, dict[int, tuple[str, str]]]:
+    def outcomes() -> tuple[str, dict[int, tuple[EngineName, str]]]:
         service = start(model, folder, num_buckets=2)
-        rows = {row["width"]: (row["engine"], row["cache"]) for row in service.state.buckets}
-        return service.state.shared_cache["outcome"], rows
+        rows = {row.bucket.width: (row.engine, row.cache) for row in service.state.buckets}
+        return str(service.state.shared_cache["outcome"]), rows
 
     assert outcomes() == ("published", {64: ("compiled", "miss"), 96: ("eager", "none")})
     before = bundle_in(folder).stat()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from preheat.cache.store import GaveUp, Share
+from preheat.cache.store import NotShared, Share
 from preheat.cache.trust import Trust
 from preheat.errors import Untrusted
 
@@ -98,7 +98,7 @@ def test_one_holds_the_lock_and_the_other_hears_who(tmp_path: Path) -> None:
     lock, waited = place.lock()
     place.mark()
     assert not waited
-    with pytest.raises(GaveUp, match=f"pid {os.getpid()} on"):
+    with pytest.raises(NotShared, match=f"pid {os.getpid()} on"):
         place.lock(0.3, told.append)
     assert told and f"pid {os.getpid()} on" in told[0]
     lock.release()
@@ -113,11 +113,11 @@ def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
     deep, endless = b"[" * 5000, b'{"pid": Infinity, "host": ""}'
     for content in (b"", b"[]", b"\xff" * 5000, b'{"pid": "x", "host": 1}', deep, endless):
         place._beside(".writer").write_bytes(content)
-        with pytest.raises(GaveUp, match="another worker"):
+        with pytest.raises(NotShared, match="another worker"):
             place.lock()
     place.unmark()
     os.mkfifo(place._beside(".writer"))
-    with pytest.raises(GaveUp, match="another worker"):
+    with pytest.raises(NotShared, match="another worker"):
         place.lock()
     lock.release()
 
@@ -167,7 +167,7 @@ def test_a_bundle_over_the_cap_is_neither_published_nor_read(
     small, large = (
         share(tmp_path / "shared", max_bytes=size) for size in (NUM_BYTES, 10 * NUM_BYTES)
     )
-    with pytest.raises(GaveUp, match="max_bytes"):
+    with pytest.raises(NotShared, match="max_bytes"):
         small.publish(local)
     assert not small.path.exists() and not list(small.folder.glob("*.tmp"))
     large.publish(local)

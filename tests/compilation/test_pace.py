@@ -24,7 +24,7 @@ from preheat.errors import DeadlinePassed, PutOff, RequestError
 from preheat.models.batching import Execution
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.job import Job
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated
 from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.protocol import responses
 
@@ -64,7 +64,7 @@ class Machine(FakePipeline):
     def _step(self, bucket: Bucket, rows: int) -> float:
         return rows * bucket.volume / 1024**2 / PICTURE_STEPS / self.speed
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated:
         rows = len(batch.rows)
         self.now += FIXED * rows / self.speed + batch.num_inference_steps * self._step(
             batch.bucket, rows
@@ -72,7 +72,7 @@ class Machine(FakePipeline):
         self.pictures += rows
         if self.fail:
             raise ArithmeticError("late")
-        return Painted(np.zeros((rows, batch.bucket.height, batch.bucket.width, 3), np.uint8))
+        return Generated(np.zeros((rows, batch.bucket.height, batch.bucket.width, 3), np.uint8))
 
     def job(self, **wishes: Any) -> Job:
         """An admitted request.

@@ -88,7 +88,7 @@ def pictures(reply: Reply) -> list[Any]:
 def test_five_hundred_batches_of_strangers(served: Served) -> None:
     rng = random.Random(5)
     pool = [stranger(rng, BUCKETS) for _ in range(NUM_DISTINCT)]
-    before, runs_before, rows_before = served.state(), *painted(served)
+    before, runs_before, rows_before = served.state(), *generated(served)
     alone = [pictures(served.client.predict(request)) for request in pool]
 
     def check(place: int | None, protocol: str, bad: dict[str, Any]) -> int:
@@ -120,7 +120,7 @@ def test_five_hundred_batches_of_strangers(served: Served) -> None:
             bad = [rng.choice(INVALID) for _ in batch]
             assert max(clients.map(check, batch, protocols, bad)) <= 1
             num_answered += sum(place is not None for place in batch)
-    after, runs, rows = served.state(), *painted(served)
+    after, runs, rows = served.state(), *generated(served)
     assert after["requests"] == before["requests"] + num_answered
     assert runs - runs_before < 0.9 * (rows - rows_before), (
         "hardly any request shared a run: nothing was tried"
@@ -132,7 +132,7 @@ def test_five_hundred_batches_of_strangers(served: Served) -> None:
     )
 
 
-def painted(served: Served) -> tuple[float, float]:
+def generated(served: Served) -> tuple[float, float]:
     """(pipeline runs, rows asked for) so far."""
     rows = served.metric("preheat_rows_painted_total") - served.metric("preheat_rows_filled_total")
     return served.metric("preheat_inference_seconds_count"), rows

@@ -142,7 +142,7 @@ def test_a_new_family_is_compiled_warmed_proven_batched_and_streamed(
     with start(metrics=metrics) as worker:
         state = worker.current_state()
         assert (state.state, state.compiles_at_boot > 0) == ("hot", True)
-        assert [(row["batch_size"], row["engine"]) for row in state.buckets] == [
+        assert [(row.batch_size, row.engine) for row in state.buckets] == [
             (2, "compiled"),
             (1, "compiled"),
         ]

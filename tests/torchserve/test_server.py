@@ -14,8 +14,9 @@ from pathlib import Path
 import psutil
 import pytest
 
+from preheat.errors import ServerError
 from preheat.torchserve import processes, server
-from preheat.torchserve.server import Ports, ServerError, TorchServe
+from preheat.torchserve.server import Ports, TorchServe
 
 ROOT = Path(__file__).parents[2]
 SLEEPER = "import time\nprint('up', flush=True)\ntime.sleep(600)"
@@ -146,7 +147,7 @@ def test_a_server_is_found_by_its_folder_while_it_lives(tmp_path: Path) -> None:
     java = spawn(SLEEPER)
     running = recorded(tmp_path, java.pid, psutil.Process(java.pid).create_time())
     assert server.find(tmp_path) == running
-    with pytest.raises(ServerError, match="already runs"):
+    with pytest.raises(ServerError, match="runs already"):
         server.start([], tmp_path, ports=Ports.free())
     java.kill()
     java.wait()

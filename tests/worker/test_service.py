@@ -23,7 +23,7 @@ from preheat.buckets import Bucket
 from preheat.compilation.warmup_plan import WarmupPlan, warmup_plan
 from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
-from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
+from preheat.errors import ConfigError, ModelError, RequestError, WarmupError
 from preheat.models import tiny
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
@@ -69,7 +69,7 @@ def start(
 
 
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
-    """What is proven is not what was warmed: the proof must find it."""
+    """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
     return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
 
@@ -123,7 +123,7 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         _watch_previews(service, body | {"num_images": 3, "num_inference_steps": 4})
     state = service.current_state()
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
-    assert state.compiles_at_boot > 0 and {row["engine"] for row in state.buckets} == {"compiled"}
+    assert state.compiles_at_boot > 0 and {row.engine for row in state.buckets} == {"compiled"}
     torch.compiler.set_stance("default")
     for compiled, eager in zip(
         answers,
@@ -144,12 +144,12 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
     (answer,) = ask(service, {"num_inference_steps": 1})
     state = service.current_state()
     assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
-    assert {row["engine"] for row in state.buckets} == {"eager"}
+    assert {row.engine for row in state.buckets} == {"eager"}
     assert all(
-        "'nonsense' is not a backend that TorchServe supports" in row["reason"]
+        "'nonsense' is not a backend that TorchServe supports" in row.reason
         for row in state.buckets
     )
-    assert any("'nonsense'" in warning for warning in state.document()["preheat"]["warnings"])
+    assert any("'nonsense'" in warning for warning in state.warnings)
     with pytest.raises(WarmupError, match="nonsense"):
         config = ModelConfig.parse({"pt2": {**pt2, "on_failure": "fail"}})
         Worker[Any, Any](
@@ -207,7 +207,7 @@ def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(
         shapes={"batch_sizes": [1, 4], "invariant": True},
         pipeline=TEXT_ONLY,
     )
-    assert {row["batch_size"] for row in service.state.buckets} == {4}
+    assert {row.batch_size for row in service.state.buckets} == {4}
     mine = {"seed": 5, "height": 50}
     (alone,) = ask(service, mine)
     for company in ([mine, {"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}, mine]):
@@ -236,7 +236,7 @@ def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(
         for task in ("text-to-image", "image-to-image", "inpainting")
     ]
     service = start(models / "sdxl", leave_out=forgotten, shapes={"buckets": TWO})
-    engines = {(row["height"], row["batch_size"]): row["engine"] for row in service.state.buckets}
+    engines = {(row.bucket.height, row.batch_size): row.engine for row in service.state.buckets}
     assert engines == {
         (64, 2): "eager",
         (64, 1): "compiled",
@@ -267,7 +267,7 @@ def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     # not what the same request gets from compiled code
     assert (answer.engine, answer.exact) == ("eager", "rounding")
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
-    assert "incident: unet" in caplog.text and "secret" not in caplog.text
+    assert "unwarmed call: unet" in caplog.text and "secret" not in caplog.text
 
 
 def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -> None:
@@ -329,7 +329,7 @@ def test_two_targets_are_compiled_side_by_side(watch: CompileWatch, models: Path
         pt2={"targets": ["unet", "vae.decoder", "vae.encoder"]},
         shapes={"buckets": TWO},
     )
-    assert {row["target"] for row in service.state.buckets} == {
+    assert {row.target for row in service.state.buckets} == {
         "unet",
         "vae.decoder",
         "vae.encoder",
@@ -394,12 +394,14 @@ def test_a_model_that_cannot_be_served_says_why(
         ConfigError, match=r"pt2.shapes.buckets\[0\]\[1\]: 40 is not a multiple of 16, which flux"
     ):
         start(models / "flux", shapes={"buckets": [[64, 40]]})
-    with pytest.raises(PipelineError, match="no module 'transformer'"):
+    with pytest.raises(ModelError, match="no module 'transformer'"):
         start(models / "sdxl", pt2={"targets": ["transformer"]})
     with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
-    with pytest.raises(PipelineError, match="no scheduler 'Nonsense'"):
+    with pytest.raises(ConfigError, match=r"pipeline\.scheduler: .*no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+    with pytest.raises(ModelError, match=r"^pipeline\.fused_lora: /models/nope: "):
+        start(models / "sdxl", pipeline={"fused_lora": "/models/nope"})
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
@@ -417,7 +419,7 @@ def test_pickled_weights_are_refused(watch: CompileWatch, tmp_path: Path) -> Non
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(PipelineError):
+    with pytest.raises(ModelError):
         start(tmp_path)
 
 
@@ -455,7 +457,7 @@ def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
     service = start(models / "sdxl", pipeline=settings, shapes={"batch_sizes": [1]})
     fused = pixels(ask(service, {"seed": 1})[0])
     assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
-    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
+    assert {row.engine for row in service.state.buckets} == {"compiled"}
     torch.compiler.set_stance("default")
     eager = pixels(ask(start(models / "sdxl", pipeline=settings, compile=False), {"seed": 1})[0])
     without = pixels(ask(start(models / "sdxl", pipeline=TEXT_ONLY, compile=False), {"seed": 1})[0])

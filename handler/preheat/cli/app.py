@@ -13,6 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -67,6 +68,15 @@ ManagementUrl = Annotated[
     typer.Option(
         help=f"URL of the management API. Default: the server started here, or {MANAGEMENT}."
     ),
+]
+Port = partial(typer.Option, min=1, max=65_535)
+InferencePort = Annotated[int, Port(help="REST predictions.")]
+ManagementPort = Annotated[int, Port(help="REST management.")]
+MetricsPort = Annotated[int, Port(help="Prometheus metrics.")]
+GrpcPort = Annotated[int, Port(help="gRPC predictions.")]
+GrpcManagementPort = Annotated[int, Port(help="gRPC management.")]
+ServerName = Annotated[
+    str | None, typer.Option("--name", help="The server's name. Default: the YAML's or archive's.")
 ]
 TokenFile = Annotated[
     Path | None,
@@ -142,10 +152,23 @@ def archive(
 
 
 @app.command()
-def check(config: Config, model: Model = None) -> None:
-    """Verify what `serve` would, and start nothing: exit 1 with the reason if it would refuse."""
+def check(
+    config: Config,
+    model: Model = None,
+    name: ServerName = None,
+    inference_port: InferencePort = 8080,
+    management_port: ManagementPort = 8081,
+    metrics_port: MetricsPort = 8082,
+    grpc_port: GrpcPort = 7070,
+    grpc_management_port: GrpcManagementPort = 7071,
+) -> None:
+    """Verify what `serve` would, and start nothing: exit 1 with the reason if it would refuse.
+
+    The YAML and the model first, then whether the server's name and ports are free here.
+    """
     from preheat.cli.check import summary
     from preheat.config.places import TINY_PREFIX
+    from preheat.torchserve import server
     from preheat.torchserve.archive import packaged_place, verify
 
     _refuse_archive(config)
@@ -154,6 +177,14 @@ def check(config: Config, model: Model = None) -> None:
         packaged_place(loaded, place, external=True)
     for warning in loaded.warnings:
         typer.secho(warning, fg=typer.colors.YELLOW)
+    ports = server.Ports(
+        inference=inference_port,
+        management=management_port,
+        metrics=metrics_port,
+        grpc_inference=grpc_port,
+        grpc_management=grpc_management_port,
+    )
+    server.check_free(STATE / "run" / _checked(name or config.stem), ports)
     print(f"{config.stem} can be served: {summary(loaded, place)}")
 
 
@@ -248,14 +279,12 @@ def serve(
         ),
     ],
     model: Model = None,
-    name: Annotated[
-        str | None, typer.Option(help="The server's name. Default: the YAML's or archive's.")
-    ] = None,
-    inference_port: Annotated[int, typer.Option(help="REST predictions.")] = 8080,
-    management_port: Annotated[int, typer.Option(help="REST management.")] = 8081,
-    metrics_port: Annotated[int, typer.Option(help="Prometheus metrics.")] = 8082,
-    grpc_port: Annotated[int, typer.Option(help="gRPC predictions.")] = 7070,
-    grpc_management_port: Annotated[int, typer.Option(help="gRPC management.")] = 7071,
+    name: ServerName = None,
+    inference_port: InferencePort = 8080,
+    management_port: ManagementPort = 8081,
+    metrics_port: MetricsPort = 8082,
+    grpc_port: GrpcPort = 7070,
+    grpc_management_port: GrpcManagementPort = 7071,
 ) -> None:
     """Start TorchServe on loopback in the background; the weights are served from where they lie.
 
@@ -273,17 +302,6 @@ def serve(
     model_name = config.name.removesuffix(".mar") if archived else config.stem
     name = _checked(name or model_name)
     run_dir = STATE / "run" / name
-    if server.find(run_dir):
-        raise PreheatError(
-            f"a server named {name} runs already: stop it, or give this one another name"
-        )
-    if archived:
-        built = config
-    else:
-        place = _model(config, model)
-        built = build_archive(
-            config, place, output=run_dir / "archives", archive_format="no-archive", external=True
-        )
     ports = server.Ports(
         inference=inference_port,
         management=management_port,
@@ -291,6 +309,14 @@ def serve(
         grpc_inference=grpc_port,
         grpc_management=grpc_management_port,
     )
+    server.check_free(run_dir, ports)
+    if archived:
+        built = config
+    else:
+        place = _model(config, model)
+        built = build_archive(
+            config, place, output=run_dir / "archives", archive_format="no-archive", external=True
+        )
     running = server.start([built], run_dir, ports=ports, cache=STATE / "cache" / "inductor")
     print(f"{name} serves {config} and is warming up (pid {running.pid}, logs in {running.logs})")
     print(f"REST        {running.inference}/predictions/{model_name}")

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
+from torch._C._dynamo.eval_frame import set_guard_complete_hook
 from torch._dynamo import callback as dynamo_callback
 from torch._dynamo.utils import counters as dynamo_counters
 
@@ -111,15 +112,22 @@ class GraphWatch:
 
     @contextmanager
     def __call__(self) -> Iterator[None]:
-        graphs, frames = _num_graphs(), dynamo_counters["frames"]["total"]
+        graphs, hits = _num_graphs(), list[bool]()
+        before = set_guard_complete_hook(None)
+
+        def looked_up(cache_hit: bool) -> bool:
+            hits.append(cache_hit)
+            return before(cache_hit) if before is not None else cache_hit
+
+        set_guard_complete_hook(looked_up)
         try:
             yield
         finally:
+            set_guard_complete_hook(before)
             if _num_graphs() != graphs:
                 _with_graphs.add(self._kind)
                 self._ran = True
-            elif dynamo_counters["frames"]["total"] == frames:
-                self._ran |= self._kind in _with_graphs
+            self._ran |= any(hits) and self._kind in _with_graphs
 
     @property
     def ran_graph(self) -> bool:

@@ -73,7 +73,7 @@ class ShapesConfig(Section):
         refuse_twice(self.buckets, "pt2.shapes.buckets")
         if self.strategy == "fixed" and len(self.buckets) > 1:
             raise ConfigError(
-                f"strategy fixed paints one size, but {len(self.buckets)} buckets are listed; "
+                f"strategy fixed generates one size, but {len(self.buckets)} buckets are listed; "
                 "keep one, or use strategy: buckets",
                 "pt2.shapes.buckets",
             )

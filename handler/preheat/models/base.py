@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import nn
@@ -15,13 +15,11 @@ from torch import nn
 from preheat.buckets import Bucket
 from preheat.compilation.pace import Pace, Timing
 from preheat.compilation.variants import Variant
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.models.batching import BatchRunner, Chunk, Execution, JobT, ResultT, RunReport
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
-
-Manifest = Mapping[str, Any]
-"""TorchServe's MAR-INF/MANIFEST.json; of it `model.modelFile` and `model.serializedFile`."""
 
 
 class LoadedModel(ABC, Generic[JobT, ResultT]):
@@ -80,22 +78,22 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         warmed.
         """
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
         return variants
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def extremes(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every
         graph is static.
         """
         return ()
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Variant]:
-        """Variants beside these that must be served too, and so proven."""
+    def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
+        """Variants beside these that must be served too, and so verified."""
         return ()
 
     @abstractmethod
-    def run_variant(self, variant: Any) -> Timing:
+    def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would; how long it took."""
 
     def overload(self, pace: Pace, timeout: float) -> str | None:

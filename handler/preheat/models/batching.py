@@ -1,5 +1,5 @@
-"""Runs batches of strangers: groups what can share a run, splits rows into warmed batch sizes,
-keeps failures to themselves.
+"""Runs batches of unrelated requests: groups what can share a run, splits rows into warmed batch
+sizes, keeps failures to themselves.
 
 Knows neither pipelines nor modules: a `BatchRunner` has a family's `ModelRunner`, which says what
 may share a run and how a chunk of rows is run.
@@ -87,9 +87,9 @@ class Outcome:
     _: KW_ONLY
     engine: EngineName = "eager"
     exact: Exactness = "rounding"
-    incident: bool = False
+    unwarmed: bool = False
     """Met a shape or guard that warm-up had not foreseen."""
-    fell_back: bool = False
+    fallback: bool = False
     """Ran eagerly because warm-up had found no engine."""
     error: RunError | None = None
     begun: bool = False
@@ -98,7 +98,7 @@ class Outcome:
     @property
     def is_fallback(self) -> bool:
         """Whether it ran eagerly although compiled code was wanted."""
-        return self.incident or self.fell_back
+        return self.unwarmed or self.fallback
 
     @property
     def bucket(self) -> str:
@@ -106,12 +106,12 @@ class Outcome:
         return self.job.kind
 
     @property
-    def num_painted(self) -> int:
+    def num_computed(self) -> int:
         """Pixels (elements, of a module's inputs) that the model computed for it."""
         return 0
 
     @property
-    def num_cropped(self) -> int:
+    def num_padding(self) -> int:
         """Of those, how many were padding."""
         return 0
 
@@ -122,7 +122,7 @@ class Outcome:
 
     def restart(self) -> None:
         """Forget what a failed run has left; a family with more to forget adds it."""
-        self.engine, self.incident, self.fell_back, self.begun = "eager", False, False, False
+        self.engine, self.unwarmed, self.fallback, self.begun = "eager", False, False, False
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
@@ -134,10 +134,10 @@ class Outcome:
         """
         self.engine = slowest({run.engine, self.engine}) if self.begun else run.engine
         self.begun = True
-        self.incident |= run.incident
-        if run.incident and self.exact == "bitwise":
+        self.unwarmed |= run.unwarmed
+        if run.unwarmed and self.exact == "bitwise":
             self.exact = "rounding"  # it ran on another engine than the same request does otherwise
-        self.fell_back |= run.fell_back
+        self.fallback |= run.fallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +148,8 @@ class RunReport:
     num_real_rows: int
     engine: EngineName
     seconds: float
-    incident: bool
-    fell_back: bool
+    unwarmed: bool
+    fallback: bool
 
 
 JobT = TypeVar("JobT", bound=BaseJob)
@@ -168,7 +168,7 @@ class Execution:
     """What stands in for the targets, by target name."""
     attention: Attention = "default"
     report: Callable[[RunReport], None] = lambda _: None
-    """Told of every run."""
+    """Called with every run's."""
     budget: Budget = field(default_factory=Budget)
     """What a call has time for."""
 
@@ -192,8 +192,8 @@ class Execution:
             num_real_rows=num_real_rows,
             engine=slowest({engine for run in runs for engine in run.engines}),
             seconds=time.perf_counter() - started,
-            incident=any(run.incidents for run in runs),
-            fell_back=any(run.fallen for run in runs),
+            unwarmed=any(run.unwarmed for run in runs),
+            fallback=any(run.fallbacks for run in runs),
         )
         self.report(run)
         return result, run
@@ -215,7 +215,7 @@ class BatchRunner(Generic[JobT, ResultT]):
 
     def run(self, jobs: Iterable[JobT], *, retry: bool = True) -> list[ResultT]:
         """Results in the order of the jobs. A run that fails for one request's sake is no reason to
-        fail its company: each is run again, alone.
+        fail the others: each is run again, alone.
 
         Without `retry`, as warm-up wants it, the whole group has failed.
         """

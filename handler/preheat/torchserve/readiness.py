@@ -58,13 +58,13 @@ def wait(
     *,
     seconds: float,
     interval: float = 0.5,
-    hopeful: Callable[[], bool] = lambda: True,
+    should_wait: Callable[[], bool] = lambda: True,
     statuses: Callable[[], Sequence[Status]] = tuple,
     report: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Readiness:
     """Ask until ready, for at most `seconds`, or until a worker has `failed`.
 
-    `hopeful` is called before each sleep and ends the wait by returning False; `report` is told
+    `should_wait` is called before each sleep and ends the wait by returning False; `report` is told
     what is missing, at first and whenever it changes.
     """
     probe, told = _Probe(Management(management, token), min_workers), None
@@ -73,7 +73,7 @@ def wait(
         wanted = [model] if isinstance(model, str) else model
         current = [status for status in statuses() if wanted is None or status.model in wanted]
         verdict = probe.ask(model, current)
-        if verdict.ready or failed(current) or not hopeful() or time.monotonic() >= deadline:
+        if verdict.ready or failed(current) or not should_wait() or time.monotonic() >= deadline:
             return verdict
         if verdict.missing != told:
             report(verdict.missing)
@@ -117,11 +117,11 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
             for engine in engines
         )
         lines.append(f"{who}: {'; '.join(texts)}")
-        fallen = [row for row in rows if row.reason]
-        if fallen:
-            reasons = "; ".join(dict.fromkeys(row.reason for row in fallen))
+        fallbacks = [row for row in rows if row.reason]
+        if fallbacks:
+            reasons = "; ".join(dict.fromkeys(row.reason for row in fallbacks))
             warnings.append(
-                f"{who}: {len(fallen)} of {len(rows)} buckets are served eagerly: {reasons} "
+                f"{who}: {len(fallbacks)} of {len(rows)} buckets are served eagerly: {reasons} "
                 "(pt2.on_failure: fail would not serve them)"
             )
     return lines, warnings

@@ -1,4 +1,4 @@
-"""One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
+"""One worker's life: load the model, compile its targets, warm every variant, verify it, serve.
 
 The same for every family of models; what differs is behind `models.base`. Knows nothing of
 TorchServe; `preheat_handler` adapts it.
@@ -39,24 +39,24 @@ from preheat.cache.shared import (
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.debugging import debugging
-from preheat.compilation.pace import Budget, Load, Timing
+from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Record, Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup, WarmupProgress
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import LoadedModel, Manifest, ModelRunner
+from preheat.models.base import LoadedModel, ModelRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
-from preheat.status import Phase as StatePhase
-from preheat.status import StatusFile
+from preheat.status import Phase, StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
@@ -109,7 +109,7 @@ def load(
     """The first half of a worker's start; `build_packages` goes on by itself.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
     """
     config = config.in_archive(manifest or {})
     # a key that cannot be used shows before anything is loaded
@@ -173,11 +173,11 @@ class Worker(Generic[JobT, ResultT]):
         model_dir: the unpacked archive.
         device: see `device.pick_device`.
         status: where progress is shown.
-        metrics: told what was warmed and, after READY, of every call.
+        metrics: given what was warmed and, after READY, every call.
         manifest: the archive's, where a module may be named.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
@@ -200,13 +200,15 @@ class Worker(Generic[JobT, ResultT]):
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        self._loads: dict[tuple[str, int], Load] = {}
         with ExitStack() as undo:
             self._watch = CompileWatch()
             undo.callback(self._watch.close)
-            self._prepared: Prepared[JobT, ResultT] = load(
+            prepared: Prepared[JobT, ResultT] = load(
                 config, model_dir, device, manifest=manifest, report=self._report
             )
+            self._prepared, self.config, self.model = prepared, prepared.config, prepared.model
+            self.runner, self.routers = prepared.runner, prepared.routers
+            self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
@@ -227,7 +229,7 @@ class Worker(Generic[JobT, ResultT]):
                 prepared.execution.device,
             )
         with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
-            phase = self._heat(sharing)
+            phase = self._warm_up(sharing)
         self._events_at_ready = self._watch.num_events
         for other in Worker.alive:
             other._events_at_ready += self._events_at_ready  # its watch has seen them too
@@ -236,7 +238,7 @@ class Worker(Generic[JobT, ResultT]):
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -260,33 +262,9 @@ class Worker(Generic[JobT, ResultT]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._prepared.config
-
-    @property
-    def model(self) -> LoadedModel[JobT, ResultT]:
-        return self._prepared.model
-
-    @property
-    def runner(self) -> ModelRunner[JobT, ResultT]:
-        return self._prepared.runner
-
-    @property
-    def routers(self) -> Mapping[str, Router]:
-        return self._prepared.routers
-
-    @property
-    def targets(self) -> Mapping[str, nn.Module]:
-        return self._prepared.targets
-
-    @property
-    def _budget(self) -> Budget:
-        return self._prepared.execution.budget
-
     def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
         """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with
-        its response if it is refused, which costs its neighbours nothing. What is answered already
+        its response if it is refused, which costs the others nothing. What is answered already
         stays so.
         """
         self._budget.end()
@@ -352,16 +330,19 @@ class Worker(Generic[JobT, ResultT]):
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
         self._metrics.state(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
         self.state.unfit = dict(self.runner.batches.unfit)
-        self._show_pace()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
+
+    def document(self) -> dict[str, object]:
+        """The current state as JSON."""
+        return self.current_state().document(self._budget.pace)
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
@@ -383,18 +364,18 @@ class Worker(Generic[JobT, ResultT]):
             self._prepared.execution.device,
             cache.max_bytes,
         )
-        # Half of the time, so that a worker that has waited in vain can still compile.
-        patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
+        # Half of the time, so that a worker that has waited for nothing can still compile.
+        timeout = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
-            cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
+            cache.key or "default", shared, timeout=max(0.0, timeout), report=self._show_waiting
         ) as use:
             with self._headers():
                 yield use
-            fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
+            fallbacks = [row for row in self.state.buckets if row.engine == "eager"]
             # Who found nothing shares what did compile. The others, who fail as it did, do not
             # replace it at every start.
-            if fallen and use.digest:
-                use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
+            if fallbacks and use.digest:
+                use.withhold(f"{len(fallbacks)} rows of warm-up are eager")
         self.state.shared_cache = use.document()
 
     def _headers(self) -> AbstractContextManager[None]:
@@ -407,8 +388,8 @@ class Worker(Generic[JobT, ResultT]):
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, sharing: CacheUse | None) -> StatePhase:
-        """Warm-up and proof; the state that the worker is in afterwards."""
+    def _warm_up(self, sharing: CacheUse | None) -> Phase:
+        """Warm-up and verification; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
         if self.config.pt2.shapes.strategy == "exact":
             logger.warning("nothing is warmed (strategy exact): requests wait for the compiler")
@@ -436,10 +417,10 @@ class Worker(Generic[JobT, ResultT]):
         warmup.warm(plan.warm)
         # That a package fails shows in its first run only: then what was warmed has compiled after
         # all, without a probe.
-        proven = self._plan(covers=covers).verify
-        num_faults = warmup.prove(proven)
-        self.state.buckets = [_row(record) for record in warmup.records]
-        logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
+        verified = self._plan(covers=covers).verify
+        num_faults = warmup.verify(verified)
+        self.state.buckets = warmup.rows
+        logger.info("verification: %d variants replayed, %d at fault", len(verified), num_faults)
         self.state.padding = dict(self.runner.measure_padding())
         self._learn_pace(warmup.timings)
         return "hot"
@@ -448,21 +429,10 @@ class Worker(Generic[JobT, ResultT]):
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
             self._budget.pace.measured(variant.load, timing)
-            key = (str(variant.bucket), variant.batch_size)
-            if key not in self._loads or self._loads[key].rows < variant.load.rows:
-                self._loads[key] = variant.load
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
             logger.warning("%s", too_much)
-
-    def _show_pace(self) -> None:
-        rows: list[Mapping[str, Any]] = []
-        for row in self.state.buckets:
-            load = self._loads.get((row["bucket"], row["batch_size"]))
-            seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
-            rows.append({**row, "seconds_per_step": round(seconds, 6)})
-        self.state.buckets = rows
 
     def _plan(self, *, covers: bool = True) -> WarmupPlan:
         """What is warmed and replayed, for all that is known of the targets now."""
@@ -488,7 +458,7 @@ class Worker(Generic[JobT, ResultT]):
             self._metrics.run(run)
 
     def _count(self, answer: Outcome) -> None:
-        self.state.incidents += answer.incident
+        self.state.incidents += answer.unwarmed
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
@@ -509,20 +479,3 @@ def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> No
             "records CUDA graphs, which strategy: dynamic cannot; use mode: default",
             "pt2.compile.mode",
         )
-
-
-def _row(record: Record) -> dict[str, Any]:
-    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
-    words.
-    """
-    sizes = dict(record.bucket.sizes)
-    return {
-        "bucket": str(record.bucket),
-        **(sizes if record.bucket.is_picture else {"dims": sizes}),
-        "batch_size": record.batch_size,
-        "target": record.target,
-        "engine": record.engine,
-        "warm_seconds": record.warm_seconds,
-        "cache": record.cache or "none",
-        "reason": record.reason or "",
-    }

@@ -11,7 +11,7 @@ from preheat.models.diffusion.request import ImageRequest
 
 
 class FakePipeline:
-    """All that the runner asks of a pipeline but `paint`."""
+    """All that the runner asks of a pipeline but `generate`."""
 
     family = FAMILIES["StableDiffusionXLPipeline"]
     multiple, grid, order = 8, 16, 1

@@ -21,7 +21,7 @@ from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
 from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.model import DiffusionModel
-from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Painted
+from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Generated
 from preheat.protocol import images
 from preheat.worker.worker import Worker
 from worker.test_service import IMAGE, MASK, ask, start
@@ -65,7 +65,7 @@ class Faults:
     calls: int = 0
 
     def install(self, patch: pytest.MonkeyPatch) -> None:
-        run, paint = TorchCompile.__call__, DiffusionPipeline.paint
+        run, generate = TorchCompile.__call__, DiffusionPipeline.generate
 
         def failing(code: TorchCompile, *args: Any, **kwargs: Any) -> Any:
             result = run(code, *args, **kwargs)
@@ -81,17 +81,17 @@ class Faults:
                     raise ERRORS[self.stage]
             return result
 
-        def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> Painted:
+        def counted(pipeline: DiffusionPipeline, batch: Batch, after_step: AfterStep) -> Generated:
             self.runs.append([len(batch.rows), 0])
 
             def after(*step: Any) -> None:
                 self.runs[-1][1] += 1
                 after_step(*step)
 
-            return paint(pipeline, batch, after)
+            return generate(pipeline, batch, after)
 
         patch.setattr(TorchCompile, "__call__", failing)
-        patch.setattr(DiffusionPipeline, "paint", counted)
+        patch.setattr(DiffusionPipeline, "generate", counted)
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
-    """A hot worker in this dtype, and what it paints without faults."""
+    """A hot worker in this dtype, and what it generates without faults."""
     torch._dynamo.reset()
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults()
@@ -238,7 +238,7 @@ def test_a_batch_size_that_does_not_fit_in_warm_up_is_not_served_and_nothing_tur
     state = service.current_state()
     smallest = 4 if batch_sizes != "dynamic" else 3
     assert state.unfit == {"64x64, guidance": smallest}
-    assert {(row["engine"], row["reason"]) for row in state.buckets} == {("compiled", "")}
+    assert {(row.engine, row.reason) for row in state.buckets} == {("compiled", "")}
     faults.runs.clear()
     answers = ask(service, *bodies("text-to-image", 4))
     assert [rows for rows, _ in faults.runs] == [2, 2] and {
@@ -252,7 +252,7 @@ def test_where_no_batch_is_smaller_what_eager_can_hold_is_served_eagerly(
     faults = Faults("decode", 0)
     faults.install(monkeypatch)
     service = half_served(folder, pipeline={"tasks": ["text-to-image"]})
-    rows = {(row["target"], row["engine"]) for row in service.state.buckets}
+    rows = {(row.target, row.engine) for row in service.state.buckets}
     assert rows == {("unet", "compiled"), ("vae.decoder", "eager")}
     (answer,) = ask(service, bodies("text-to-image")[0])
     assert answer.engine == "eager" and answer.is_fallback

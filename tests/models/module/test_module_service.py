@@ -28,8 +28,9 @@ from config.test_pt2_forms import FORMS
 from preheat import status as worker_status
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
-from preheat.errors import ConfigError, ModuleError, RequestError
+from preheat.errors import ConfigError, ModelError, RequestError
 from preheat.models import tiny
 from preheat.models.module import tensors
 from preheat.models.module.job import Answer
@@ -96,7 +97,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
+MANIFEST: Manifest = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
 
 
 def start(
@@ -150,9 +151,9 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
     assert (
         state.state == "hot"
         and state.padding["exact"] == "rounding"
-        and state.padding["max_error"] < 1e-4
+        and float(state.padding["max_error"]) < 1e-4
     )
-    assert {(row["dims"]["sequence"], row["engine"]) for row in state.buckets} == {
+    assert {(row.bucket["sequence"], row.engine) for row in state.buckets} == {
         (16, "compiled"),
         (32, "compiled"),
     }
@@ -189,8 +190,8 @@ def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
     (written,) = worker_status.read_statuses(tmp_path)
     assert len(steps) == written.total == 2 * len(written.buckets)
     for bucket, _, _, seconds in written.buckets:
-        rows = [row for row in service.state.buckets if row["bucket"] == bucket]
-        assert sum(row["warm_seconds"] for row in rows) == pytest.approx(
+        rows = [row for row in service.state.buckets if str(row.bucket) == bucket]
+        assert sum(row.warm_seconds for row in rows) == pytest.approx(
             seconds, abs=0.002 * len(rows)
         )
 
@@ -199,7 +200,8 @@ def test_padding_that_is_not_masked_is_found_out(watch: CompileWatch, models: Pa
     unmasked = copy.deepcopy(BERT)
     unmasked["inputs"]["attention_mask"]["pad"] = 1
     service = start(models / "bert", unmasked, enable=False)
-    assert service.state.padding["exact"] == "padded" and service.state.padding["max_error"] > 1e-3
+    padding = service.state.padding
+    assert padding["exact"] == "padded" and float(padding["max_error"]) > 1e-3
     answers = ask(service, ids(3), ids(20))
     assert [answer.bucket for answer in answers] == ["sequence=16", "sequence=32"], (
         "nobody changes a neighbour's answer"
@@ -396,7 +398,7 @@ def test_padding_that_shows_is_said_as_a_share_of_the_largest_magnitude(
     watch: CompileWatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     service = started(tmp_path, "x.mean(-1, keepdim=True)", {})
-    share = service.state.padding["max_share"]
+    share = float(service.state.padding["max_share"])
     assert (
         0.1 < share < 1
         and f"padding changes answers by up to {share:.2g} of the largest magnitude" in caplog.text
@@ -449,7 +451,7 @@ def test_encoding_is_warmed_too(
 
 def test_a_target_inside_the_module_is_compiled_alone(watch: CompileWatch, models: Path) -> None:
     service = start(models / "bert", BERT, targets=["encoder"])
-    assert {row["target"] for row in service.state.buckets} == {"encoder"}
+    assert {row.target for row in service.state.buckets} == {"encoder"}
     assert ask(service, ids(9))[0].engine == "compiled"
     with pytest.raises(ConfigError, match=r"pt2.targets: BertModel has no module 'decoder'"):
         start(models / "bert", BERT, targets=["decoder"])
@@ -629,9 +631,7 @@ def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
     pytest.importorskip("openvino")
     (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
     assert (
-        answer.engine == "eager"
-        and answer.fell_back
-        and "shapes that the YAML names" in caplog.text
+        answer.engine == "eager" and answer.fallback and "shapes that the YAML names" in caplog.text
     )
 
 
@@ -692,7 +692,7 @@ def test_weights_that_are_more_than_tensors_are_refused(
     ]
     for state, words in cases:
         torch.save(state, tmp_path / "weights.pt")
-        with pytest.raises(ModuleError, match=words):
+        with pytest.raises(ModelError, match=words):
             served_plainly(tmp_path, "minWorkers: 1")
 
 
@@ -703,5 +703,5 @@ def test_a_transformers_folder_with_pickled_weights_is_refused(
     weights = tmp_path / "model" / "model.safetensors"
     torch.save(safetensors.torch.load_file(weights), tmp_path / "model" / "pytorch_model.bin")
     weights.unlink()
-    with pytest.raises(ModuleError):
+    with pytest.raises(ModelError):
         start(tmp_path, BERT)

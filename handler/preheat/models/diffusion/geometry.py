@@ -1,9 +1,9 @@
-"""Geometry: how a picture of the asked size is laid in a bucket and cut out of it again.
+"""Geometry: how a picture of the asked size is placed in a bucket and cut out of it again.
 
 A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked
 size. The output's way is bucket -> its upper left, `painted` -> resampled to `scaled` -> cut to
-`crop`; an input image goes the same way backwards, so that what was painted over it comes out where
-it was.
+`crop`; an input image goes the same way backwards, so that what was generated over it comes out
+where it was.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ class Plan:
     """What was asked for, and what comes out."""
     width: int
     bucket: Bucket
-    """What the pipeline is run at."""
+    """What the pipeline generates."""
     painted: Bucket
-    """What it paints, in the bucket's upper left: all of it, unless `fit: mask`."""
+    """What of it is the picture, in the bucket's upper left: all of it, unless `fit: mask`."""
     bypass: bool
-    """A size outside every bucket, painted uncompiled on purpose (`oversize: eager`)."""
+    """A size outside every bucket, generated uncompiled on purpose (`oversize: eager`)."""
     scaled: tuple[int, int]
-    """What the painted picture is resampled to: its own size when nothing is resampled."""
+    """What the picture is resampled to; its own size where it is not."""
     crop: Box
     """What is cut from the scaled picture: exactly `height` x `width`."""
     image_size: tuple[int, int]
@@ -65,10 +65,10 @@ class Plan:
 
     @property
     def padding(self) -> float:
-        """Share of the painted picture that is thrown away: 0 (none of it) to 1 (not reached)."""
+        """Share of the generated picture that is thrown away: 0 (none of it) to 1 (not reached)."""
         scaled_height, scaled_width = self.scaled
-        painted = scaled_height * scaled_width
-        return (painted - self.height * self.width) / painted
+        generated = scaled_height * scaled_width
+        return (generated - self.height * self.width) / generated
 
     @property
     def is_masked(self) -> bool:
@@ -77,7 +77,7 @@ class Plan:
 
     @property
     def resampled(self) -> bool:
-        """Whether the output is resampled; if not, it is cut from the painted pixels untouched."""
+        """Whether the output is resampled; if not, it is cut out untouched."""
         return self.scaled != (self.painted.height, self.painted.width)
 
 
@@ -138,7 +138,7 @@ def pad_into(
     has_image: bool,
     bypass: bool = False,
 ) -> Plan:
-    """The plan that paints more than asked for and cuts the surplus off, resampling nothing.
+    """The plan that generates more than asked for and cuts the surplus off, resampling nothing.
 
     An input image lies at the upper left, continued to the right and down; without one the cut is
     centred, where a model puts its subject.
@@ -165,8 +165,8 @@ def pad_into(
 
 
 def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
-    """The plan that resamples the painted bucket until it just covers the size, and cuts the middle
-    out of it.
+    """The plan that resamples the generated bucket until it just covers the size, and cuts the
+    middle out of it.
     """
     scaled_height, scaled_width = cover_size(bucket.height, bucket.width, height, width)
     crop = Box((scaled_height - height) // 2, (scaled_width - width) // 2, height, width)
@@ -224,7 +224,7 @@ def _round_div(numerator: int, denominator: int) -> int:
 
 
 def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
-    """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone
+    """The refusal, which names the side that no bucket can hold (the longer one, where each alone
     would fit).
     """
     if all(bucket.width < width for bucket in buckets):
@@ -238,7 +238,7 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
     return RequestError(
         f"is too much: no bucket covers height {height} and width {width}; the nearest is "
         f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
-        "the server would paint a bucket and scale it up",
+        "the server would generate a bucket and scale it up",
         field,
     )
 

@@ -23,9 +23,8 @@ def fit_to(image: Image.Image, height: int, width: int) -> Image.Image:
     )
 
 
-def lay(image: Image.Image, plan: Plan) -> Image.Image:
-    """An input image of the asked size laid in its bucket, its edges continued to all sides as far
-    as needed.
+def place(image: Image.Image, plan: Plan) -> Image.Image:
+    """An input image of the asked size placed in its bucket, its edges continued as far as needed.
 
     Raises:
         ValueError: the image has not the plan's asked size.
@@ -45,7 +44,7 @@ def lay(image: Image.Image, plan: Plan) -> Image.Image:
 
 
 def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
-    """The picture asked for, from the painted bucket: (bucket height, bucket width, 3).
+    """The picture asked for, from the generated bucket: (bucket height, bucket width, 3).
 
     Raises:
         ValueError: the pixels are not a bucket of 8-bit RGB.
@@ -53,7 +52,7 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
     bucket, painted, crop = plan.bucket, plan.painted, plan.crop
     if pixels.shape != (bucket.height, bucket.width, 3) or pixels.dtype != np.uint8:
         raise ValueError(
-            f"painted {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}"
+            f"generated {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}"
         )
     pixels = pixels[: painted.height, : painted.width]
     if not plan.resampled:
@@ -76,7 +75,7 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
 
 
 def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
-    """The picture asked for, small, from a bucket painted with a pixel per latent cell: (latent
+    """The picture asked for, small, from a bucket generated with a pixel per latent cell: (latent
     height, latent width, 3).
     """
     high = max(1, len(cells) * plan.painted.height // plan.bucket.height)

@@ -18,7 +18,7 @@ from preheat.protocol.events import EventStream
 
 @dataclass(frozen=True, slots=True)
 class Job(BaseJob):
-    """A request with its plan; `image` and `mask` are already laid in the bucket."""
+    """A request with its plan; `image` and `mask` are already placed in the bucket."""
 
     request: ImageRequest
     plan: Plan
@@ -115,13 +115,13 @@ class Answer(Outcome):
         return sum(self.flagged)
 
     @property
-    def num_painted(self) -> int:
+    def num_computed(self) -> int:
         """Pixels, of all its pictures."""
         plan = self.job.plan
         one = plan.bucket.volume if plan.is_masked else plan.scaled[0] * plan.scaled[1]
         return len(self.pictures) * one
 
     @property
-    def num_cropped(self) -> int:
+    def num_padding(self) -> int:
         """Of those, how many were cut off."""
-        return self.num_painted - len(self.pictures) * self.job.plan.height * self.job.plan.width
+        return self.num_computed - len(self.pictures) * self.job.plan.height * self.job.plan.width

@@ -10,11 +10,12 @@ from torch import nn
 
 from preheat.buckets import Bucket
 from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import DiffusionPipeline
@@ -73,18 +74,5 @@ def _resolved_buckets(
                     f"needs{masked}",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
-        if (
-            max(bucket.height, bucket.width) > limits.max_side
-            or bucket.volume > limits.max_image_pixels
-        ):
-            raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "
-                f"{limits.max_image_pixels})",
-                f"pt2.shapes.buckets[{index}]",
-            )
-        if min(bucket.height, bucket.width) < limits.min_side:
-            raise ConfigError(
-                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})",
-                f"pt2.shapes.buckets[{index}]",
-            )
+    limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not
     return buckets

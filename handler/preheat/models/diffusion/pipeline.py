@@ -29,9 +29,9 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
-from preheat.errors import HubError, PipelineError, RequestError, in_one_line
+from preheat.errors import HubError, ModelError, RequestError, in_one_line
 from preheat.models.diffusion.masking.painting import MaskedPainting, Rows
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
@@ -123,7 +123,7 @@ AfterStep = Callable[[int, int, Sketch], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class Generated:
     """What a run of the pipeline gave."""
 
     pixels: NDArray[np.uint8]
@@ -135,7 +135,7 @@ class Painted:
 
 
 class DiffusionPipeline:
-    """A loaded pipeline folder on its device, ready to paint batches at bucket size."""
+    """A loaded pipeline folder on its device, ready to generate batches at bucket size."""
 
     def __init__(self, pipe: Any, family: Family, config: PipelineConfig) -> None:
         self.family = family
@@ -167,7 +167,7 @@ class DiffusionPipeline:
         """Load a pipeline folder (or hub id) from safetensors.
 
         Raises:
-            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not
+            ModelError: it is not a diffusers pipeline of a known family, or its weights are not
                 safetensors.
             HubError: the hub does not give it.
         """
@@ -186,15 +186,13 @@ class DiffusionPipeline:
         except (OSError, ValueError) as error:
             # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that
             # is not said here.
-            kind = PipelineError if Path(folder).is_dir() else HubError
+            kind = ModelError if Path(folder).is_dir() else HubError
             raise kind(
                 f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}"
             ) from None
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
-            raise PipelineError(
-                f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}"
-            )
+            raise ModelError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
         # a hub id's shows only now
         _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))
         _replace_scheduler(pipe, config.scheduler)
@@ -252,13 +250,13 @@ class DiffusionPipeline:
         """The module a target names, such as `unet` or `vae.decoder`.
 
         Raises:
-            PipelineError: this pipeline has no such module.
+            ModelError: this pipeline has no such module.
         """
         module: Any = self._pipe
         for part in name.split("."):
             module = getattr(module, part, None)
         if not isinstance(module, nn.Module):
-            raise PipelineError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
+            raise ModelError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
         return module
 
     def structure(self) -> dict[str, Any]:
@@ -319,7 +317,7 @@ class DiffusionPipeline:
         )
         return None if parameter is None else int(parameter.default)
 
-    def paint(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Generated:
         """Run one batch through diffusers; `after_step` is told of every denoising step that was
         asked for.
         """
@@ -355,7 +353,7 @@ class DiffusionPipeline:
             output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return Painted(
+        return Generated(
             pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None)
         )
 
@@ -378,7 +376,7 @@ class DiffusionPipeline:
         if batch.task == "inpainting":
             arguments["mask_image"] = [row.mask for row in batch.rows]
         if self.family.size_conditioning:
-            # The canvas that is painted is the bucket; the crop to the asked size happens after.
+            # The canvas that is generated is the bucket; the crop to the asked size happens after.
             arguments |= {
                 "original_size": size,
                 "target_size": size,
@@ -417,7 +415,7 @@ class DiffusionPipeline:
             latents = self._pipe._unpack_latents(
                 latents, bucket.height, bucket.width, self._pipe.vae_scale_factor
             )
-        return self._colours.paint(latents[0])
+        return self._colours.generate(latents[0])
 
 
 def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
@@ -454,7 +452,7 @@ def _steady_vae(vae: Any, *, upcast: bool) -> None:
     SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a
     call, and an exception in between leaves it half-way. Its float16 alone overflows, so there it
     is float32 for good, and tensors are cast, which nothing can undo. Slicing is also what lets a
-    batch fit that was painted but could not be decoded, and one graph serve every batch size.
+    batch fit that was generated but could not be decoded, and one graph serve every batch size.
     """
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()
@@ -472,7 +470,7 @@ def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(folder: str | Path, reason: str | None) -> None:
     if reason is not None:
-        raise PipelineError(f"cannot serve {str(folder)!r}: {reason}")
+        raise ModelError(f"cannot serve {str(folder)!r}: {reason}")
 
 
 _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
@@ -481,21 +479,19 @@ _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 def _replace_scheduler(pipe: Any, name: str | None) -> None:
     if name is not None:
-        scheduler = getattr(diffusers, name, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+        check_scheduler(name)
         if name not in _GLOBAL_NOISE:
             try:
-                pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+                pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
             # no scipy, or a schedule that it cannot follow
             except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise PipelineError(
+                raise ModelError(
                     f"pipeline.scheduler: {name} cannot replace this folder's: {reason}"
                 ) from error
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
-        raise PipelineError(
+        raise ModelError(
             f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed "
             "would not give the same picture; DPMSolverMultistepScheduler with algorithm_type "
             "sde-dpmsolver++ in its config is near"
@@ -504,7 +500,10 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
     """Add a LoRA into the weights before anything is compiled, so that it costs nothing later."""
-    pipe.load_lora_weights(folder, use_safetensors=True)
+    try:
+        pipe.load_lora_weights(folder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"pipeline.fused_lora: {folder}: {in_one_line(error)}") from None
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     logger.info("fused the LoRA in %s", folder)

@@ -1,4 +1,4 @@
-"""A request for pictures as a job: its images decoded and laid into the bucket that its size
+"""A request for pictures as a job: its images decoded and placed in the bucket that its size
 asks for.
 """
 
@@ -62,9 +62,9 @@ class Planner:
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
         if image is not None:
-            image = image_processor.lay(image_processor.fit_to(image, height, width), plan)
+            image = image_processor.place(image_processor.fit_to(image, height, width), plan)
         if mask is not None:
-            mask = image_processor.lay(image_processor.fit_to(mask, height, width), plan)
+            mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
             request,
@@ -97,7 +97,7 @@ class Planner:
         )
 
     def _own_size(self, height: int, width: int) -> Bucket:
-        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a
+        """The asked size rounded up to what the pipeline can generate; two grid cells a side keep a
         dynamic graph off size 1.
         """
         if self._shapes.strategy == "exact":

@@ -78,7 +78,7 @@ def _pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def _facts(answer: Answer) -> dict[str, Any]:
-    """What JSON says of how an answer was painted; sizes in pixels."""
+    """What JSON says of how an answer was generated; sizes in pixels."""
     plan = answer.job.plan
     return {
         "width": plan.width,
@@ -94,7 +94,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
 
 
 def plan_headers(job: Job) -> dict[str, str]:
-    """What headers say of a request before it is painted."""
+    """What headers say of a request before it is generated."""
     plan, seed = job.plan, job.request.seed
     painted = {"painted": plan.painted} if plan.is_masked else {}
     facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **painted}

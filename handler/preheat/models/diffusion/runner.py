@@ -16,6 +16,7 @@ from PIL import Image
 
 from preheat.buckets import Bucket, round_up
 from preheat.compilation.pace import MARGIN, Pace, Timing
+from preheat.compilation.variants import Variant as AnyVariant
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
 from preheat.device import num_cores, synchronize
@@ -26,12 +27,12 @@ from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Sketch
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
 from preheat.models.diffusion.streaming import emit_step
-from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 from preheat.protocol import images
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
@@ -52,11 +53,11 @@ class Pipeline(Sized, Protocol):
 
     def num_calls(self, request: ImageRequest) -> int: ...
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted: ...
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated: ...
 
 
 class DiffusionRunner(ModelRunner[Job, Answer]):
-    """A pipeline that paints.
+    """A pipeline that generates.
 
     Args:
         config: its shapes are resolved: with buckets, unless `exact`.
@@ -90,30 +91,27 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             return variant.bucket
         return geometry.smaller(variant.bucket, self._pipeline.grid)
 
-    def covering(self, variants: Sequence[Variant]) -> tuple[Variant, ...]:
-        return covering(variants)
+    def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
+        return covering(own(variants))
 
-    def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
-        largest, smallest = variants[0], variants[-1]
+    def extremes(self, variants: Sequence[AnyVariant]) -> list[Variant]:
+        every = own(variants)
+        largest, smallest = every[0], every[-1]
         if self._shapes.strategy == "dynamic":
-            sizes = {
-                variant.bucket: variant
-                for variant in variants
-                if variant.guidance == largest.guidance
-            }
+            sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
             return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
             # with masks where there are any: the other graphs' inputs are among theirs
-            masked = any(v.masked for v in variants)
+            masked = any(v.masked for v in every)
             kind = smallest.bucket, smallest.task, masked
-            guided = [v for v in variants if (v.bucket, v.task, v.masked) == kind]
+            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
             return [guided[0], guided[-1]]
         return []
 
-    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+    def between(self, variants: Sequence[AnyVariant]) -> list[Variant]:
         if self._shapes.strategy != "dynamic":
             return []
-        return list({self._between(variant): None for variant in variants})
+        return list({self._between(variant): None for variant in own(variants)})
 
     def _between(self, variant: Variant) -> Variant:
         """The variant at about half its size: what `strategy: dynamic` has to serve beside the
@@ -125,12 +123,13 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         )
         return replace(variant, bucket=half)
 
-    def run_variant(self, variant: Variant) -> Timing:
+    def run_variant(self, variant: AnyVariant) -> Timing:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is
         met too.
         """
-        samples = (self._sample(variant, seed) for seed in range(variant.batch_size))
-        jobs = [self._fitted(self.planner.prepare(sample), variant) for sample in samples]
+        (meant,) = own([variant])
+        samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
+        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
         jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
@@ -246,22 +245,21 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
         masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
         batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
-        painted, run = self.execution.run(
-            lambda: self._pipeline.paint(batch, partial(self._emit_step, chunk)),
+        generated, run = self.execution.run(
+            lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
             num_real_rows=len(rows),
             bypass=job.bypass,
         )
-        # All before any is kept: a run that fails here is painted again. The filler's pictures are
-        # dropped.
+        # All before any is kept: a run that fails here is repeated. The filler's are dropped.
         finished = [
             image_processor.finish(pixels, answer.job.plan)
-            for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
+            for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
             answer.pictures.append(picture)
-            if painted.flagged is not None:
-                answer.flagged.append(bool(painted.flagged[index]))
+            if generated.flagged is not None:
+                answer.flagged.append(bool(generated.flagged[index]))
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:

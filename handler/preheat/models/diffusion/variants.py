@@ -35,6 +35,11 @@ class Variant(variants.Variant):
         return f"batch {self.batch_size}, guidance {guidance}, {self.task}{masked}"
 
 
+def own(every: Sequence[variants.Variant]) -> list[Variant]:
+    """As the pipeline's, which `plan_variants` made and warm-up hands back."""
+    return [variant for variant in every if isinstance(variant, Variant)]
+
+
 def plan_variants(
     buckets: Iterable[Bucket],
     batch_sizes: Iterable[int],

@@ -1,5 +1,5 @@
-"""Serves batches of strangers with any module: pads inputs into a bucket, stacks rows, and cuts
-each answer back to its own size.
+"""Serves batches of unrelated requests with any module: pads inputs into a bucket, stacks rows, and
+cuts each answer back to its own size.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.module import ModuleConfig, OutputConfig, is_mask
 from preheat.device import DTYPES
-from preheat.errors import ConfigError, ModuleError, RequestError
+from preheat.errors import ConfigError, ModelError, RequestError
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Chunk, Exactness, Execution, RunReport
 from preheat.models.module import padding_check, responses, tensors
@@ -259,7 +259,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         for index, (answer, _) in enumerate(chunk):
             job = answer.job
             answer.ran_in = bucket
-            answer.num_painted = sum(tensor.numel() // size for tensor in batch.values())
+            answer.num_computed = sum(tensor.numel() // size for tensor in batch.values())
             answer.num_real = sum(tensor.numel() for tensor in job.inputs.values())
             answer.exact = self._exactness(answer)
             answer.outputs = {
@@ -271,7 +271,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         return run
 
     def _exactness(self, answer: Answer) -> Exactness:
-        if answer.num_cropped and self.padded == "padded":
+        if answer.num_padding and self.padded == "padded":
             return "padded"
         return "bitwise" if self._shapes.invariant else "rounding"
 
@@ -302,7 +302,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         by itself, whatever its rows.
 
         Raises:
-            ConfigError, ModuleError: it is not what can be served.
+            ConfigError, ModelError: it is not what can be served.
         """
         if isinstance(result, torch.Tensor):
             declared = list(self._own.outputs)
@@ -312,7 +312,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         elif isinstance(result, (list, tuple)):
             found = {f"output_{index}": value for index, value in enumerate(result)}
         else:
-            raise ModuleError(
+            raise ModelError(
                 f"the module returns a {type(result).__name__}; tensors, alone, listed or named, "
                 "can be served"
             )
@@ -323,7 +323,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         for name in wanted:
             tensor = found.get(name)
             if not isinstance(tensor, torch.Tensor):
-                raise ModuleError(
+                raise ModelError(
                     f"the module returns no tensor {name!r}; it returns {', '.join(found)}"
                 )
             _check_output(name, tensor, size)
