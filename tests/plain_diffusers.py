@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import inspect
 import io
 from collections.abc import Mapping
 from functools import cache
@@ -63,7 +64,7 @@ class Plain:
             task = "inpainting" if "mask_image" in own else "image-to-image"
         pipe = self._pipe(task)
         pipe.set_progress_bar_config(disable=True)
-        if task != "image-to-image" or "Flux" in type(pipe).__name__:
+        if "height" in inspect.signature(type(pipe).__call__).parameters:
             own |= {"height": height, "width": width}
         top, left = (0, 0) if "image" in own else ((height - tall) // 2, (width - wide) // 2)
         with torch.inference_mode():
