@@ -39,8 +39,10 @@ WINGS: dict[str, Wing] = {
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "typing_extensions"}
     ),
     "models/diffusion": Wing(
-        SERVING - {"cache"}, {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"}
+        SERVING - {"cache"} | {"models/diffusion/masking"},
+        {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"},
     ),
+    "models/diffusion/masking": Wing({"ground"}, {"torch", "diffusers"}),
     "models/module": Wing(
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}
     ),

@@ -182,7 +182,8 @@ class PipelineConfig(FamilyConfig):
         shapes, targets = pt2.shapes, pt2.targets or ("unet",)
         vae = sum(name.startswith("vae.") for name in targets)
         both = self.guidance == "both" and shapes.batch_sizes != "dynamic"
-        denoiser = batches * (2 if both else 1) if vae < len(targets) else 0
+        graphs = batches * (2 if both else 1) * len(shapes.masks)
+        denoiser = graphs if vae < len(targets) else 0
         sizes = 1 if shapes.strategy == "dynamic" else max(1, len(shapes.buckets))
         return sizes * (denoiser + vae)
 
@@ -192,6 +193,11 @@ class PipelineConfig(FamilyConfig):
                 *most, last = map(repr, get_args(Target))
                 raise ConfigError(
                     f"must be {', '.join(most)} or {last}, got {shown(target)}",
+                    f"pt2.targets[{index}]",
+                )
+            if target.startswith("vae.") and any(pt2.shapes.masks):
+                raise ConfigError(
+                    "fit: mask decodes every picture at its own size, uncompiled; leave it out",
                     f"pt2.targets[{index}]",
                 )
         self.limits.check(pt2.shapes.buckets)

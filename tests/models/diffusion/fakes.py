@@ -15,6 +15,7 @@ class FakePipeline:
 
     family = FAMILIES["StableDiffusionXLPipeline"]
     multiple, grid, order = 8, 16, 1
+    shifts_by_size = False
     tasks: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
     guidance_variants: tuple[bool, ...] = (True, False)
     prompts = Reader(())

@@ -1,14 +1,15 @@
 """Geometry: how a picture of the asked size is placed in a bucket and cut out of it again.
 
 A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked
-size. The output's way is bucket -> resampled to `scaled` -> cut to `crop`; an input image goes the
-same way backwards, so that what was generated over it comes out where it was.
+size. The output's way is bucket -> its upper left, `painted` -> resampled to `scaled` -> cut to
+`crop`; an input image goes the same way backwards, so that what was generated over it comes out
+where it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
@@ -49,10 +50,12 @@ class Plan:
     width: int
     bucket: Bucket
     """What the pipeline generates."""
+    painted: Bucket
+    """What of it is the picture, in the bucket's upper left: all of it, unless `fit: mask`."""
     bypass: bool
     """A size outside every bucket, generated uncompiled on purpose (`oversize: eager`)."""
     scaled: tuple[int, int]
-    """What the generated picture is resampled to; the bucket's own size where it is not."""
+    """What the picture is resampled to; its own size where it is not."""
     crop: Box
     """What is cut from the scaled picture: exactly `height` x `width`."""
     image_size: tuple[int, int]
@@ -68,9 +71,14 @@ class Plan:
         return (generated - self.height * self.width) / generated
 
     @property
+    def is_masked(self) -> bool:
+        """Whether it is painted in a part of its bucket."""
+        return self.painted != self.bucket
+
+    @property
     def resampled(self) -> bool:
         """Whether the output is resampled; if not, it is cut out untouched."""
-        return self.scaled != (self.bucket.height, self.bucket.width)
+        return self.scaled != (self.painted.height, self.painted.width)
 
 
 def plan(
@@ -81,12 +89,13 @@ def plan(
     fit: Fit,
     oversize: Oversize,
     multiple: int,
+    grid: int,
     has_image: bool,
 ) -> Plan:
     """The plan for a picture of `height` x `width` pixels.
 
     `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket
-    are rounded to it.
+    are rounded to it. `grid` is what its network halves evenly, to which `fit: mask` rounds up.
 
     Raises:
         NoBucket: no bucket covers the size, and `oversize` is `reject`.
@@ -98,15 +107,27 @@ def plan(
         raise ValueError("no buckets to plan with")
     if fit == "resize":
         return resize_into(nearest_aspect(buckets, height, width), height, width)
-    bucket = smallest_covering(buckets, Bucket(height, width))
+    own = round_up(Bucket(height, width), grid) if fit == "mask" else None
+    bucket = smallest_covering(buckets, own or Bucket(height, width))
     if bucket is not None:
-        return pad_into(bucket, height, width, has_image=has_image)
+        return replace(pad_into(own or bucket, height, width, has_image=has_image), bucket=bucket)
     if oversize == "downscale":
-        return resize_into(nearest_aspect(buckets, height, width), height, width)
+        bucket = nearest_aspect(buckets, height, width)
+        if fit == "mask":
+            inner = Bucket(*inner_size(bucket.height, bucket.width, height, width))
+            return replace(resize_into(round_up(inner, grid), height, width), bucket=bucket)
+        return resize_into(bucket, height, width)
     if oversize == "eager":
         own = round_up(Bucket(height, width), multiple)
         return pad_into(own, height, width, has_image=has_image, bypass=True)
     raise _too_large(height, width, buckets)
+
+
+def smaller(bucket: Bucket, grid: int) -> Bucket | None:
+    """The largest size on `grid` that does not fill the bucket; None where there is none."""
+    if bucket.height > grid:
+        return Bucket(bucket.height - grid, bucket.width)
+    return Bucket(bucket.height, bucket.width - grid) if bucket.width > grid else None
 
 
 def pad_into(
@@ -134,6 +155,7 @@ def pad_into(
         height=height,
         width=width,
         bucket=bucket,
+        painted=bucket,
         bypass=bypass,
         scaled=(bucket.height, bucket.width),
         crop=Box(top, left, height, width),
@@ -154,6 +176,7 @@ def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
         height=height,
         width=width,
         bucket=bucket,
+        painted=bucket,
         bypass=False,
         scaled=(scaled_height, scaled_width),
         crop=crop,

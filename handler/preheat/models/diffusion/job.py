@@ -27,6 +27,8 @@ class Job(BaseJob):
     mask: Image.Image | None = None
     doubled: bool = False
     """Guidance doubles the denoiser's rows."""
+    shift: int = 0
+    """Pixels of what is painted, where the scheduler's steps depend on them."""
     events: EventStream | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Tokens that no text encoder reads, by field; only of fields that were cut."""
@@ -51,6 +53,7 @@ class Job(BaseJob):
         return (
             self.plan.bucket,
             self.bypass,
+            self.shift,
             request.task,
             request.num_inference_steps,
             request.guidance_scale,
@@ -77,7 +80,14 @@ class Job(BaseJob):
         """One of its pictures: those of `num_images` take consecutive seeds."""
         request = self.request
         seed = (request.seed + index) % 2**63
-        return Row(request.prompt, request.negative_prompt, seed, self.image, self.mask)
+        return Row(
+            request.prompt,
+            request.negative_prompt,
+            seed,
+            self.image,
+            self.mask,
+            size=self.plan.painted,
+        )
 
 
 @dataclass(slots=True)
@@ -112,7 +122,9 @@ class Answer(Outcome):
     @property
     def num_computed(self) -> int:
         """Pixels, of all its pictures."""
-        return len(self.pictures) * self.job.plan.scaled[0] * self.job.plan.scaled[1]
+        plan = self.job.plan
+        one = plan.bucket.volume if plan.is_masked else plan.scaled[0] * plan.scaled[1]
+        return len(self.pictures) * one
 
     @property
     def num_padding(self) -> int:

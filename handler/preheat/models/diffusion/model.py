@@ -32,7 +32,11 @@ class DiffusionModel(LoadedModel[Job, Answer]):
         own = config.section(PipelineConfig)
         self.pipeline, self.dtype = pipeline, DTYPES[own.dtype]
         shapes = config.pt2.shapes
-        self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline)
+        masked = any(shapes.masks)
+        step = pipeline.grid if masked else pipeline.multiple
+        self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline, step)
+        if masked:
+            pipeline.mask()
         self.config = config.with_shapes(shapes.model_copy(update={"buckets": self.sizes}))
 
     @classmethod
@@ -55,18 +59,19 @@ class DiffusionModel(LoadedModel[Job, Answer]):
 
 
 def _resolved_buckets(
-    buckets: tuple[Bucket, ...], limits: LimitsConfig, pipeline: DiffusionPipeline
+    buckets: tuple[Bucket, ...], limits: LimitsConfig, pipeline: DiffusionPipeline, step: int
 ) -> tuple[Bucket, ...]:
     """The buckets, the pipeline's own where there are none, checked against what it needs and the
-    limits allow.
+    limits allow; `step` is what their sides must be a multiple of.
     """
     buckets = buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):
-            if pixels % pipeline.multiple:
+            if pixels % step:
+                masked = " with fit: mask" if step != pipeline.multiple else ""
                 raise ConfigError(
-                    f"{pixels} is not a multiple of {pipeline.multiple}, which "
-                    f"{pipeline.family.name} needs",
+                    f"{pixels} is not a multiple of {step}, which {pipeline.family.name} "
+                    f"needs{masked}",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
     limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not

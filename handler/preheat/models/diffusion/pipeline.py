@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -31,6 +32,7 @@ from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
+from preheat.models.diffusion.masking.painting import MaskedPainting, Rows
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
@@ -87,6 +89,8 @@ class Row:
     seed: int
     image: Image | None = None
     mask: Image | None = None
+    size: Bucket | None = None
+    """What it fills of a masked batch's bucket, in pixels of the upper left; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +103,8 @@ class Batch:
     num_inference_steps: int
     guidance_scale: float
     strength: float
+    masked: bool = False
+    """Its rows may be smaller than the bucket."""
 
     @property
     def num_run_steps(self) -> int:
@@ -152,6 +158,7 @@ class DiffusionPipeline:
         self._colours = self._fit_colours()
         self.prompts = Reader.of(pipe, self._accepted_length())
         self._num_timesteps = lru_cache(maxsize=1000)(self._count_timesteps)
+        self._masked: MaskedPainting | None = None
 
     @classmethod
     def load(
@@ -221,6 +228,20 @@ class DiffusionPipeline:
         cells = cells or getattr(self._pipe, self.family.denoiser).config.sample_size
         side = int(cells) * int(self._pipe.vae_scale_factor)
         return Bucket(side, side)
+
+    def mask(self) -> None:
+        """Rewrite the pipeline so that a batch may have rows of several sizes (`Batch.masked`).
+
+        Raises:
+            ConfigError: their pictures would not be those that each has alone.
+        """
+        cell = int(self._pipe.vae_scale_factor)
+        self._masked = MaskedPainting(list(self._tasks.values()), self.family.denoiser, cell)
+
+    @property
+    def shifts_by_size(self) -> bool:
+        """Whether the scheduler's steps depend on how many tokens a picture has."""
+        return bool(self._pipe.scheduler.config.get("use_dynamic_shifting"))
 
     def default_targets(self) -> tuple[str, ...]:
         return (self.family.denoiser,)
@@ -301,10 +322,15 @@ class DiffusionPipeline:
         asked for.
         """
 
+        seated: AbstractContextManager[Rows | None] = nullcontext()
+        if self._masked is not None and batch.masked:
+            sizes = [row.size or batch.bucket for row in batch.rows]
+            seated = self._masked.of(sizes, batch.bucket)
+
         def stepped(
             pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
-            latents = tensors["latents"]
+            latents = tensors["latents"] if rows is None else rows.keep(tensors["latents"])
             # The scheduler's own steps may be more than those asked for (Heun, PNDM): then some end
             # none.
             of, calls = batch.num_run_steps, pipe.num_timesteps
@@ -313,7 +339,7 @@ class DiffusionPipeline:
                 after_step(
                     number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket)
                 )
-            return {}
+            return {"latents": latents}
 
         # In every run, whether or not somebody looks on: what is warmed is what is served.
         watched = {
@@ -321,7 +347,10 @@ class DiffusionPipeline:
             "callback_on_step_end_tensor_inputs": ["latents"],
         }
         arguments = self._arguments(batch) | watched
-        output = self._tasks[batch.task](**arguments)
+        with seated as rows:
+            if rows is not None:
+                arguments["generator"] = rows.generators([row.seed for row in batch.rows])
+            output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         return Generated(

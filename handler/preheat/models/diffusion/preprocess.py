@@ -32,6 +32,9 @@ class Sized(Protocol):
     @property
     def grid(self) -> int: ...
 
+    @property
+    def shifts_by_size(self) -> bool: ...
+
 
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
@@ -64,7 +67,14 @@ class Planner:
             mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
-            request, plan, image, mask, doubled=doubled, deadline=deadline, bypass=plan.bypass
+            request,
+            plan,
+            image,
+            mask,
+            doubled=doubled,
+            shift=plan.painted.volume if self._pipeline.shifts_by_size else 0,
+            deadline=deadline,
+            bypass=plan.bypass,
         )
 
     def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
@@ -78,9 +88,11 @@ class Planner:
             height,
             width,
             buckets=shapes.buckets,
-            fit=shapes.fit,
+            # what has no masks has no canvas either
+            fit="pad" if shapes.fit == "mask" and not any(shapes.masks) else shapes.fit,
             oversize=shapes.oversize,
             multiple=self._pipeline.multiple,
+            grid=self._pipeline.grid,
             has_image=has_image,
         )
 

@@ -106,6 +106,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
         "bucket": [plan.bucket.height, plan.bucket.width],
         "engine": answer.engine,
         "padding": round(plan.padding, 4),
+        **({"painted": [plan.painted.height, plan.painted.width]} if plan.is_masked else {}),
         "exact": answer.exact,
         "output_format": answer.job.request.output_format,
         **_dropped(answer.job),
@@ -115,8 +116,9 @@ def _facts(answer: Answer) -> dict[str, Any]:
 def plan_headers(job: Job) -> dict[str, str]:
     """What headers say of a request before it is generated."""
     plan, seed = job.plan, job.request.seed
-    facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **_dropped(job)}
-    return preheat_headers(facts)
+    painted = {"painted": plan.painted} if plan.is_masked else {}
+    facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **painted}
+    return preheat_headers({**facts, **_dropped(job)})
 
 
 def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:

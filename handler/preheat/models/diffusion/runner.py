@@ -23,7 +23,7 @@ from preheat.device import num_cores, synchronize
 from preheat.errors import RequestError
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Chunk, Execution, RunReport
-from preheat.models.diffusion import image_processor, responses
+from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
@@ -72,12 +72,24 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
-        return plan_variants(
+        every = plan_variants(
             self.buckets,
             batch_sizes,
             self._pipeline.guidance_variants,
             self._pipeline.tasks,
+            self._shapes.masks,
         )
+        return tuple(variant for variant in every if self._painted(variant) is not None)
+
+    @property
+    def _always_masked(self) -> bool:
+        return self._shapes.masks == (True,)
+
+    def _painted(self, variant: Variant) -> Bucket | None:
+        """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
+        if not variant.masked or self._always_masked:
+            return variant.bucket
+        return geometry.smaller(variant.bucket, self._pipeline.grid)
 
     def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
         return covering(own(variants))
@@ -89,7 +101,10 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
             return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
-            guided = [v for v in every if v.bucket == smallest.bucket and v.task == smallest.task]
+            # with masks where there are any: the other graphs' inputs are among theirs
+            masked = any(v.masked for v in every)
+            kind = smallest.bucket, smallest.task, masked
+            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
             return [guided[0], guided[-1]]
         return []
 
@@ -114,7 +129,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """
         (meant,) = own([variant])
         samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
-        jobs = [self.planner.prepare(sample) for sample in samples]
+        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
         jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
@@ -123,6 +138,14 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
         return _timing(time.perf_counter() - began, ended, self._pipeline.order)
+
+    def _fitted(self, job: Job, variant: Variant) -> Job:
+        """The variant's job, whose picture fills as much of the bucket as the variant's do."""
+        painted = self._painted(variant)
+        if painted is None or painted == job.plan.painted:
+            return job
+        shift = painted.volume if job.shift else 0
+        return replace(job, plan=replace(job.plan, painted=painted), shift=shift)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -220,7 +243,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
-        batch = _batch(job.request, job.plan.bucket, rows, size)
+        masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
+        batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
         generated, run = self.execution.run(
             lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
@@ -273,7 +297,9 @@ def _preview(sketch: Sketch, position: int, plan: Plan) -> Image.Image:
     return image_processor.preview(sketch(position), plan)
 
 
-def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:
+def _batch(
+    request: ImageRequest, bucket: Bucket, rows: list[Row], size: int, *, masked: bool
+) -> Batch:
     """Real rows, filled up to `size`."""
     # The filler repeats nobody's text; its images are dropped with its pictures.
     filler = replace(
@@ -286,6 +312,7 @@ def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) ->
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         strength=request.strength,
+        masked=masked,
     )
 
 
