@@ -73,7 +73,7 @@ test: lint ## lint, types and every test
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict handler tests bench
+	$(BIN)/mypy --strict handler tests bench examples
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
