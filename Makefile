@@ -20,6 +20,7 @@ CSV ?=
 COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
+PLAN_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -41,10 +42,12 @@ IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_f
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
+PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -70,7 +73,7 @@ test: lint ## lint, types and every test
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict handler tests bench
+	$(BIN)/mypy --strict handler tests bench examples
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
@@ -80,13 +83,11 @@ test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
 
-check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl]
-	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION)
+check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
-	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) \
-		--inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-		--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
 	$(BIN)/preheat ready $(NAME_OPTION) --wait $(WAIT)
@@ -99,6 +100,9 @@ stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 
 archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
 	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+
+plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
+	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)

@@ -33,10 +33,10 @@ from preheat_handler import PreheatHandler
 STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "parse": [(PreheatHandler, "preprocess")],
     "decode": [(images, "decode"), (images, "decode_mask")],
-    "lay": [(image_processor, "fit_to"), (image_processor, "lay")],
+    "lay": [(image_processor, "fit_to"), (image_processor, "place")],
     "plan": [(Planner, "plan")],
     "group": [(BatchRunner, "run")],
-    "model": [(DiffusionPipeline, "paint")],
+    "model": [(DiffusionPipeline, "generate")],
     "crop": [(image_processor, "finish")],
     "encode": [(responses, "encoded")],
     "respond": [(PreheatHandler, "postprocess")],

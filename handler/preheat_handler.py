@@ -48,7 +48,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """
 
     def initialize(self, context: Any) -> None:
-        """Load, compile, warm and prove; TorchServe shows READY when this returns.
+        """Load, compile, warm and verify; TorchServe shows READY when this returns.
 
         Raises:
             SystemExit: the model cannot be served as its YAML says, and the log has the reason;
@@ -115,7 +115,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
-        return {"preheat": self.worker.document()}
+        return {"preheat": self.worker.description()}
 
     def _config(self) -> ModelConfig:
         """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe

@@ -16,8 +16,9 @@ from preheat.compilation.watch import CompileWatch
 os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the
-# cores.
-torch.set_num_threads(1)
+# cores. Tests that are about threads run some others with two, in a process of their own.
+NUM_THREADS = int(os.environ.get("PREHEAT_TEST_THREADS", "1"))
+torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.hookimpl(optionalhook=True)

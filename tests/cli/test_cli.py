@@ -32,6 +32,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def listening(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The ports that somebody listens on: none, whatever else runs on this machine."""
+    ports: set[int] = set()
+    monkeypatch.setattr(server, "_can_bind", lambda port: port not in ports)
+    return ports
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tiny models that were made."""
@@ -179,7 +187,31 @@ MISTAKES = {
     ),
     "code that is not there": (
         "module: {factory: 'net:make', inputs: {x: {shape: [batch, 4]}}}",
-        "the YAML names net.py, and ",
+        "module.factory: ",
+    ),
+    "a plug-in that is not there": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {import: [op.py]}",
+        "op.py does not exist",
+    ),
+    "a mode": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {compile: {enable: true, mode: max-autotun}}",
+        "pt2.compile.mode: Inductor has no mode 'max-autotun'; did you mean max-autotune?",
+    ),
+    "a scheduler": (
+        "pipeline: {path: 'tiny:sdxl', scheduler: EulerDiscreet}",
+        "pipeline.scheduler: diffusers has no scheduler 'EulerDiscreet'; did you mean Euler",
+    ),
+    "a LoRA": (
+        "pipeline: {path: 'tiny:sdxl', fused_lora: /models/nope}",
+        "pipeline.fused_lora: no such folder: /models/nope",
+    ),
+    "a LoRA beside the YAML": (
+        "pipeline: {path: 'tiny:sdxl', fused_lora: ./lora}",
+        "pipeline.fused_lora: './lora' is relative",
+    ),
+    "a limit under every bucket": (
+        "pt2: {shapes: {buckets: [[64, 64]]}}\npipeline: {path: ., limits: {max_side: 56}}",
+        "pt2.shapes.buckets[0]: 64x64 is over pipeline.limits (max_side 56",
     ),
     "a tiny model": ("pipeline: {path: 'tiny:bert'}", "there is no tiny pipeline 'bert'; known: "),
 }
@@ -187,6 +219,10 @@ DOUBTS = {
     "batches that nothing fills": (
         "module: {path: 'tiny:bert'}\nbatchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}",
         "pt2.shapes.batch_sizes: nothing fills runs of 4, since batches are of 2 requests at most",
+    ),
+    "float16 under OpenVINO": (
+        "pt2: {compile: {enable: true, backend: openvino}}\npipeline: {dtype: float16, path: x}",
+        "pipeline.dtype: under openvino float16 often differs from eager by more than is let",
     ),
     "batches that are split": (
         "batchSize: 4\npipeline: {path: 'tiny:sdxl'}\npt2: {shapes: {batch_sizes: [1, 2]}}",
@@ -209,6 +245,33 @@ def test_a_mistake_is_refused_before_anything_starts(
     with pytest.raises(PreheatError) as refused:
         getattr(app, command)(config(text))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_place_that_is_taken_is_refused_before_anything_is_made(
+    command: str,
+    config: Callable[[str], Path],
+    built: list[str],
+    listening: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+    here: Path,
+) -> None:
+    monkeypatch.setattr(server, "start", lambda *_, **__: pytest.fail("a server was started"))
+    call, good = getattr(app, command), config("pipeline: {path: 'tiny:sdxl'}")
+    running = server.TorchServe(here, server.Ports(), 7, 0.0, ("fox",), here)
+    monkeypatch.setattr(server, "find", lambda run_dir: running if run_dir.name == "fox" else None)
+    listening |= {8082, 9001}
+    with pytest.raises(PreheatError, match=r"^port 9001, 8082 on 127.0.0.1 is taken; choose"):
+        call(good, inference_port=9001)
+    with pytest.raises(PreheatError, match=r"^a server named fox runs already \(pid 7\)"):
+        call(good, name="fox", metrics_port=9002)
+    with pytest.raises(PreheatError, match=r"^port 9003 is asked for twice"):
+        call(good, metrics_port=9003, grpc_port=9003)
+    with pytest.raises(PreheatError, match="is no name for a server"):
+        call(good, name="../fox")
+    wrong = CliRunner().invoke(app.app, [command, str(good), "--grpc-port", "99999"])
+    assert wrong.exit_code == 2 and "65535" in wrong.output
+    assert built == []
 
 
 @pytest.mark.parametrize("doubt", DOUBTS)

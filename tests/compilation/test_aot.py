@@ -19,7 +19,7 @@ from torch import nn
 import old_folders
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
-from preheat.compilation.backends.base import CompiledCode, Prepared
+from preheat.compilation.backends.base import CompiledCode, Precompiled
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -129,7 +129,7 @@ def attached(
 def packages(router: Router) -> Sequence[CompiledCode]:
     """Those that serve the target, if any."""
     first = router.backends[0]
-    return first.codes if isinstance(first, Prepared) else ()
+    return first.codes if isinstance(first, Precompiled) else ()
 
 
 def warm(module: Toy, *rows: int) -> None:
@@ -180,10 +180,10 @@ def test_every_batch_size_equals_eager_and_nothing_is_compiled(
         args, kwargs = inputs(rows)
         with torch.inference_mode():
             torch.testing.assert_close(module(*args, **kwargs), eager(*args, **kwargs))
-    assert router.run.engines == {"aot"} and router.run.incidents == 0
+    assert router.run.engines == {"aot"} and router.run.unwarmed == 0
     assert watch.num_events == 0
     warm(module, MOST_ROWS + 1)
-    assert router.run.incidents == 1 and router.run.engines == {"aot", "eager"}
+    assert router.run.unwarmed == 1 and router.run.engines == {"aot", "eager"}
 
 
 def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
         router.freeze()
         router.start_run()
         warm(module, 2)
-        assert router.run.fallen == 1 and router.run.engines == {"eager"}
+        assert router.run.fallbacks == 1 and router.run.engines == {"eager"}
 
 
 def test_with_one_package_missing_there_is_something_to_compile_and_to_share(

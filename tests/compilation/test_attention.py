@@ -23,7 +23,7 @@ from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.pt2 import Attention as AttentionName
 from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.models.batching import Execution
-from preheat.models.diffusion.pipeline import Batch, Painted
+from preheat.models.diffusion.pipeline import Batch, Generated
 from preheat.models.diffusion.runner import DiffusionRunner
 
 BUCKETS = (Bucket(64, 64), Bucket(32, 64))
@@ -44,16 +44,16 @@ class Attention(nn.Module):
 
 
 class Painter(FakePipeline):
-    """Calls the module once and paints nothing."""
+    """Calls the module once and generates nothing."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.result = module, torch.empty(0)
 
-    def paint(self, batch: Batch, after_step: Any = None) -> Painted:
+    def generate(self, batch: Batch, after_step: Any = None) -> Generated:
         cells = batch.bucket.volume // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
-        return Painted(
+        return Generated(
             np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8)
         )
 
@@ -133,7 +133,7 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
             latents = torch.randn(1, bucket.volume // 64, 16)
             expected = Attention.forward(bench.painter.module, latents)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
-    assert watch.num_events == events and bench.router.run.incidents == 0
+    assert watch.num_events == events and bench.router.run.unwarmed == 0
     assert {route.engine for route in bench.router.routes.values()} == {"compiled"}
 
 

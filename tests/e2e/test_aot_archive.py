@@ -111,10 +111,10 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(
                 (answer,) = eager.run([eager.parse({"body": request})])
                 answer.raise_if_failed()
                 for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                    painted = np.asarray(
+                    generated = np.asarray(
                         Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
                     ).astype(int)
-                    difference = np.abs(painted - np.asarray(picture).astype(int))
+                    difference = np.abs(generated - np.asarray(picture).astype(int))
                     assert difference.mean() < 4  # roundings of bfloat16
     state = ahead.state()
     assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0

@@ -172,10 +172,10 @@ def test_pictures_equal_eager_ones(
             (answer,) = eager[dtype].run([eager[dtype].parse({"body": request})])
             answer.raise_if_failed()
             for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                painted = np.asarray(
+                generated = np.asarray(
                     Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
                 ).astype(int)
-                error = np.abs(painted - np.asarray(picture).astype(int))
+                error = np.abs(generated - np.asarray(picture).astype(int))
                 assert error.max() <= 1 if dtype == "float32" else error.mean() < 4
     state = road.state()
     assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0

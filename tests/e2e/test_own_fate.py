@@ -42,7 +42,7 @@ import torch as _torch
 
 from preheat.models.diffusion import pipeline as _pipeline
 
-_paint = _pipeline.DiffusionPipeline.paint
+_paint = _pipeline.DiffusionPipeline.generate
 
 
 def _faulty(self, batch, *arguments):
@@ -55,7 +55,7 @@ def _faulty(self, batch, *arguments):
     return pixels
 
 
-_pipeline.DiffusionPipeline.paint = _faulty
+_pipeline.DiffusionPipeline.generate = _faulty
 """
 # Of sizes that only the first bucket covers: the other server has them all.
 LARGE: dict[str, Any] = {

@@ -9,10 +9,14 @@ from test_grafana import dashboard_metrics
 
 
 def test_padding_and_time_are_counted(served: Served) -> None:
-    painted, cropped = "preheat_pixels_painted_total", "preheat_pixels_cropped_total"
-    before = [served.metric(name) for name in (painted, cropped, "preheat_inference_seconds_count")]
+    generated, cropped = "preheat_pixels_painted_total", "preheat_pixels_cropped_total"
+    before = [
+        served.metric(name) for name in (generated, cropped, "preheat_inference_seconds_count")
+    ]
     served.client.predict({"prompt": "a", "height": 128, "width": 256})
-    after = [served.metric(name) for name in (painted, cropped, "preheat_inference_seconds_count")]
+    after = [
+        served.metric(name) for name in (generated, cropped, "preheat_inference_seconds_count")
+    ]
     assert [now - then for now, then in zip(after, before, strict=True)] == [
         320 * 192,
         320 * 192 - 128 * 256,

@@ -154,8 +154,8 @@ def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> 
         request = random_request(rng)
         (answer,) = eager.run([eager.parse({"body": request})])
         answer.raise_if_failed()
-        painted = np.asarray(opened(served.client.predict(request).body)).astype(int)
-        assert np.abs(painted - np.asarray(answer.pictures[0]).astype(int)).max() <= 1
+        generated = np.asarray(opened(served.client.predict(request).body)).astype(int)
+        assert np.abs(generated - np.asarray(answer.pictures[0]).astype(int)).max() <= 1
 
 
 def test_a_stream_call_gets_its_one_answer_and_the_worker_lives(served: Served) -> None:

@@ -86,7 +86,7 @@ class Stock:
             check=False,
         )
 
-    def paint(self, model: str) -> bytes:
+    def generate(self, model: str) -> bytes:
         url = f"http://127.0.0.1:{self.ports.inference}/predictions/{model}"
         answer = httpx.post(url, json=REQUEST, timeout=120, trust_env=False)
         assert answer.status_code == 200, answer.text
@@ -149,7 +149,7 @@ def test_a_flattened_pipeline_and_one_in_a_folder_both_serve(stock: Stock) -> No
         waited = stock.ready("--model", name, "--wait", "300")
         assert waited.returncode == 0, waited.stdout + waited.stderr
         assert waited.stdout.splitlines()[-1] == "ready" and f"{name}: eager 64x64" in waited.stdout
-    pictures = [stock.paint(name) for name in ("sdxl", "kept")]
+    pictures = [stock.generate(name) for name in ("sdxl", "kept")]
     assert Image.open(io.BytesIO(pictures[0])).size == (40, 50) and pictures[0] == pictures[1]
 
 

@@ -102,7 +102,7 @@ def test_five_hundred_batches_of_strangers_compile_nothing_and_nobody_sees_the_o
     rng = random.Random(5)
     pool = [stranger(rng, BUCKETS) for _ in range(NUM_DISTINCT)]
     before, answered_before = served.state(), served.metric("preheat_requests_total")
-    runs_before, rows_before = painted(served)
+    runs_before, rows_before = generated(served)
     alone = [
         pictures(asked(served.client, request, ("rest", "grpc")[index % 2]))
         for index, request in enumerate(pool)
@@ -140,7 +140,7 @@ def test_five_hundred_batches_of_strangers_compile_nothing_and_nobody_sees_the_o
             bad = [rng.choice(INVALID) for _ in batch]
             assert max(clients.map(check, batch, protocols, bad)) <= 1
             num_answered += sum(place is not None for place in batch)
-    after, (runs, rows) = served.state(), painted(served)
+    after, (runs, rows) = served.state(), generated(served)
     assert num_answered > 4 * NUM_BATCHES and after["requests"] == before["requests"] + num_answered
     assert runs - runs_before < 0.9 * (rows - rows_before), (
         "hardly any request shared a run: nothing was tried"
@@ -157,7 +157,7 @@ def test_five_hundred_batches_of_strangers_compile_nothing_and_nobody_sees_the_o
         assert served.metric(counter) == after[key], counter
 
 
-def painted(served: Served) -> tuple[float, float]:
+def generated(served: Served) -> tuple[float, float]:
     """(pipeline runs, rows asked for) so far."""
     rows = served.metric("preheat_rows_painted_total") - served.metric("preheat_rows_filled_total")
     return served.metric("preheat_inference_seconds_count"), rows

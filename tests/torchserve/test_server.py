@@ -147,7 +147,7 @@ def test_a_server_is_found_by_its_folder_while_it_lives(tmp_path: Path) -> None:
     java = spawn(SLEEPER)
     running = recorded(tmp_path, java.pid, psutil.Process(java.pid).create_time())
     assert server.find(tmp_path) == running
-    with pytest.raises(ServerError, match="already runs"):
+    with pytest.raises(ServerError, match="runs already"):
         server.start([], tmp_path, ports=Ports.free())
     java.kill()
     java.wait()

@@ -30,6 +30,7 @@ from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
+from preheat.protocol.call import Call
 from preheat.status import StatusFile
 from preheat.worker import worker
 from preheat.worker.worker import Worker
@@ -70,7 +71,7 @@ def start(
 
 
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
-    """What is proven is not what was warmed: the proof must find it."""
+    """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
     return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
 
@@ -132,6 +133,19 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def test_asked_sizes_are_those_of_clients_refused_ones_too(models: Path) -> None:
+    with start(models / "sd15", compile=False) as service:
+        body: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 1}
+        calls = [
+            Call({"body": body | {"height": height, "width": 50}}, {}) for height in (60, 60, 90)
+        ]
+        answers = service.postprocess(service.inference(service.preprocess(calls)))
+        assert [answer.code for answer in answers] == [200, 200, 400]
+        asked: Any = service.description()["asked_sizes"]
+        assert asked["sizes"] == [[90, 50, 1], [60, 50, 2]]
+        assert "asked_sizes" not in service.document(), "the status file is written at every batch"
 
 
 def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
@@ -268,7 +282,7 @@ def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     # not what the same request gets from compiled code
     assert (answer.engine, answer.exact) == ("eager", "rounding")
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
-    assert "incident: unet" in caplog.text and "secret" not in caplog.text
+    assert "unwarmed call: unet" in caplog.text and "secret" not in caplog.text
 
 
 def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -> None:
@@ -399,8 +413,10 @@ def test_a_model_that_cannot_be_served_says_why(
         start(models / "sdxl", pt2={"targets": ["transformer"]})
     with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
-    with pytest.raises(ModelError, match="no scheduler 'Nonsense'"):
+    with pytest.raises(ConfigError, match=r"pipeline\.scheduler: .*no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+    with pytest.raises(ModelError, match=r"^pipeline\.fused_lora: /models/nope: "):
+        start(models / "sdxl", pipeline={"fused_lora": "/models/nope"})
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_model_lies(

@@ -53,7 +53,7 @@ _FOLDER, _TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 _COMPILING_PER_KEEPING = 10
 """Packing takes time, and is done at most so often that compiling has this many times as much."""
 
-Outcome = Literal["loaded", "published", "unchanged", "unshared"]
+CacheOutcome = Literal["loaded", "published", "unchanged", "unshared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class CacheUse:
     """
 
     folder: Path
-    outcome: Outcome = "unshared"
+    outcome: CacheOutcome = "unshared"
     reason: str = ""
     waited_seconds: float = 0.0
     digest: str = ""
@@ -352,7 +352,9 @@ def _load(share: Share, local: Path) -> str:
     return digest
 
 
-def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> tuple[Outcome, str]:
+def _sync(
+    share: Share, local: Path, digest: str, lock: BaseFileLock | None
+) -> tuple[CacheOutcome, str]:
     """Publish what is in `local` unless it is what `digest` says. Without the lock, and while
     another writes, leave it to them.
     """

@@ -1,4 +1,4 @@
-"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and
+"""Makes every variant hot before READY, then verifies it: warm through the served path, replay, and
 nothing may compile.
 
 Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as
@@ -58,24 +58,14 @@ class WarmupRow:
     """Why it is not the engine that was asked for; empty where it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class WarmupProgress:
-    """Progress: variant number `done` of `total` took `seconds`."""
-
-    done: int
-    total: int
-    variant: Variant
-    seconds: float
-
-
 class Warmup:
-    """One run of warm-up and proof.
+    """One run of warm-up and verification.
 
     Args:
         serve: runs one variant through the served path.
         routers: by target name.
         on_failure: `eager` gives up the shapes at fault; `fail` raises.
-        progress: told after each variant.
+        progress: called after each variant with the seconds that it took.
         own_folder: see `watch.cache_counters`.
     """
 
@@ -86,13 +76,13 @@ class Warmup:
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
-        progress: Callable[[WarmupProgress], None] = lambda _: None,
+        progress: Callable[[Variant, float], None] = lambda *_: None,
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
         self._on_failure, self._progress, self._own_folder = on_failure, progress, own_folder
         self.timings: dict[Variant, Timing] = {}
-        """Of each variant's last run, which was that of the proof where it was replayed."""
+        """Of each variant's last run, which was that of the verification where it was replayed."""
         self._rows: dict[tuple[Bucket, int, str], WarmupRow] = {}
 
     @property
@@ -168,7 +158,7 @@ class Warmup:
                 variant.details,
                 f", cache {outcome}" if outcome else "",
             )
-            self._progress(WarmupProgress(done, len(variants), variant, seconds))
+            self._progress(variant, seconds)
             self._fail_if_asked(variant, visited)
 
     def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
@@ -182,7 +172,7 @@ class Warmup:
             counters, cache_counters(self._own_folder)
         )
 
-    def prove(self, variants: Iterable[Variant]) -> int:
+    def verify(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
@@ -201,7 +191,7 @@ class Warmup:
             why = "compiled again in the replay" if self._watch.num_events != events else None
             if self._give_up(visited, why):
                 num_faults += 1
-                logger.error("proof: %s was not hot after warm-up", variant)
+                logger.error("verification: %s was not hot after warm-up", variant)
                 self._note(variant, visited, 0.0, None)
                 self._fail_if_asked(variant, visited)
         for router in self._routers.values():

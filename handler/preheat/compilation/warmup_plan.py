@@ -17,7 +17,7 @@ from preheat.compilation.variants import Variant
 from preheat.config.pt2 import ShapesConfig
 
 
-class Family(Protocol):
+class Variants(Protocol):
     """What a family of models knows of its variants; see `models.base.ModelRunner`."""
 
     def variants(self, batch_sizes: Sequence[int]) -> Sequence[Variant]: ...
@@ -63,7 +63,7 @@ def warmed_sizes(shapes: ShapesConfig, most: int, *, every: bool) -> tuple[int, 
 
 
 def warmup_plan(
-    family: Family,
+    family: Variants,
     served: Sequence[int],
     warmed: Sequence[int],
     *,

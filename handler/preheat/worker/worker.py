@@ -1,4 +1,4 @@
-"""One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
+"""One worker's life: load the model, compile its targets, warm every variant, verify it, serve.
 
 The same for every family of models; what differs is behind `models.base`. Knows nothing of
 TorchServe; `preheat_handler` adapts it.
@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import preheat
+from preheat.buckets import Bucket
 from preheat.cache.shared import (
     CacheUse,
     SharedCache,
@@ -43,13 +44,14 @@ from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
-from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import LoadedModel, Manifest, ModelRunner
+from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
+from preheat.models.base import LoadedModel, ModelRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
@@ -57,6 +59,7 @@ from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase, StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
+from preheat.worker.asked import AskedSizes
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
 
@@ -132,7 +135,7 @@ def load(
         },
         attention=config.pt2.attention,
         report=report,
-        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT),
+        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT, config.batchSize),
     )
     compiled = {
         "pt2": config.pt2.model_dump(
@@ -172,7 +175,7 @@ class Worker(Generic[JobT, ResultT]):
         model_dir: the unpacked archive.
         device: see `device.pick_device`.
         status: where progress is shown.
-        metrics: told what was warmed and, after READY, of every call.
+        metrics: given what was warmed and, after READY, every call.
         manifest: the archive's, where a module may be named.
 
     Raises:
@@ -195,6 +198,7 @@ class Worker(Generic[JobT, ResultT]):
     ) -> None:
         started = time.perf_counter()
         self._status, self._metrics = status, metrics or Metrics(discard)
+        self._asked = AskedSizes()
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
@@ -202,9 +206,12 @@ class Worker(Generic[JobT, ResultT]):
         with ExitStack() as undo:
             self._watch = CompileWatch()
             undo.callback(self._watch.close)
-            self._prepared: Prepared[JobT, ResultT] = load(
+            prepared: Prepared[JobT, ResultT] = load(
                 config, model_dir, device, manifest=manifest, report=self._report
             )
+            self._prepared, self.config, self.model = prepared, prepared.config, prepared.model
+            self.runner, self.routers = prepared.runner, prepared.routers
+            self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
@@ -213,6 +220,7 @@ class Worker(Generic[JobT, ResultT]):
         prepared, pt2 = self._prepared, self.config.pt2
         self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
             # what cannot be used leaves a reason in its router
@@ -225,7 +233,7 @@ class Worker(Generic[JobT, ResultT]):
                 prepared.execution.device,
             )
         with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
-            phase = self._heat(sharing)
+            phase = self._warm_up(sharing)
         self._events_at_ready = self._watch.num_events
         for other in Worker.alive:
             other._events_at_ready += self._events_at_ready  # its watch has seen them too
@@ -258,33 +266,9 @@ class Worker(Generic[JobT, ResultT]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._prepared.config
-
-    @property
-    def model(self) -> LoadedModel[JobT, ResultT]:
-        return self._prepared.model
-
-    @property
-    def runner(self) -> ModelRunner[JobT, ResultT]:
-        return self._prepared.runner
-
-    @property
-    def routers(self) -> Mapping[str, Router]:
-        return self._prepared.routers
-
-    @property
-    def targets(self) -> Mapping[str, nn.Module]:
-        return self._prepared.targets
-
-    @property
-    def _budget(self) -> Budget:
-        return self._prepared.execution.budget
-
     def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
         """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with
-        its response if it is refused, which costs its neighbours nothing. What is answered already
+        its response if it is refused, which costs the others nothing. What is answered already
         stays so.
         """
         self._budget.end()
@@ -316,6 +300,8 @@ class Worker(Generic[JobT, ResultT]):
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
             self._metrics.refused(error.field)
+            if isinstance(error, NoBucket):
+                self._count_size(error.asked)
             return Pending(response=from_error(error))
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
             if not is_out_of_memory(error):
@@ -349,6 +335,8 @@ class Worker(Generic[JobT, ResultT]):
             else:
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
+            if not isinstance(result.error, PutOff):  # who comes again is counted then
+                self._count_size(result.job.asked)
         self._metrics.state(self.current_state())
         self._status.serve(self.document)
         return results
@@ -356,13 +344,18 @@ class Worker(Generic[JobT, ResultT]):
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.batches.unfit)
+        unfit = self.runner.batches.unfit
+        self.state.unfit, self.state.unfit_seconds = unfit.sizes(), unfit.waits()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
 
     def document(self) -> dict[str, object]:
-        """The current state as JSON."""
+        """The current state as JSON, but for the asked sizes, which may be many."""
         return self.current_state().document(self._budget.pace)
+
+    def description(self) -> dict[str, object]:
+        """The current state as JSON, and the sizes that were asked for."""
+        return self.document() | {"asked_sizes": self._asked.document()}
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
@@ -384,18 +377,18 @@ class Worker(Generic[JobT, ResultT]):
             self._prepared.execution.device,
             cache.max_bytes,
         )
-        # Half of the time, so that a worker that has waited in vain can still compile.
+        # Half of the time, so that a worker that has waited for nothing can still compile.
         timeout = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
             cache.key or "default", shared, timeout=max(0.0, timeout), report=self._show_waiting
         ) as use:
             with self._headers():
                 yield use
-            fallen = [row for row in self.state.buckets if row.engine == "eager"]
+            fallbacks = [row for row in self.state.buckets if row.engine == "eager"]
             # Who found nothing shares what did compile. The others, who fail as it did, do not
             # replace it at every start.
-            if fallen and use.digest:
-                use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
+            if fallbacks and use.digest:
+                use.withhold(f"{len(fallbacks)} rows of warm-up are eager")
         self.state.shared_cache = use.document()
 
     def _headers(self) -> AbstractContextManager[None]:
@@ -408,8 +401,8 @@ class Worker(Generic[JobT, ResultT]):
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, sharing: CacheUse | None) -> Phase:
-        """Warm-up and proof; the state that the worker is in afterwards."""
+    def _warm_up(self, sharing: CacheUse | None) -> Phase:
+        """Warm-up and verification; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
         if self.config.pt2.shapes.strategy == "exact":
             logger.warning("nothing is warmed (strategy exact): requests wait for the compiler")
@@ -437,10 +430,10 @@ class Worker(Generic[JobT, ResultT]):
         warmup.warm(plan.warm)
         # That a package fails shows in its first run only: then what was warmed has compiled after
         # all, without a probe.
-        proven = self._plan(covers=covers).verify
-        num_faults = warmup.prove(proven)
+        verified = self._plan(covers=covers).verify
+        num_faults = warmup.verify(verified)
         self.state.buckets = warmup.rows
-        logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
+        logger.info("verification: %d variants replayed, %d at fault", len(verified), num_faults)
         self.state.padding = dict(self.runner.measure_padding())
         self._learn_pace(warmup.timings)
         return "hot"
@@ -468,8 +461,8 @@ class Worker(Generic[JobT, ResultT]):
             covers=covers,
         )
 
-    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
-        self._status.step(str(step.variant.bucket), step.seconds)
+    def _show(self, sharing: CacheUse | None, variant: Variant, seconds: float) -> None:
+        self._status.step(str(variant.bucket), seconds)
         if sharing is not None:
             sharing.keep()
 
@@ -477,8 +470,12 @@ class Worker(Generic[JobT, ResultT]):
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
 
+    def _count_size(self, size: Bucket | None) -> None:
+        self._asked.count(size)
+        self._status.keep_sizes(self._asked.document)
+
     def _count(self, answer: Outcome) -> None:
-        self.state.incidents += answer.incident
+        self.state.incidents += answer.unwarmed
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)

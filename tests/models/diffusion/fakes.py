@@ -11,10 +11,11 @@ from preheat.models.diffusion.request import ImageRequest
 
 
 class FakePipeline:
-    """All that the runner asks of a pipeline but `paint`."""
+    """All that the runner asks of a pipeline but `generate`."""
 
     family = FAMILIES["StableDiffusionXLPipeline"]
     multiple, grid, order = 8, 16, 1
+    shifts_by_size = False
     tasks: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
     guidance_variants: tuple[bool, ...] = (True, False)
     prompts = Reader(())

@@ -21,7 +21,7 @@ from preheat.config.pt2 import ShapesConfig
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
 from preheat.models.batching import Execution, RunReport
 from preheat.models.diffusion.job import Answer, Job
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated
 from preheat.models.diffusion.request import ImageRequest
 from preheat.models.diffusion.runner import DiffusionRunner
 
@@ -38,7 +38,7 @@ class Canvas(FakePipeline):
         self.most_rows = 1000
         self.checks = False
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated:
         """Cells of 8x8 pixels show the seed before the picture does. Memory is short in the last
         step only.
         """
@@ -52,7 +52,7 @@ class Canvas(FakePipeline):
         y, x = np.mgrid[: batch.bucket.height, : batch.bucket.width]
         rows = [np.stack([y, x, np.full_like(x, row.seed % 251)], axis=-1) for row in batch.rows]
         flagged = [row.prompt == "nude" for row in batch.rows] if self.checks else None
-        return Painted(np.stack(rows).astype(np.uint8), flagged)
+        return Generated(np.stack(rows).astype(np.uint8), flagged)
 
 
 def _cells(batch: Batch, row: int) -> NDArray[np.uint8]:
@@ -179,7 +179,7 @@ def test_who_makes_a_run_fail_fails_alone_but_not_in_warm_up() -> None:
     assert all(answer.error is not None for answer in bench.runner.batches.run(jobs, retry=False))
 
 
-@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
+@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 1, 1])])
 def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(
     most_rows: int, runs: list[int]
 ) -> None:
@@ -282,11 +282,11 @@ def test_a_run_that_fails_leaves_no_flag_behind() -> None:
 
 def test_a_panic_of_a_library_in_rust_fails_its_request_alone() -> None:
     bench = Bench()
-    with patch.object(bench.canvas, "paint", side_effect=_panic):
+    with patch.object(bench.canvas, "generate", side_effect=_panic):
         (answer,) = bench.run([bench.job()])
     assert isinstance(answer.error, PipelineFailure)
     with (
-        patch.object(bench.canvas, "paint", side_effect=KeyboardInterrupt),
+        patch.object(bench.canvas, "generate", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
         bench.run([bench.job()])

@@ -95,7 +95,7 @@ def test_steps_only_go_forward_through_every_split_and_neighbours_hear_nothing(
     wishes: list[dict[str, Any]], most_rows: int
 ) -> None:
     bench = Bench()
-    # larger runs are painted up to their last step and then again in smaller ones
+    # larger runs are generated up to their last step and then again in smaller ones
     bench.canvas.most_rows = most_rows
     # it collects garbage, a third of a second each time
     with patch("preheat.models.batching.release_memory"):

@@ -29,6 +29,7 @@ from config.test_pt2_forms import FORMS
 from preheat import status as worker_status
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, ModelError, RequestError
 from preheat.models import tiny
@@ -97,7 +98,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-MANIFEST = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
+MANIFEST: Manifest = {"model": {"modelFile": "plain_net.py", "serializedFile": "weights.pt"}}
 
 
 def start(
@@ -631,9 +632,7 @@ def test_openvino_without_declared_shapes_is_served_eagerly_and_says_so(
     pytest.importorskip("openvino")
     (answer,) = ask(served_plainly(plain, "pt2: openvino"), [[1.0, 2, 3, 4]])
     assert (
-        answer.engine == "eager"
-        and answer.fell_back
-        and "shapes that the YAML names" in caplog.text
+        answer.engine == "eager" and answer.fallback and "shapes that the YAML names" in caplog.text
     )
 
 

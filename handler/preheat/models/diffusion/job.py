@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Load
 from preheat.models.batching import BaseJob, Outcome
 from preheat.models.diffusion.geometry import Plan
@@ -18,7 +19,7 @@ from preheat.protocol.events import EventStream
 
 @dataclass(frozen=True, slots=True)
 class Job(BaseJob):
-    """A request with its plan; `image` and `mask` are already laid in the bucket."""
+    """A request with its plan; `image` and `mask` are already placed in the bucket."""
 
     request: ImageRequest
     plan: Plan
@@ -26,6 +27,8 @@ class Job(BaseJob):
     mask: Image.Image | None = None
     doubled: bool = False
     """Guidance doubles the denoiser's rows."""
+    shift: int = 0
+    """Pixels of what is painted, where the scheduler's steps depend on them."""
     events: EventStream | None = None
     dropped: Mapping[str, int] = field(default_factory=dict)
     """Tokens that no text encoder reads, by field; only of fields that were cut."""
@@ -33,6 +36,10 @@ class Job(BaseJob):
     @property
     def num_rows(self) -> int:
         return self.request.num_images
+
+    @property
+    def asked(self) -> Bucket:
+        return Bucket(self.plan.height, self.plan.width)
 
     @property
     def group_key(self) -> Hashable:
@@ -46,6 +53,7 @@ class Job(BaseJob):
         return (
             self.plan.bucket,
             self.bypass,
+            self.shift,
             request.task,
             request.num_inference_steps,
             request.guidance_scale,
@@ -72,7 +80,14 @@ class Job(BaseJob):
         """One of its pictures: those of `num_images` take consecutive seeds."""
         request = self.request
         seed = (request.seed + index) % 2**63
-        return Row(request.prompt, request.negative_prompt, seed, self.image, self.mask)
+        return Row(
+            request.prompt,
+            request.negative_prompt,
+            seed,
+            self.image,
+            self.mask,
+            size=self.plan.painted,
+        )
 
 
 @dataclass(slots=True)
@@ -105,11 +120,13 @@ class Answer(Outcome):
         return sum(self.flagged)
 
     @property
-    def num_painted(self) -> int:
+    def num_computed(self) -> int:
         """Pixels, of all its pictures."""
-        return len(self.pictures) * self.job.plan.scaled[0] * self.job.plan.scaled[1]
+        plan = self.job.plan
+        one = plan.bucket.volume if plan.is_masked else plan.scaled[0] * plan.scaled[1]
+        return len(self.pictures) * one
 
     @property
-    def num_cropped(self) -> int:
+    def num_padding(self) -> int:
         """Of those, how many were cut off."""
-        return self.num_painted - len(self.pictures) * self.job.plan.height * self.job.plan.width
+        return self.num_computed - len(self.pictures) * self.job.plan.height * self.job.plan.width

@@ -10,11 +10,12 @@ from torch import nn
 
 from preheat.buckets import Bucket
 from preheat.config.diffusion import LimitsConfig, PipelineConfig
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import DiffusionPipeline
@@ -31,7 +32,11 @@ class DiffusionModel(LoadedModel[Job, Answer]):
         own = config.section(PipelineConfig)
         self.pipeline, self.dtype = pipeline, DTYPES[own.dtype]
         shapes = config.pt2.shapes
-        self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline)
+        masked = any(shapes.masks)
+        step = pipeline.grid if masked else pipeline.multiple
+        self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline, step)
+        if masked:
+            pipeline.mask()
         self.config = config.with_shapes(shapes.model_copy(update={"buckets": self.sizes}))
 
     @classmethod
@@ -54,32 +59,20 @@ class DiffusionModel(LoadedModel[Job, Answer]):
 
 
 def _resolved_buckets(
-    buckets: tuple[Bucket, ...], limits: LimitsConfig, pipeline: DiffusionPipeline
+    buckets: tuple[Bucket, ...], limits: LimitsConfig, pipeline: DiffusionPipeline, step: int
 ) -> tuple[Bucket, ...]:
     """The buckets, the pipeline's own where there are none, checked against what it needs and the
-    limits allow.
+    limits allow; `step` is what their sides must be a multiple of.
     """
     buckets = buckets or (pipeline.default_bucket,)
     for index, bucket in enumerate(buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):
-            if pixels % pipeline.multiple:
+            if pixels % step:
+                masked = " with fit: mask" if step != pipeline.multiple else ""
                 raise ConfigError(
-                    f"{pixels} is not a multiple of {pipeline.multiple}, which "
-                    f"{pipeline.family.name} needs",
+                    f"{pixels} is not a multiple of {step}, which {pipeline.family.name} "
+                    f"needs{masked}",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
-        if (
-            max(bucket.height, bucket.width) > limits.max_side
-            or bucket.volume > limits.max_image_pixels
-        ):
-            raise ConfigError(
-                f"{bucket} is over pipeline.limits (max_side {limits.max_side}, max_image_pixels "
-                f"{limits.max_image_pixels})",
-                f"pt2.shapes.buckets[{index}]",
-            )
-        if min(bucket.height, bucket.width) < limits.min_side:
-            raise ConfigError(
-                f"{bucket} is under pipeline.limits.min_side ({limits.min_side})",
-                f"pt2.shapes.buckets[{index}]",
-            )
+    limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not
     return buckets

@@ -1,4 +1,4 @@
-"""A request for pictures as a job: its images decoded and laid into the bucket that its size
+"""A request for pictures as a job: its images decoded and placed in the bucket that its size
 asks for.
 """
 
@@ -32,6 +32,9 @@ class Sized(Protocol):
     @property
     def grid(self) -> int: ...
 
+    @property
+    def shifts_by_size(self) -> bool: ...
+
 
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
@@ -59,12 +62,19 @@ class Planner:
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
         if image is not None:
-            image = image_processor.lay(image_processor.fit_to(image, height, width), plan)
+            image = image_processor.place(image_processor.fit_to(image, height, width), plan)
         if mask is not None:
-            mask = image_processor.lay(image_processor.fit_to(mask, height, width), plan)
+            mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
-            request, plan, image, mask, doubled=doubled, deadline=deadline, bypass=plan.bypass
+            request,
+            plan,
+            image,
+            mask,
+            doubled=doubled,
+            shift=plan.painted.volume if self._pipeline.shifts_by_size else 0,
+            deadline=deadline,
+            bypass=plan.bypass,
         )
 
     def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
@@ -78,14 +88,16 @@ class Planner:
             height,
             width,
             buckets=shapes.buckets,
-            fit=shapes.fit,
+            # what has no masks has no canvas either
+            fit="pad" if shapes.fit == "mask" and not any(shapes.masks) else shapes.fit,
             oversize=shapes.oversize,
             multiple=self._pipeline.multiple,
+            grid=self._pipeline.grid,
             has_image=has_image,
         )
 
     def _own_size(self, height: int, width: int) -> Bucket:
-        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a
+        """The asked size rounded up to what the pipeline can generate; two grid cells a side keep a
         dynamic graph off size 1.
         """
         if self._shapes.strategy == "exact":

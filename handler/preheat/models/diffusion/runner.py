@@ -23,11 +23,11 @@ from preheat.device import num_cores, synchronize
 from preheat.errors import RequestError
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Chunk, Execution, RunReport
-from preheat.models.diffusion import image_processor, responses
+from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Sketch
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
@@ -53,18 +53,18 @@ class Pipeline(Sized, Protocol):
 
     def num_calls(self, request: ImageRequest) -> int: ...
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted: ...
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated: ...
 
 
 class DiffusionRunner(ModelRunner[Job, Answer]):
-    """A pipeline that paints.
+    """A pipeline that generates.
 
     Args:
         config: its shapes are resolved: with buckets, unless `exact`.
     """
 
     def __init__(self, execution: Execution, pipeline: Pipeline, config: ModelConfig) -> None:
-        super().__init__(execution)
+        super().__init__(execution, config.pt2.shapes.buckets)
         self._pipeline, self._most = pipeline, config.batchSize
         self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
         self.planner = Planner(pipeline, self._shapes, self._own.limits)
@@ -72,12 +72,24 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
-        return plan_variants(
-            self._shapes.buckets,
+        every = plan_variants(
+            self.buckets,
             batch_sizes,
             self._pipeline.guidance_variants,
             self._pipeline.tasks,
+            self._shapes.masks,
         )
+        return tuple(variant for variant in every if self._painted(variant) is not None)
+
+    @property
+    def _always_masked(self) -> bool:
+        return self._shapes.masks == (True,)
+
+    def _painted(self, variant: Variant) -> Bucket | None:
+        """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
+        if not variant.masked or self._always_masked:
+            return variant.bucket
+        return geometry.smaller(variant.bucket, self._pipeline.grid)
 
     def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
         return covering(own(variants))
@@ -89,7 +101,10 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
             return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
-            guided = [v for v in every if v.bucket == smallest.bucket and v.task == smallest.task]
+            # with masks where there are any: the other graphs' inputs are among theirs
+            masked = any(v.masked for v in every)
+            kind = smallest.bucket, smallest.task, masked
+            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
             return [guided[0], guided[-1]]
         return []
 
@@ -114,7 +129,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """
         (meant,) = own([variant])
         samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
-        jobs = [self.planner.prepare(sample) for sample in samples]
+        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
         jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
@@ -123,6 +138,14 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
         return _timing(time.perf_counter() - began, ended, self._pipeline.order)
+
+    def _fitted(self, job: Job, variant: Variant) -> Job:
+        """The variant's job, whose picture fills as much of the bucket as the variant's do."""
+        painted = self._painted(variant)
+        if painted is None or painted == job.plan.painted:
+            return job
+        shift = painted.volume if job.shift else 0
+        return replace(job, plan=replace(job.plan, painted=painted), shift=shift)
 
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
@@ -145,7 +168,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         )
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
-        limits, most = self._own.limits, max(bucket.volume for bucket in self._shapes.buckets)
+        limits, most = self._own.limits, max(bucket.volume for bucket in self.buckets)
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
         seconds = self._most * cost * per_cost
@@ -177,7 +200,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         dropped = self._dropped(request)
         job = replace(self.planner.prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.volume for bucket in self._shapes.buckets)
+        least_area = min(bucket.volume for bucket in self.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -220,23 +243,23 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
-        batch = _batch(job.request, job.plan.bucket, rows, size)
-        painted, run = self.execution.run(
-            lambda: self._pipeline.paint(batch, partial(self._emit_step, chunk)),
+        masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
+        batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
+        generated, run = self.execution.run(
+            lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
             num_real_rows=len(rows),
             bypass=job.bypass,
         )
-        # All before any is kept: a run that fails here is painted again. The filler's pictures are
-        # dropped.
+        # All before any is kept: a run that fails here is repeated. The filler's are dropped.
         finished = [
             image_processor.finish(pixels, answer.job.plan)
-            for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
+            for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
             answer.pictures.append(picture)
-            if painted.flagged is not None:
-                answer.flagged.append(bool(painted.flagged[index]))
+            if generated.flagged is not None:
+                answer.flagged.append(bool(generated.flagged[index]))
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:
@@ -250,7 +273,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             emit_step(answer, row, step, of, preview)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(results, self._encoders)
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
         return [
             responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]
@@ -273,7 +297,9 @@ def _preview(sketch: Sketch, position: int, plan: Plan) -> Image.Image:
     return image_processor.preview(sketch(position), plan)
 
 
-def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:
+def _batch(
+    request: ImageRequest, bucket: Bucket, rows: list[Row], size: int, *, masked: bool
+) -> Batch:
     """Real rows, filled up to `size`."""
     # The filler repeats nobody's text; its images are dropped with its pictures.
     filler = replace(
@@ -286,6 +312,7 @@ def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) ->
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         strength=request.strength,
+        masked=masked,
     )
 
 

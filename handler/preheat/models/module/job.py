@@ -29,6 +29,10 @@ class Job(BaseJob):
     accept: Accept = "application/json"
 
     @property
+    def asked(self) -> Bucket | None:
+        return Bucket(**self.sizes) if self.sizes else None
+
+    @property
     def kind(self) -> str:
         return str(self.bucket or "none")
 
@@ -58,8 +62,8 @@ class Answer(Outcome):
     job: Job
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
     ran_in: Bucket | None = None
-    """The bucket of the run, which its neighbours may have made larger than the job's own."""
-    num_painted: int = 0
+    """The bucket of the run, which other requests may have made larger than the job's own."""
+    num_computed: int = 0
     """Elements of its inputs, padding included."""
     num_real: int = 0
 
@@ -68,10 +72,10 @@ class Answer(Outcome):
         return str(self.ran_in) if self.ran_in is not None else "none"
 
     @property
-    def num_cropped(self) -> int:
-        return self.num_painted - self.num_real
+    def num_padding(self) -> int:
+        return self.num_computed - self.num_real
 
     @property
     def padding(self) -> float:
         """Share of the inputs' elements that were padding."""
-        return self.num_cropped / self.num_painted if self.num_painted else 0.0
+        return self.num_padding / self.num_computed if self.num_computed else 0.0

@@ -18,11 +18,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from preheat.config.family import Manifest
 from preheat.config.module import ModuleConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError, HubError, ModelError, in_one_line
-from preheat.models.base import Manifest
 from preheat.user_code import load_file, make_importable
 
 logger = logging.getLogger(__name__)

@@ -10,13 +10,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.config.module import ModuleConfig
 from preheat.config.places import model_place
 from preheat.config.pt2 import ShapesConfig
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
 from preheat.models.batching import Execution
 from preheat.models.module import loader, ranges, tensors
 from preheat.models.module.job import Answer, Job
