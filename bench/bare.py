@@ -67,7 +67,7 @@ class BareLoop:
     @torch.inference_mode()
     def _paint(self, sizes: Sequence[tuple[int, int]], bucket: Bucket) -> list[bytes]:
         spec = self._spec
-        painted = self._pipe(
+        generated = self._pipe(
             prompt=[spec.prompts[index % len(spec.prompts)] for index in range(len(sizes))],
             height=bucket.height,
             width=bucket.width,
@@ -77,7 +77,7 @@ class BareLoop:
         ).images
         return [
             images.encode(picture.crop((0, 0, width, height)), "png")
-            for picture, (height, width) in zip(painted, sizes, strict=True)
+            for picture, (height, width) in zip(generated, sizes, strict=True)
         ]
 
 

@@ -62,7 +62,7 @@ def closed_loop(
         seen = []
         with Client.to(running) as client:
             ask = _asker(client, protocol)
-            ask({})  # refused, so that the connection is there and nothing was painted
+            ask({})  # refused, so that the connection is there and nothing was generated
             gate.wait()
             while time.perf_counter() - first[0] < seconds:
                 with lock:

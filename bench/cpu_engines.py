@@ -76,7 +76,7 @@ class Local:
         self._inputs = cast(inputs, DTYPES[dtype])
         began = time.perf_counter()
         if engine == "channels_last":
-            self._lay_out()
+            self._to_channels_last()
         elif engine == "aot":
             self._package()
         elif engine != "eager":
@@ -97,7 +97,7 @@ class Local:
     def close(self) -> None:
         """Nothing outlives it."""
 
-    def _lay_out(self) -> None:
+    def _to_channels_last(self) -> None:
         self._call.to(memory_format=torch.channels_last)
 
         def change(tensor: torch.Tensor) -> torch.Tensor:

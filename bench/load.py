@@ -3,7 +3,7 @@ same machine.
 
     python -m bench.load [--profile tiny|sdxl] ...
 
-Both paint the same sizes with the same steps through the same compiler on the same number of
+Both generate the same sizes with the same steps through the same compiler on the same number of
 threads, and both encode every picture; what is left between them is the road. The clients live on
 this machine too, so on a CPU one core is left to them. Machines drift: the two are compared in
 turn, bare, served, bare, served, bare, and each served rate is held against the mean of its
@@ -48,7 +48,6 @@ from preheat.protocol import images
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
-from preheat.torchserve.server import ServerError
 
 GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
@@ -85,7 +84,7 @@ def runs(batch: int) -> dict[str, list[Run]]:
     """By server: its batch size, and the loads in their order. Open loops come after the closed
     ones that they refer to.
     """
-    full = 2 * batch  # while one batch is painted, the next one is there
+    full = 2 * batch  # while one batch is generated, the next one is there
     batching = [
         Run("closed", "uniform", num_clients=full),
         *(Run("closed", "mixed", num_clients=clients) for clients in (1, batch, full, 2 * full)),
@@ -419,7 +418,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         app()
-    except (PreheatError, ServerError, httpx.HTTPError) as error:
+    except (PreheatError, httpx.HTTPError) as error:
         print(f"bench: {error}", file=sys.stderr)
         sys.exit(1)
 

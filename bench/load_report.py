@@ -28,7 +28,7 @@ def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) 
     and encoding.
     """
     took = [one.milliseconds for one in traffic.seen if one.good]
-    runs, painted = (
+    runs, generated = (
         counted.get("preheat_inference_seconds_count", 0.0),
         counted.get("preheat_rows_painted_total", 0.0),
     )
@@ -42,12 +42,12 @@ def summary(traffic: Traffic, counted: Mapping[str, float], *, saturated: bool) 
         "failed": len(traffic.seen) - len(took),
         "requests_per_second": round(len(took) / traffic.seconds, 3),
     }
-    if not took or not painted:
+    if not took or not generated:
         return row
     row |= {f"p{percent}_ms": round(percentile(took, percent), 1) for percent in (50, 95, 99)}
     row |= {
-        "rows_per_run": round((painted - filled) / runs, 2),
-        "padded_rows": round(filled / painted, 4),
+        "rows_per_run": round((generated - filled) / runs, 2),
+        "padded_rows": round(filled / generated, 4),
         "padded_pixels": round(counted.get("preheat_pixels_cropped_total", 0.0) / pixels, 4),
         "model_ms": round(1000 * model_seconds / len(took), 2),
         "parse_ms": round(1000 * counted.get("preheat_preprocess_seconds_sum", 0.0) / len(took), 2),

@@ -248,9 +248,11 @@ def _draw_bars(axes: Any, rows: Mapping[str, Mapping[str, Any]], keys: Mapping[s
 
 
 def _padded_share(good: Sequence[Answer]) -> float:
-    painted = sum(answer.painted_pixels for answer in good)
+    generated = sum(answer.painted_pixels for answer in good)
     return (
-        sum(answer.padding * answer.painted_pixels for answer in good) / painted if painted else 0.0
+        sum(answer.padding * answer.painted_pixels for answer in good) / generated
+        if generated
+        else 0.0
     )
 
 

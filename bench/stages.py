@@ -22,9 +22,10 @@ from typing import Any
 
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
+from preheat.models.batching import BatchRunner
 from preheat.models.diffusion import image_processor, responses
 from preheat.models.diffusion.pipeline import DiffusionPipeline
-from preheat.models.diffusion.runner import Engine
+from preheat.models.diffusion.preprocess import Planner
 from preheat.protocol import images
 from preheat.torchserve import server
 from preheat_handler import PreheatHandler
@@ -32,10 +33,10 @@ from preheat_handler import PreheatHandler
 STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "parse": [(PreheatHandler, "preprocess")],
     "decode": [(images, "decode"), (images, "decode_mask")],
-    "lay": [(image_processor, "fit_to"), (image_processor, "lay")],
-    "plan": [(Engine, "plan")],
-    "group": [(Engine, "run")],
-    "model": [(DiffusionPipeline, "paint")],
+    "lay": [(image_processor, "fit_to"), (image_processor, "place")],
+    "plan": [(Planner, "plan")],
+    "group": [(BatchRunner, "run")],
+    "model": [(DiffusionPipeline, "generate")],
     "crop": [(image_processor, "finish")],
     "encode": [(responses, "encoded")],
     "respond": [(PreheatHandler, "postprocess")],

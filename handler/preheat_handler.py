@@ -30,7 +30,7 @@ from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out
 from preheat.worker.metrics import Metrics
-from preheat.worker.worker import Pending, Worker
+from preheat.worker.worker import AnyPending, AnyWorker
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of
 # every start, and not what the engine `openvino` here runs on.
@@ -48,7 +48,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     """
 
     def initialize(self, context: Any) -> None:
-        """Load, compile, warm and prove; TorchServe shows READY when this returns.
+        """Load, compile, warm and verify; TorchServe shows READY when this returns.
 
         Raises:
             SystemExit: the model cannot be served as its YAML says, and the log has the reason;
@@ -71,7 +71,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             share_cpu(config.minWorkers, gpus if self.device.type == "cuda" else 0)
             if self.device.type == "cpu":
                 keep_freed_memory()
-            self.worker = Worker[Any, Any](
+            self.worker = AnyWorker(
                 config,
                 Path(properties["model_dir"]),
                 self.device,
@@ -90,32 +90,32 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             raise
         self.initialized = True
 
-    def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[Pending[Any, Any]]:
+    def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[AnyPending]:
         """Every row as a job, or with the reason why not."""
         self._arrivals: list[float] = []
         return self.worker.preprocess(self._call(index, row) for index, row in enumerate(data))
 
     def inference(
-        self, data: Sequence[Pending[Any, Any]], *args: Any, **kwargs: Any
-    ) -> Sequence[Pending[Any, Any]]:
+        self, data: Sequence[AnyPending], *args: Any, **kwargs: Any
+    ) -> Sequence[AnyPending]:
         """Serve the jobs."""
         return self.worker.inference(data)
 
-    def postprocess(self, data: Sequence[Pending[Any, Any]]) -> list[bytes]:
+    def postprocess(self, data: Sequence[AnyPending]) -> list[bytes]:
         """Set each row's status and headers; the bodies are the output."""
         answered = self.worker.postprocess(data)
         for index, response in enumerate(answered):
             self._head(index, response)
             # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream,
             # and the worker dies.
-            if self._is_grpc(index):
+            if self.is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
         self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
-        return self.worker.current_state().document()
+        return {"preheat": self.worker.description()}
 
     def _config(self) -> ModelConfig:
         """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe
@@ -149,7 +149,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         return {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
 
-    def _is_grpc(self, index: int) -> bool:
+    def is_grpc(self, index: int) -> bool:
         """Whether neither HTTP/1.1's own header is there nor the one that /predictions adds; gRPC
         has no way to send them. An HTTP client who is taken for gRPC would wait for ever.
         """
@@ -159,7 +159,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
         that every client can stand it.
         """
-        live = not self._is_grpc(index) or self.worker.config.family.streams_over_grpc
+        live = not self.is_grpc(index) or self.worker.config.family.streams_over_grpc
         return partial(self._send, index) if live else None
 
     def _send(self, index: int, part: Response) -> None:

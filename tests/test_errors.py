@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
+from pathlib import Path
 
 import pytest
 
 from preheat import errors
-from preheat.errors import (
-    ArchiveError,
-    ConfigError,
-    PipelineError,
-    PreheatError,
-    RequestError,
-    WarmupError,
-)
-
-TREE = [ConfigError, RequestError, ArchiveError, WarmupError, PipelineError]
+from preheat.errors import ArchiveError, ConfigError, PreheatError, RequestError
 
 
-@pytest.mark.parametrize("kind", TREE)
-def test_every_error_has_the_one_root_and_is_drawn(kind: type[PreheatError]) -> None:
-    assert kind.__mro__[1] is PreheatError
+def drawn(kind: type[PreheatError], before: str = "") -> list[str]:
+    """The tree below `kind` as lines, without what stands beside the names."""
+    # benches have errors of their own
+    below = [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]
+    lines = []
+    for each in below:
+        last = each is below[-1]
+        lines.append(f"{before}{'└' if last else '├'}── {each.__name__}")
+        lines += drawn(each, before + ("    " if last else "│   "))
+    return lines
+
+
+def test_the_tree_is_as_it_is_drawn() -> None:
     assert errors.__doc__ is not None
-    assert kind.__name__ in errors.__doc__
+    lines = [line[4:] for line in errors.__doc__.splitlines() if "── " in line]
+    assert [re.sub(r"(── \w+) .*", r"\1", line) for line in lines] == drawn(PreheatError)
+
+
+def test_whatever_is_raised_on_purpose_is_in_the_tree_or_a_signal_inside_one_wing() -> None:
+    package = Path(errors.__file__).parent
+    kinds = re.compile(r"^class (\w+)\((?:\w*Error|\w*Exception)\):", re.MULTILINE)
+    outside = {
+        name
+        for path in package.rglob("*.py")
+        if path.name != "errors.py"
+        for name in kinds.findall(path.read_text())
+    }
+    assert outside == {"NoCode", "NotShared"}
 
 
 def test_a_config_error_begins_with_its_path() -> None:

@@ -104,8 +104,8 @@ def nearest_aspect(buckets: Sequence[Bucket], height: int, width: int) -> Bucket
 
     Near is a matter of factors: twice too wide is as far as twice too tall. Among equally near
     buckets one that covers goes before one that does not, then the least area among those that
-    cover (less to paint) or the greatest among those that do not (less to invent), then the smaller
-    height.
+    cover (less to compute) or the greatest among those that do not (less to invent), then the
+    smaller height.
 
     Raises:
         ValueError: there are no buckets.
@@ -134,21 +134,24 @@ def round_up(size: Bucket, multiple: int) -> Bucket:
 
 
 def split_rows(batch_sizes: Sequence[int], rows: int) -> tuple[int, ...]:
-    """The batch sizes of the runs that paint `rows` rows, largest first.
+    """The batch sizes of the runs for `rows` rows, largest first.
 
-    The fewest rows are painted in vain; among equals, in the fewest runs.
+    The fewest rows are computed as padding; among equals, in the fewest runs.
 
     Raises:
-        ValueError: there is no batch size, or nothing to paint.
+        ValueError: there is no batch size, or no row.
     """
     if rows < 1 or not batch_sizes:
         raise ValueError(f"cannot split {rows} rows into runs of {list(batch_sizes)}")
-    # best[n]: (rows painted, runs) and the runs for at least n rows; every n is reached from a
+    # best[n]: (rows generated, runs) and the runs for at least n rows; every n is reached from a
     # smaller one by one more run.
     best: list[tuple[int, int, tuple[int, ...]]] = [(0, 0, ())]
     for num in range(1, rows + 1):
         fewer = ((size, *best[max(0, num - size)]) for size in batch_sizes)
         best.append(
-            min((painted + size, runs + 1, (size, *sizes)) for size, painted, runs, sizes in fewer)
+            min(
+                (generated + size, runs + 1, (size, *sizes))
+                for size, generated, runs, sizes in fewer
+            )
         )
     return tuple(sorted(best[rows][2], reverse=True))

@@ -3,23 +3,32 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
-    ├── RunError         a legal request that could not be painted; becomes a 5xx answer
+    │   └── NoBucket         it is larger than every bucket, under `oversize: reject`
+    ├── RunError         a legal request that could not be generated; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
+    │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   └── PipelineFailure  500: the model raised
+    ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
-    ├── PipelineError    a pipeline folder cannot be served
-    ├── ModuleError      a module cannot be served
+    ├── ModelError       a model cannot be served
     ├── HubError         a model of the hub cannot be had, this time
+    ├── ServerError      TorchServe does not start, or does not stop
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
-Anything else that is raised is a bug, or the machine's doing.
+Anything else that is raised is a bug, or the machine's doing; signals between two functions of a
+wing, such as `NoCode`, are not drawn.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preheat.buckets import Bucket
 
 
 class PreheatError(Exception):
@@ -81,6 +90,14 @@ class RequestError(PreheatError):
         }
 
 
+class NoBucket(RequestError):
+    """A size that no bucket covers; `asked` is it, where the request says all of it."""
+
+    def __init__(self, message: str, field: str | None, asked: Bucket | None) -> None:
+        super().__init__(message, field)
+        self.asked = asked
+
+
 class RunError(PreheatError):
     """A legal request that got no picture; `code` is the answer's HTTP status."""
 
@@ -92,24 +109,29 @@ class RunError(PreheatError):
 
 
 class DeadlinePassed(RunError):
-    """The client's deadline was over before the request's turn came; nothing was painted."""
+    """The client's deadline was over before the request's turn came; nothing was generated."""
 
     code = 504
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after
-    `retry_after` seconds.
+    """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
+    seconds there is time for it; None: nobody knows when.
     """
 
     code = 503
+    retry_after: int | None = None
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(
-            "not begun: with the requests before it the answer would take longer than "
-            f"responseTimeout; send it again after {retry_after} s"
+    def __str__(self) -> str:
+        again = (
+            "send it again later"
+            if self.retry_after is None
+            else f"send it again after {self.retry_after} s, and its turn is kept"
         )
-        self.retry_after = retry_after
+        return (
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; {again}"
+        )
 
 
 class OutOfMemory(RunError):
@@ -118,8 +140,18 @@ class OutOfMemory(RunError):
     code = 507
 
 
+class AnswerTooLarge(RunError):
+    """The request was served, and TorchServe would end the worker that answers with so much."""
+
+    code = 413
+
+
 class PipelineFailure(RunError):
     """The pipeline raised on this request's group; the log has the traceback."""
+
+
+class LogError(PreheatError):
+    """Asked sizes that cannot be read."""
 
 
 class ArchiveError(PreheatError):
@@ -134,17 +166,9 @@ class WarmupError(PreheatError):
     """A variant that could not be warmed although `on_failure: fail` asks for every one."""
 
 
-class PipelineError(PreheatError):
-    """A pipeline folder that cannot be served: not a diffusers pipeline, or of a family nobody
-    wrote facts for.
-    """
-
-    lasting = True
-
-
-class ModuleError(PreheatError):
-    """A module that cannot be loaded: no file, no class, other weights than it has, or weights that
-    are more than tensors.
+class ModelError(PreheatError):
+    """A model that cannot be served: no file, no class or family that is known, other weights than
+    it has, or weights that are more than tensors.
     """
 
     lasting = True
@@ -154,6 +178,10 @@ class HubError(PreheatError):
     """A hub id whose files cannot be had, this time: TorchServe tries again, and the hub may answer
     then.
     """
+
+
+class ServerError(PreheatError):
+    """A server that cannot be started, or that died."""
 
 
 class Untrusted(PreheatError):

@@ -151,8 +151,8 @@ def test_the_bare_loop_paints_every_request_in_full_batches_of_one_bucket() -> N
         len(batch) == 2 and all(bucket.covers(Bucket(*size)) for size in batch)
         for bucket, batch in batches
     )
-    painted = Counter(size for _, batch in batches for size in batch)
-    assert not Counter(sizes) - painted
+    generated = Counter(size for _, batch in batches for size in batch)
+    assert not Counter(sizes) - generated
     with pytest.raises(ValueError, match="no bucket covers 100x100"):
         list(full_batches([(100, 100)], buckets, 2))
 

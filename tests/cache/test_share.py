@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from preheat.cache.store import GaveUp, Share
+from preheat.cache.store import NotShared, Share
 from preheat.cache.trust import Trust
 from preheat.errors import Untrusted
 
@@ -98,7 +98,7 @@ def test_one_holds_the_lock_and_the_other_hears_who(tmp_path: Path) -> None:
     lock, waited = place.lock()
     place.mark()
     assert not waited
-    with pytest.raises(GaveUp, match=f"pid {os.getpid()} on"):
+    with pytest.raises(NotShared, match=f"pid {os.getpid()} on"):
         place.lock(0.3, told.append)
     assert told and f"pid {os.getpid()} on" in told[0]
     lock.release()
@@ -112,12 +112,12 @@ def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
     lock, _ = place.lock()
     deep, endless = b"[" * 5000, b'{"pid": Infinity, "host": ""}'
     for content in (b"", b"[]", b"\xff" * 5000, b'{"pid": "x", "host": 1}', deep, endless):
-        place._beside(".writer").write_bytes(content)
-        with pytest.raises(GaveUp, match="another worker"):
+        place.path.with_suffix(".writer").write_bytes(content)
+        with pytest.raises(NotShared, match="another worker"):
             place.lock()
     place.unmark()
-    os.mkfifo(place._beside(".writer"))
-    with pytest.raises(GaveUp, match="another worker"):
+    os.mkfifo(place.path.with_suffix(".writer"))
+    with pytest.raises(NotShared, match="another worker"):
         place.lock()
     lock.release()
 
@@ -126,7 +126,7 @@ def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(
     tmp_path: Path, local: Path
 ) -> None:
     mine, dead, living = (share(tmp_path / "shared", name) for name in ("mine", "dead", "living"))
-    halves = [place.folder / f"{place._stem}.abc.tmp" for place in (mine, dead, living)]
+    halves = [place.path.with_suffix(".abc.tmp") for place in (mine, dead, living)]
     for half in halves:
         half.write_bytes(b"half")
     lock, _ = living.lock()
@@ -167,7 +167,7 @@ def test_a_bundle_over_the_cap_is_neither_published_nor_read(
     small, large = (
         share(tmp_path / "shared", max_bytes=size) for size in (NUM_BYTES, 10 * NUM_BYTES)
     )
-    with pytest.raises(GaveUp, match="max_bytes"):
+    with pytest.raises(NotShared, match="max_bytes"):
         small.publish(local)
     assert not small.path.exists() and not list(small.folder.glob("*.tmp"))
     large.publish(local)
@@ -204,7 +204,7 @@ def test_a_read_only_share_is_read(
 def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     place, victim = share(tmp_path / "shared"), tmp_path / "victim"
     victim.write_text("precious")
-    (place.folder / f"{place._stem}.lock").symlink_to(victim)
+    place.path.with_suffix(".lock").symlink_to(victim)
     with pytest.raises(OSError):
         place.lock()
     assert victim.read_text() == "precious"
@@ -230,7 +230,7 @@ def test_what_is_not_named_as_ours_is_left_alone(tmp_path: Path, local: Path) ->
 def test_the_lock_is_the_kernels(tmp_path: Path) -> None:
     """flock(2) and nothing else: a lock file that merely lies there holds nobody up."""
     place = share(tmp_path / "shared")
-    (place.folder / f"{place._stem}.lock").write_text("of a dead worker")
+    place.path.with_suffix(".lock").write_text("of a dead worker")
     lock, waited = place.lock()
     assert type(lock) is FileLock and not waited
     lock.release()

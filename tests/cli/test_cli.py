@@ -32,6 +32,14 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def listening(monkeypatch: pytest.MonkeyPatch) -> set[int]:
+    """The ports that somebody listens on: none, whatever else runs on this machine."""
+    ports: set[int] = set()
+    monkeypatch.setattr(server, "_can_bind", lambda port: port not in ports)
+    return ports
+
+
 @pytest.fixture
 def built(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The tiny models that were made."""
@@ -61,7 +69,7 @@ def test_what_is_shipped_to_try_needs_no_model_under_any_name(
 ) -> None:
     copy = tmp_path / "lighthouse.yaml"
     copy.write_text((ROOT / "model-config" / f"{name}.yaml").read_text())
-    first, again = app._model(copy, None), app._model(copy, None)
+    first, again = app.place_of_model(copy, None), app.place_of_model(copy, None)
     assert first == again and built == [name.removeprefix("tiny-")], (
         "made once, for the next serve too"
     )
@@ -87,7 +95,7 @@ def test_a_yaml_without_a_model_names_both_ways(
     config: Callable[[str], Path], text: str, words: str
 ) -> None:
     with pytest.raises(PreheatError, match=words):
-        app._model(config(text), None)
+        app.place_of_model(config(text), None)
 
 
 def test_a_folder_that_is_not_there_is_refused_before_a_server_starts(
@@ -111,14 +119,18 @@ def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(
     for folder in (beside.parent / "sdxl", here / "mine"):
         folder.mkdir()
         (folder / "model_index.json").write_text("{}")
-    assert app._model(beside, None) == str(beside.parent / "sdxl")
-    assert app._model(beside, "mine") == app._model(beside, "./mine") == str(here / "mine")
+    assert app.place_of_model(beside, None) == str(beside.parent / "sdxl")
+    assert (
+        app.place_of_model(beside, "mine")
+        == app.place_of_model(beside, "./mine")
+        == str(here / "mine")
+    )
 
 
 def test_a_hub_id_is_passed_on_and_said(
     config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app._model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
+    assert app.place_of_model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
     assert "org/sdxl: no folder here, so it is taken for a hub id" in capsys.readouterr().err
 
 
@@ -175,7 +187,31 @@ MISTAKES = {
     ),
     "code that is not there": (
         "module: {factory: 'net:make', inputs: {x: {shape: [batch, 4]}}}",
-        "the YAML names net.py, and ",
+        "module.factory: ",
+    ),
+    "a plug-in that is not there": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {import: [op.py]}",
+        "op.py does not exist",
+    ),
+    "a mode": (
+        "pipeline: {path: 'tiny:sdxl'}\npt2: {compile: {enable: true, mode: max-autotun}}",
+        "pt2.compile.mode: Inductor has no mode 'max-autotun'; did you mean max-autotune?",
+    ),
+    "a scheduler": (
+        "pipeline: {path: 'tiny:sdxl', scheduler: EulerDiscreet}",
+        "pipeline.scheduler: diffusers has no scheduler 'EulerDiscreet'; did you mean Euler",
+    ),
+    "a LoRA": (
+        "pipeline: {path: 'tiny:sdxl', fused_lora: /models/nope}",
+        "pipeline.fused_lora: no such folder: /models/nope",
+    ),
+    "a LoRA beside the YAML": (
+        "pipeline: {path: 'tiny:sdxl', fused_lora: ./lora}",
+        "pipeline.fused_lora: './lora' is relative",
+    ),
+    "a limit under every bucket": (
+        "pt2: {shapes: {buckets: [[64, 64]]}}\npipeline: {path: ., limits: {max_side: 56}}",
+        "pt2.shapes.buckets[0]: 64x64 is over pipeline.limits (max_side 56",
     ),
     "a tiny model": ("pipeline: {path: 'tiny:bert'}", "there is no tiny pipeline 'bert'; known: "),
 }
@@ -183,6 +219,10 @@ DOUBTS = {
     "batches that nothing fills": (
         "module: {path: 'tiny:bert'}\nbatchSize: 2\npt2: {shapes: {batch_sizes: [1, 4]}}",
         "pt2.shapes.batch_sizes: nothing fills runs of 4, since batches are of 2 requests at most",
+    ),
+    "float16 under OpenVINO": (
+        "pt2: {compile: {enable: true, backend: openvino}}\npipeline: {dtype: float16, path: x}",
+        "pipeline.dtype: under openvino float16 often differs from eager by more than is let",
     ),
     "batches that are split": (
         "batchSize: 4\npipeline: {path: 'tiny:sdxl'}\npt2: {shapes: {batch_sizes: [1, 2]}}",
@@ -205,6 +245,33 @@ def test_a_mistake_is_refused_before_anything_starts(
     with pytest.raises(PreheatError) as refused:
         getattr(app, command)(config(text))
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("command", ["check", "serve"])
+def test_a_place_that_is_taken_is_refused_before_anything_is_made(
+    command: str,
+    config: Callable[[str], Path],
+    built: list[str],
+    listening: set[int],
+    monkeypatch: pytest.MonkeyPatch,
+    here: Path,
+) -> None:
+    monkeypatch.setattr(server, "start", lambda *_, **__: pytest.fail("a server was started"))
+    call, good = getattr(app, command), config("pipeline: {path: 'tiny:sdxl'}")
+    running = server.TorchServe(here, server.Ports(), 7, 0.0, ("fox",), here)
+    monkeypatch.setattr(server, "find", lambda run_dir: running if run_dir.name == "fox" else None)
+    listening |= {8082, 9001}
+    with pytest.raises(PreheatError, match=r"^port 9001, 8082 on 127.0.0.1 is taken; choose"):
+        call(good, inference_port=9001)
+    with pytest.raises(PreheatError, match=r"^a server named fox runs already \(pid 7\)"):
+        call(good, name="fox", metrics_port=9002)
+    with pytest.raises(PreheatError, match=r"^port 9003 is asked for twice"):
+        call(good, metrics_port=9003, grpc_port=9003)
+    with pytest.raises(PreheatError, match="is no name for a server"):
+        call(good, name="../fox")
+    wrong = CliRunner().invoke(app.app, [command, str(good), "--grpc-port", "99999"])
+    assert wrong.exit_code == 2 and "65535" in wrong.output
+    assert built == []
 
 
 @pytest.mark.parametrize("doubt", DOUBTS)

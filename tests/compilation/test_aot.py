@@ -19,7 +19,7 @@ from torch import nn
 import old_folders
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
-from preheat.compilation.backends.base import CompiledCode, Prepared
+from preheat.compilation.backends.base import CompiledCode, Precompiled
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -29,7 +29,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import AheadError, ConfigError
 from preheat.worker.build_packages import build, rehearse
-from preheat.worker.worker import load
+from preheat.worker.worker import AnyPrepared, load
 
 CPU, OWNER = torch.device("cpu"), Trust("owner")
 FINGERPRINT = "f" * 64
@@ -129,7 +129,7 @@ def attached(
 def packages(router: Router) -> Sequence[CompiledCode]:
     """Those that serve the target, if any."""
     first = router.backends[0]
-    return first.codes if isinstance(first, Prepared) else ()
+    return first.codes if isinstance(first, Precompiled) else ()
 
 
 def warm(module: Toy, *rows: int) -> None:
@@ -180,10 +180,10 @@ def test_every_batch_size_equals_eager_and_nothing_is_compiled(
         args, kwargs = inputs(rows)
         with torch.inference_mode():
             torch.testing.assert_close(module(*args, **kwargs), eager(*args, **kwargs))
-    assert router.run.engines == {"aot"} and router.run.incidents == 0
+    assert router.run.engines == {"aot"} and router.run.unwarmed == 0
     assert watch.num_events == 0
     warm(module, MOST_ROWS + 1)
-    assert router.run.incidents == 1 and router.run.engines == {"aot", "eager"}
+    assert router.run.unwarmed == 1 and router.run.engines == {"aot", "eager"}
 
 
 def test_the_weights_are_the_modules_own(watch: CompileWatch, folder: Path) -> None:
@@ -296,7 +296,7 @@ def test_what_cannot_be_used_falls_to_the_next_engine_and_says_why(
         router.freeze()
         router.start_run()
         warm(module, 2)
-        assert router.run.fallen == 1 and router.run.engines == {"eager"}
+        assert router.run.fallbacks == 1 and router.run.engines == {"eager"}
 
 
 def test_with_one_package_missing_there_is_something_to_compile_and_to_share(
@@ -442,7 +442,7 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
             "tasks": ["text-to-image", "image-to-image"],
         },
     }
-    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    prepared: AnyPrepared = load(ModelConfig.parse(config), tmp_path, CPU)
     every = rehearse(prepared)
     for wanted in every:
         export(prepared.targets[wanted.target], wanted.plan.inputs, wanted.plan.dims)
@@ -460,7 +460,7 @@ def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(
         "pt2": {"compile": {"enable": True}, "shapes": shapes},
         "pipeline": {"tasks": ["text-to-image"]},
     }
-    prepared = load(ModelConfig.parse(config), tmp_path, CPU)
+    prepared: AnyPrepared = load(ModelConfig.parse(config), tmp_path, CPU)
     monkeypatch.setattr(
         aot, "build", lambda module, plan, path, kwargs: path.write_bytes(b"no package")
     )

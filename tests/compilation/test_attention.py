@@ -5,6 +5,7 @@ from torch's profiler.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,15 +14,17 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from models.diffusion.fakes import FakePipeline, config
 from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
-from preheat.config.diffusion import LimitsConfig
+from preheat.config.pt2 import Attention as AttentionName
 from preheat.config.pt2 import Pt2Config, ShapesConfig
-from preheat.models.diffusion.pipeline import Batch, Painted
-from preheat.models.diffusion.runner import Engine
+from preheat.models.batching import Execution
+from preheat.models.diffusion.pipeline import Batch, Generated
+from preheat.models.diffusion.runner import DiffusionRunner
 
 BUCKETS = (Bucket(64, 64), Bucket(32, 64))
 FLASH = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -40,19 +43,17 @@ class Attention(nn.Module):
         return nn.functional.scaled_dot_product_attention(query, key, value)
 
 
-class Painter:
-    """Calls the module once and paints nothing."""
-
-    multiple = grid = 8
+class Painter(FakePipeline):
+    """Calls the module once and generates nothing."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.result = module, torch.empty(0)
 
-    def paint(self, batch: Batch, after_step: Any = None) -> Painted:
+    def generate(self, batch: Batch, after_step: Any = None) -> Generated:
         cells = batch.bucket.volume // 64
         torch.manual_seed(cells)
         self.result = self.module(torch.randn(len(batch.rows), cells, 16))
-        return Painted(
+        return Generated(
             np.zeros((len(batch.rows), batch.bucket.height, batch.bucket.width, 3), dtype=np.uint8)
         )
 
@@ -60,7 +61,7 @@ class Painter:
 class Bench:
     """An engine under one `pt2.attention`, warmed in every bucket."""
 
-    def __init__(self, attention: str, compile: dict[str, Any]) -> None:
+    def __init__(self, attention: AttentionName, compile: dict[str, Any]) -> None:
         torch.manual_seed(0)
         module = Attention().eval()
         self.painter = Painter(module)
@@ -72,14 +73,10 @@ class Bench:
             torch.device("cpu"),
         )
         shapes = ShapesConfig(buckets=BUCKETS)
-        self.engine = Engine(
-            self.painter,
-            {"attention": self.router},
-            shapes,
-            max_rows=1,
-            device=torch.device("cpu"),
-            attention=attention,
+        execution = Execution(
+            (1,), torch.device("cpu"), {"attention": self.router}, attention=attention
         )
+        self.runner = DiffusionRunner(execution, self.painter, config(shapes, 1))
         for bucket in BUCKETS:
             self.ask(bucket)
         forbid_compiling()
@@ -88,9 +85,9 @@ class Bench:
     def ask(self, bucket: Bucket) -> set[str]:
         """Serve a request of this size; returns the operators that ran."""
         request = make_request(height=bucket.height, width=bucket.width)
-        job = self.engine.prepare(request, limits=LimitsConfig(), default=BUCKETS[0])
+        job = self.runner.planner.prepare(request)
         with profile(activities=[ProfilerActivity.CPU]) as profiled:
-            (answer,) = self.engine.run([job])
+            (answer,) = self.runner.inference([job])
         answer.raise_if_failed()
         return {event.name for event in profiled.events()}
 
@@ -105,7 +102,7 @@ def stance(watch: CompileWatch) -> Iterator[None]:
     ("attention", "ran", "not_run"),
     [("default", FLASH, MATH), ("flash", FLASH, MATH), ("math", MATH, FLASH)],
 )
-def test_eager_runs_the_chosen_kernel(attention: str, ran: str, not_run: str) -> None:
+def test_eager_runs_the_chosen_kernel(attention: AttentionName, ran: str, not_run: str) -> None:
     operators = Bench(attention, {"enable": False}).ask(BUCKETS[0])
     assert ran in operators and not_run not in operators
 
@@ -118,7 +115,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.parametrize("attention", ["default", "math"])
 def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
-    attention: str, cache: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+    attention: AttentionName, cache: str, watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Under `math` the graph holds the decomposition, of which Inductor makes kernels of its own
     around the products.
@@ -136,7 +133,7 @@ def test_inductor_compiles_the_chosen_attention_in_and_nothing_after_warm_up(
             latents = torch.randn(1, bucket.volume // 64, 16)
             expected = Attention.forward(bench.painter.module, latents)  # type: ignore[arg-type]
         torch.testing.assert_close(compiled, expected)
-    assert watch.num_events == events and bench.router.run.incidents == 0
+    assert watch.num_events == events and bench.router.run.unwarmed == 0
     assert {route.engine for route in bench.router.routes.values()} == {"compiled"}
 
 
@@ -145,6 +142,6 @@ def test_a_graph_warmed_under_one_choice_is_not_the_others() -> None:
     nothing.
     """
     bench = Bench("math", {"enable": True, "kwargs": {"backend": "aot_eager"}})
-    bench.engine._attention = "flash"
+    bench.runner.execution = replace(bench.runner.execution, attention="flash")
     operators = bench.ask(BUCKETS[0])
     assert FLASH not in operators

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from transformers.modeling_outputs import BaseModelOutput
 
 from preheat.compilation.backends.inductor import TorchCompile
@@ -30,8 +31,8 @@ class Toy(nn.Module):
         self.scale = 2.0
 
     def forward(self, sample: torch.Tensor, flag: bool = False) -> torch.Tensor:
-        painted: torch.Tensor = self.conv(sample) * self.scale
-        return painted + 1 if flag else painted
+        generated: torch.Tensor = self.conv(sample) * self.scale
+        return generated + 1 if flag else generated
 
 
 def compiled(
@@ -56,7 +57,7 @@ def test_a_warmed_shape_runs_compiled_and_equals_eager(watch: CompileWatch) -> N
     router.freeze()
     router.start_run()
     result = module(inputs)
-    assert router.run.engines == {"compiled"} and router.run.incidents == 0
+    assert router.run.engines == {"compiled"} and router.run.unwarmed == 0
     torch.testing.assert_close(result, module.conv(inputs) * 2.0)  # type: ignore[operator]
 
 
@@ -94,7 +95,7 @@ def test_an_unwarmed_call_runs_eagerly_at_once_and_is_an_incident(
     router.start_run()
     with caplog.at_level(logging.ERROR):
         result = module(*change(inputs))
-    assert router.run.incidents == 1 and router.run.engines == {"eager"}
+    assert router.run.unwarmed == 1 and router.run.engines == {"eager"}
     assert watch.num_events == events
     assert result.shape == change(inputs)[0].shape
     assert "toy runs eagerly" in caplog.text and "input shapes" in caplog.text
@@ -113,7 +114,7 @@ def test_a_guard_that_no_signature_shows_is_refused_named_and_served_eagerly(
     module.scale = 3.0  # type: ignore[assignment]
     with caplog.at_level(logging.ERROR):
         result = module(inputs)
-    assert router.run.incidents == 1 and watch.num_events == events
+    assert router.run.unwarmed == 1 and watch.num_events == events
     assert ("scale" if names_guards else "does not name") in caplog.text, (
         "the guard that failed is named"
     )
@@ -139,9 +140,9 @@ def test_one_graph_serves_every_batch_size_but_one_once_the_dimension_is_learnt(
     router.start_run()
     for rows in range(1, 9):
         module(sample(rows, 4, 8, 8))
-    assert router.run.incidents == 0 and watch.num_events == events + 2
+    assert router.run.unwarmed == 0 and watch.num_events == events + 2
     module(sample(9, 4, 8, 8))
-    assert router.run.incidents == 1, "past the largest size that was seen nothing is promised"
+    assert router.run.unwarmed == 1, "past the largest size that was seen nothing is promised"
 
 
 def picky_backend(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable[..., Any]:
@@ -160,7 +161,7 @@ def test_a_shape_whose_compile_fails_stays_eager_alone_with_its_reason(watch: Co
     router.freeze()
     router.start_run()
     module(sample(1, 4, 1, 16))
-    assert router.run.fallen == 1 and router.run.incidents == 0
+    assert router.run.fallbacks == 1 and router.run.unwarmed == 0
 
 
 def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(
@@ -169,6 +170,21 @@ def test_a_fault_of_the_model_itself_is_not_taken_for_a_compile_failure(
     module, _ = compiled(watch)
     with pytest.raises(RuntimeError, match="channels"):
         module(sample(1, 3, 8, 8))
+
+
+def test_a_second_module_of_the_class_runs_the_graphs_of_the_first_and_is_compiled(
+    watch: CompileWatch,
+) -> None:
+    """As a worker that was started again in this process: weights are inputs of Dynamo's graphs."""
+    inputs = sample(2, 4, 8, 8)
+    first, _ = compiled(watch)
+    first(inputs)
+    events = watch.num_events
+    module, router = compiled(watch)
+    result = module(inputs)
+    assert [route.engine for route in router.routes.values()] == ["compiled"]
+    assert watch.num_events == events and (result != first(inputs)).any()
+    torch.testing.assert_close(result, module.conv(inputs) * 2.0)  # type: ignore[operator]
 
 
 class Opaque(Toy):
@@ -267,7 +283,7 @@ def test_ipex_serves_channels_last_models_and_inputs(
     router.freeze()
     router.start_run()
     module(sample(3, 4, 8, 8))
-    assert router.run.engines == {"ipex"} and router.run.incidents == 0
+    assert router.run.engines == {"ipex"} and router.run.unwarmed == 0
     # compared with eager in warm-up, then served
     assert fake.dtypes == [torch.bfloat16] and seen == [True] * 3
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
@@ -299,7 +315,7 @@ def test_without_a_compiler_convolutions_are_channels_last(watch: CompileWatch) 
     router.freeze()
     router.start_run()
     module(inputs)
-    assert router.run.engines == {"eager"} and router.run.incidents == 0
+    assert router.run.engines == {"eager"} and router.run.unwarmed == 0
 
 
 def test_ipex_that_is_not_installed_is_a_loud_eager(
@@ -371,7 +387,7 @@ def test_what_ipex_fails_on_is_served_by_the_module_as_it_was(
     router.freeze()
     router.start_run()
     torch.testing.assert_close(module(inputs), expected)
-    assert router.run.engines == {"eager"} and router.run.fallen == 1
+    assert router.run.engines == {"eager"} and router.run.fallbacks == 1
 
 
 def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_ones_stay_compiled(
@@ -381,14 +397,14 @@ def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_one
     module, router = compiled(
         watch, compile={"enable": True, "kwargs": {"backend": "eager", "dynamic": False}}
     )
-    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
+    with dynamo_config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
         raise_recompile_limits(0)
         router.open()
         ran = []
         for rows in (1, 2, 3, 4, 5, 2):
             router.start_run()
             module(sample(rows, 4, 8, 8))
-            ran.append((router.run.engines, router.run.fallen))
+            ran.append((router.run.engines, router.run.fallbacks))
     assert ran == [({"compiled"}, 0)] * 3 + [({"eager"}, 1)] * 2 + [({"compiled"}, 0)]
     assert caplog.text.count("recompile limit is reached") == 1
 
@@ -452,4 +468,4 @@ def test_a_target_may_take_and_give_the_outputs_of_transformers(watch: CompileWa
             call()
     router.freeze()
     call()
-    assert router.run.engines == {"compiled"} and not router.run.incidents
+    assert router.run.engines == {"compiled"} and not router.run.unwarmed

@@ -68,7 +68,7 @@ def test_it_serves_what_eager_float32_gives(
         router.start_run()
         result = module(given).last_hidden_state
         module(given[:1])  # any shape: nothing is compiled
-    assert router.run.engines == {"ipex"} and router.run.incidents == router.run.fallen == 0
+    assert router.run.engines == {"ipex"} and router.run.unwarmed == router.run.fallbacks == 0
     assert result.dtype == dtype
     assert (
         compare(result, expected).share

@@ -125,7 +125,7 @@ def test_one_model_serves_every_batch_size_as_eager_does(
     for rows in range(1, MOST_ROWS + 1):
         result, expected = call(module, rows, dtype=dtype)
         torch.testing.assert_close(result, expected, atol=tolerance, rtol=tolerance)
-    assert router.run.engines == {"openvino"} and router.run.incidents == 0
+    assert router.run.engines == {"openvino"} and router.run.unwarmed == 0
     assert watch.num_events == 0 and not router.compiles and not router.idle
 
 
@@ -163,7 +163,7 @@ def test_what_was_not_warmed_is_an_incident_and_makes_no_model() -> None:
     router.start_run()
     result, expected = call(module, 2, side=16)
     torch.testing.assert_close(result, expected)
-    assert router.run.incidents == 1 and router.run.engines == {"eager"} and num_models(router) == 1
+    assert router.run.unwarmed == 1 and router.run.engines == {"eager"} and num_models(router) == 1
 
 
 def test_weights_cast_inside_a_request_are_exported_too() -> None:
@@ -202,7 +202,7 @@ def test_a_module_that_cannot_be_exported_is_served_eagerly_with_the_reason(
     router.freeze()
     router.start_run()
     call(module, 2)
-    assert router.run.fallen == 1 and router.run.incidents == 0
+    assert router.run.fallbacks == 1 and router.run.unwarmed == 0
 
 
 def test_a_fault_of_the_model_itself_is_raised() -> None:

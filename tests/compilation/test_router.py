@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from preheat.compilation.backends.base import EngineName, Prepared
+from preheat.compilation.backends.base import EngineName, Precompiled
 from preheat.compilation.modes import Route
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -39,7 +39,7 @@ class Code:
 
 
 def routed(*codes: Code) -> Router:
-    return Router("toy", double, [Prepared(code.engine, [code]) for code in codes])
+    return Router("toy", double, [Precompiled(code.engine, [code]) for code in codes])
 
 
 def warm(router: Router, *rows: int) -> dict[int, Route]:
@@ -55,7 +55,7 @@ def serve(router: Router, rows: int) -> tuple[set[EngineName], int, int]:
     """The engines, the unwarmed calls and the fallbacks of a run with one call."""
     router.start_run()
     assert torch.equal(router(torch.ones(rows)), torch.full((rows,), 2.0))
-    return router.run.engines, router.run.incidents, router.run.fallen
+    return router.run.engines, router.run.unwarmed, router.run.fallbacks
 
 
 def test_the_first_backend_that_has_code_for_a_call_serves_it() -> None:
@@ -150,7 +150,7 @@ def test_a_run_outside_every_bucket_is_eager_and_no_fallback() -> None:
         router.start_run(bypass=True)
         router(torch.ones(1))
         run = router.run
-        assert (run.engines, run.incidents, run.fallen) == ({"eager"}, 0, 0)
+        assert (run.engines, run.unwarmed, run.fallbacks) == ({"eager"}, 0, 0)
     assert code.calls == calls
 
 

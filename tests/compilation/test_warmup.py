@@ -13,11 +13,12 @@ from preheat.buckets import Bucket
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router
-from preheat.compilation.warmup import Warmup, WarmupProgress
+from preheat.compilation.variants import Variant as AnyVariant
+from preheat.compilation.warmup import Warmup
 from preheat.compilation.watch import CompileWatch
 from preheat.config.pt2 import Pt2Config
 from preheat.errors import WarmupError
-from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 
 SMALL, WIDE = Bucket(8, 8), Bucket(8, 16)
 
@@ -31,8 +32,8 @@ class Denoiser(nn.Module):
         self.scale = 1.0
 
     def forward(self, sample: torch.Tensor) -> torch.Tensor:
-        painted: torch.Tensor = self.conv(sample) * self.scale
-        return painted
+        generated: torch.Tensor = self.conv(sample) * self.scale
+        return generated
 
 
 class Server:
@@ -49,19 +50,23 @@ class Server:
             "unet", self.denoiser, config, torch.float32, torch.device("cpu")
         )
         self.served: list[Variant] = []
-        self.steps: list[WarmupProgress] = []
-        options: dict[str, Any] = {"on_failure": "eager", "progress": self.steps.append} | settings
+        self.steps: list[Variant] = []
+        options: dict[str, Any] = {"on_failure": "eager", "progress": self.note} | settings
         self.warmup = Warmup(self.serve, {"unet": self.router}, watch, **options)
 
-    def serve(self, variant: Variant) -> None:
-        self.served.append(variant)
+    def note(self, variant: Variant, seconds: float) -> None:
+        self.steps.append(variant)
+
+    def serve(self, variant: AnyVariant) -> None:
+        (meant,) = own([variant])
+        self.served.append(meant)
         self.router.start_run()
-        rows = variant.batch_size * (2 if variant.guidance else 1)
+        rows = variant.batch_size * (2 if meant.guidance else 1)
         with torch.inference_mode():
             self.denoiser(torch.zeros(rows, 1, variant.bucket.height, variant.bucket.width))
 
     def engines(self) -> dict[tuple[object, int], str]:
-        return {(record.bucket, record.batch_size): record.engine for record in self.warmup.records}
+        return {(record.bucket, record.batch_size): record.engine for record in self.warmup.rows}
 
 
 def failing(*_: object) -> Any:
@@ -127,10 +132,10 @@ def test_after_warm_up_the_replay_compiles_nothing_and_every_variant_is_compiled
     with caplog.at_level(logging.INFO, logger="preheat"):
         server.warmup.warm(VARIANTS)
     events = watch.num_events
-    assert server.warmup.prove(VARIANTS) == 0
+    assert server.warmup.verify(VARIANTS) == 0
     assert watch.num_events == events == 6, "rows 1, 2 and 4 in two buckets"
     assert set(server.engines().values()) == {"compiled"} and len(server.engines()) == 4
-    assert [step.done for step in server.steps] == list(range(1, 9))
+    assert server.steps == list(VARIANTS)
     assert "[1/8] 8x16 unet compiled in" in caplog.text
 
 
@@ -138,22 +143,22 @@ def test_a_variant_left_out_of_warm_up_is_caught_by_the_proof(
     watch: CompileWatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     forgotten = Variant(WIDE, 2, True, "text-to-image")
-    server = Server(watch, leave_out=[forgotten])
-    server.warmup.warm(VARIANTS)
+    server = Server(watch)
+    server.warmup.warm([variant for variant in VARIANTS if variant != forgotten])
     events = watch.num_events
     with caplog.at_level(logging.ERROR):
-        assert server.warmup.prove(VARIANTS) == 1
-    assert watch.num_events == events, "the proof itself compiles nothing either"
+        assert server.warmup.verify(VARIANTS) == 1
+    assert watch.num_events == events, "verification itself compiles nothing either"
     assert f"{forgotten} was not hot" in caplog.text
     assert server.engines()[WIDE, 2] == "eager" and server.engines()[WIDE, 1] == "compiled"
 
 
 def test_a_variant_left_out_refuses_ready_where_the_config_says_so(watch: CompileWatch) -> None:
     forgotten = Variant(WIDE, 2, True, "text-to-image")
-    server = Server(watch, leave_out=[forgotten], on_failure="fail")
-    server.warmup.warm(VARIANTS)
+    server = Server(watch, on_failure="fail")
+    server.warmup.warm([variant for variant in VARIANTS if variant != forgotten])
     with pytest.raises(WarmupError, match=r"on_failure is fail.*8x16 batch 2, guidance on"):
-        server.warmup.prove(VARIANTS)
+        server.warmup.verify(VARIANTS)
 
 
 def test_state_that_changes_between_warm_up_and_traffic_is_caught_with_its_guard(
@@ -163,11 +168,11 @@ def test_state_that_changes_between_warm_up_and_traffic_is_caught_with_its_guard
     server.warmup.warm(VARIANTS)
     server.denoiser.scale = 2.0
     with caplog.at_level(logging.ERROR):
-        assert server.warmup.prove(VARIANTS) > 0
+        assert server.warmup.verify(VARIANTS) > 0
     said = "scale" if names_guards else "does not name"
     assert said in caplog.text
     assert set(server.engines().values()) == {"eager"}
-    assert all(said in str(record.reason) for record in server.warmup.records)
+    assert all(said in str(record.reason) for record in server.warmup.rows)
 
 
 def fails_on_wide(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
@@ -179,15 +184,15 @@ def fails_on_wide(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 def test_a_bucket_whose_compile_fails_becomes_eager_alone(watch: CompileWatch) -> None:
     server = Server(watch, fails_on_wide)
     server.warmup.warm(VARIANTS)
-    assert server.warmup.prove(VARIANTS) == 0, "a bucket given up in warm-up is no new fault"
+    assert server.warmup.verify(VARIANTS) == 0, "a bucket given up in warm-up is no new fault"
     assert server.engines() == {
         (SMALL, 1): "compiled",
         (SMALL, 2): "compiled",
         (WIDE, 1): "eager",
         (WIDE, 2): "eager",
     }
-    reasons = {record.bucket: record.reason for record in server.warmup.records}
-    assert reasons[SMALL] is None and "no lowering" in str(reasons[WIDE])
+    reasons = {record.bucket: record.reason for record in server.warmup.rows}
+    assert reasons[SMALL] == "" and "no lowering" in str(reasons[WIDE])
 
 
 def test_a_bucket_whose_compile_fails_refuses_ready_where_the_config_says_so(
@@ -207,7 +212,7 @@ def test_two_observed_batch_sizes_make_one_graph_a_bucket(watch: CompileWatch) -
     server.warmup.warm(variants)
     assert watch.num_events == 4, "rows 1 and rows 2-8, in two buckets"
     assert (
-        server.warmup.prove(
+        server.warmup.verify(
             plan_variants([SMALL, WIDE], [1, 2, 3, 4], [True, False], ["text-to-image"])
         )
         == 0
@@ -235,7 +240,7 @@ def test_compiled_code_that_never_settles_is_given_up(
     server = Server(watch)
     server.warmup.warm(VARIANTS)
     make_restless("unet", watch, monkeypatch)
-    assert server.warmup.prove(VARIANTS[:1]) == 1
+    assert server.warmup.verify(VARIANTS[:1]) == 1
     assert server.engines()[WIDE, 2] == "eager"
     events = watch.num_events
     server.serve(VARIANTS[0])
@@ -248,11 +253,11 @@ def test_eager_though_compiling_was_asked_for_always_has_a_reason(
 ) -> None:
     server = Server(watch, compile=compile)
     server.warmup.warm(VARIANTS)
-    assert {record.engine for record in server.warmup.records} == {"eager"}
-    assert all(record.reason for record in server.warmup.records)
-    server.warmup.prove(())
+    assert {record.engine for record in server.warmup.rows} == {"eager"}
+    assert all(record.reason for record in server.warmup.rows)
+    server.warmup.verify(())
     server.serve(VARIANTS[0])
-    assert server.router.run.fallen > 0
+    assert server.router.run.fallbacks > 0
 
 
 @pytest.mark.parametrize("compile", IN_VAIN)
@@ -264,8 +269,8 @@ def test_on_failure_fail_counts_every_reason(watch: CompileWatch, compile: dict[
 def test_eager_that_was_asked_for_has_none(watch: CompileWatch) -> None:
     server = Server(watch, compile={"enable": False}, on_failure="fail")
     server.warmup.warm(VARIANTS)
-    assert {(record.engine, record.reason) for record in server.warmup.records} == {("eager", None)}
-    assert server.router.run.fallen == 0
+    assert {(record.engine, record.reason) for record in server.warmup.rows} == {("eager", "")}
+    assert server.router.run.fallbacks == 0
 
 
 def test_only_the_target_that_compiled_again_is_given_up(
@@ -278,7 +283,7 @@ def test_only_the_target_that_compiled_again_is_given_up(
     config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": {"backend": "eager"}}})
     other = build_router("vae.decoder", decoder, config, torch.float32, torch.device("cpu"))
 
-    def serve(variant: Variant) -> None:
+    def serve(variant: AnyVariant) -> None:
         server.serve(variant)
         other.start_run()
         with torch.inference_mode():
@@ -287,6 +292,6 @@ def test_only_the_target_that_compiled_again_is_given_up(
     warmup = Warmup(serve, {"unet": server.router, "vae.decoder": other}, watch, on_failure="eager")
     warmup.warm(VARIANTS)
     make_restless("vae.decoder", watch, monkeypatch)
-    assert warmup.prove(VARIANTS) == 2, "in each bucket once: then it is eager"
-    engines = {(record.target, record.engine) for record in warmup.records}
+    assert warmup.verify(VARIANTS) == 2, "in each bucket once: then it is eager"
+    engines = {(record.target, record.engine) for record in warmup.rows}
     assert ("unet", "eager") not in engines and ("vae.decoder", "eager") in engines

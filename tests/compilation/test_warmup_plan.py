@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from preheat.buckets import Bucket
+from preheat.compilation.variants import Variant as AnyVariant
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.config.pt2 import ShapesConfig
-from preheat.models.diffusion.variants import Variant, covering, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 
 BATCH_SIZES = st.one_of(
     st.just("dynamic"), st.sets(st.integers(1, 8), min_size=1, max_size=4).map(sorted)
@@ -30,13 +31,13 @@ class Pictures:
         tasks = ["text-to-image", "inpainting"]
         return plan_variants(self.buckets, batch_sizes, [True, False], tasks)
 
-    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
-        return covering(variants)
+    def covering(self, variants: Sequence[AnyVariant]) -> Sequence[Variant]:
+        return covering(own(variants))
 
-    def extremes(self, variants: Sequence[Variant]) -> Sequence[Variant]:
+    def extremes(self, variants: Sequence[AnyVariant]) -> Sequence[AnyVariant]:
         return [variants[0], variants[-1]]
 
-    def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
+    def between(self, variants: Sequence[AnyVariant]) -> Sequence[Variant]:
         return []
 
 

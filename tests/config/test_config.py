@@ -59,7 +59,7 @@ pipeline:
   guidance: "on"
   tasks: [text-to-image, inpainting]
   fused_lora: /models/lora
-  limits: {max_steps: 50, max_prompt_chars: 500, max_image_bytes: 1000, max_image_pixels: 1000,
+  limits: {max_steps: 50, max_prompt_chars: 500, max_image_bytes: 1000, max_image_pixels: 2000000,
            min_side: 8, max_side: 2048, max_images: 2, max_guidance_scale: 20}
   defaults: {num_inference_steps: 20, guidance_scale: 7, strength: 0.5, output_format: webp}
 """
@@ -354,6 +354,9 @@ def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
             "pt2: {compile: {enable: true, backend: nonsense}}",
             "pt2.compile.backend: 'nonsense' is not a backend",
         ),
+        ("startupTimeout: 300", "maxRetryTimeoutInSec: TorchServe's 300 must exceed"),
+        ("startupTimeout: 299", None),
+        ("startupTimeout: 900\nmaxRetryTimeoutInSec: 901", None),
     ],
 )
 def test_what_loads_and_is_hardly_meant_is_said(text: str, warned: str | None) -> None:

@@ -111,10 +111,10 @@ def test_pictures_equal_eager_ones_in_every_bucket_and_batch_size(
                 (answer,) = eager.run([eager.parse({"body": request})])
                 answer.raise_if_failed()
                 for entry, picture in zip(document["data"], answer.pictures, strict=True):
-                    painted = np.asarray(
+                    generated = np.asarray(
                         Image.open(io.BytesIO(base64.b64decode(entry["b64_json"])))
                     ).astype(int)
-                    difference = np.abs(painted - np.asarray(picture).astype(int))
+                    difference = np.abs(generated - np.asarray(picture).astype(int))
                     assert difference.mean() < 4  # roundings of bfloat16
     state = ahead.state()
     assert state["compiles_since_ready"] == state["incidents"] == state["eager_fallbacks"] == 0
@@ -137,10 +137,10 @@ def test_an_archive_from_another_machine_is_compiled_and_says_why(
     data["pt2"]["compile"]["backend"] = "eager"
     data["pt2"]["shapes"]["buckets"] = BUCKETS[:1]
     config = ModelConfig.parse(data)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     service = Worker[Any, Any](
         config, archive, torch.device("cpu"), status=StatusFile(None, "other")
     )
     torch.compiler.set_stance("default")
-    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
-    assert all("built for fingerprint" in row["reason"] for row in service.state.buckets)
+    assert {row.engine for row in service.state.buckets} == {"compiled"}
+    assert all("built for fingerprint" in row.reason for row in service.state.buckets)

@@ -189,6 +189,24 @@ def test_the_state_is_for_the_management_port(served: Served, path: str, content
     assert served.state()["fingerprint"]
 
 
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        (b'{"prompt": "a cat", "seed": 1, "seed": 2}', "seed is given twice"),
+        (b'"a cat"', "body must be a JSON object, got 'a cat'"),
+        (b"[" * 100_000, "body is not JSON: nested too deeply; "),
+    ],
+    ids=["a name twice", "text alone", "a hundred thousand lists"],
+)
+def test_torchserve_leaves_json_to_us(served: Served, body: bytes, message: str) -> None:
+    """It would take all three: a body is read before its limits are known, and of two seeds the
+    last counts.
+    """
+    reply = served.client.post(content=body, headers={"content-type": "application/json"})
+    assert reply.status == 400 and reply.error is not None
+    assert reply.error["message"].startswith(message)
+
+
 @pytest.mark.parametrize("name", ["lora", "clip_skip", "prompt_2"])
 def test_a_field_that_is_not_served_says_what_there_is_instead(served: Served, name: str) -> None:
     reply = served.client.predict(GOOD | {name: 1})

@@ -5,7 +5,6 @@ when a prompt says so.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -19,7 +18,19 @@ import yaml
 
 from preheat.torchserve import archive as archiving
 from preheat.torchserve.client import Client, Reply
-from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, serving, streamed
+from served import (
+    BUCKETS,
+    CACHE,
+    CONFIG,
+    ONE_THREAD,
+    Served,
+    events,
+    kinds,
+    opened,
+    picture,
+    serving,
+    streamed,
+)
 
 # Appended to the archive's entry file. `large` does not fit beside others, and says so when all
 # steps are done; `huge` never fits.
@@ -31,7 +42,7 @@ import torch as _torch
 
 from preheat.models.diffusion import pipeline as _pipeline
 
-_paint = _pipeline.DiffusionPipeline.paint
+_paint = _pipeline.DiffusionPipeline.generate
 
 
 def _faulty(self, batch, *arguments):
@@ -44,7 +55,7 @@ def _faulty(self, batch, *arguments):
     return pixels
 
 
-_pipeline.DiffusionPipeline.paint = _faulty
+_pipeline.DiffusionPipeline.generate = _faulty
 """
 # Of sizes that only the first bucket covers: the other server has them all.
 LARGE: dict[str, Any] = {
@@ -71,9 +82,8 @@ def faulty(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archiving, "ENTRY", entry)
         archive = archiving.build_archive(work / "faulty.yaml", tiny_sdxl, output=work / "archives")
-    # as many as `served` has: other code otherwise
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    env = threads | {"PYTHONPATH": ""}  # what stands there would go before the archive's own entry
+    # what stands in PYTHONPATH would go before the archive's own entry
+    env = ONE_THREAD | {"PYTHONPATH": ""}
     with serving(archive, work, cache=CACHE, env=env) as warm:
         yield warm
 
@@ -122,7 +132,7 @@ def test_what_fits_nowhere_is_a_507_of_its_own(served: Served, faulty: Served) -
     assert replies[0].error == {
         "code": 507,
         "type": "OutOfMemory",
-        "message": f"painting {BUCKETS[0][0]}x{BUCKETS[0][1]} does not fit into memory",
+        "message": f"{BUCKETS[0][0]}x{BUCKETS[0][1]}, guidance: one row does not fit into memory",
         "field": None,
     }
     assert_same(replies[1].body, served.client.predict(calm))

@@ -86,7 +86,7 @@ class Stock:
             check=False,
         )
 
-    def paint(self, model: str) -> bytes:
+    def generate(self, model: str) -> bytes:
         url = f"http://127.0.0.1:{self.ports.inference}/predictions/{model}"
         answer = httpx.post(url, json=REQUEST, timeout=120, trust_env=False)
         assert answer.status_code == 200, answer.text
@@ -99,7 +99,7 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     which has none.
     """
     folder, handler = tmp_path_factory.mktemp("stock"), server.ROOT / "handler"
-    temp = server._prepare(folder / "run")  # short enough for sockets
+    temp = server.prepare(folder / "run")  # short enough for sockets
     for name in ("model-config", "kept/pipeline"):
         (folder / name).mkdir(parents=True)
     (folder / "handler").symlink_to(handler)
@@ -109,7 +109,7 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     # TorchServe reads the file of this name in its working folder; it takes the ports alone.
     settings = {
         key: value
-        for key, value in server._own_properties(ports, {}).items()
+        for key, value in server.own_properties(ports, {}).items()
         if key != "load_models"
     }
     server.write_properties(folder / "config.properties", settings)
@@ -149,7 +149,7 @@ def test_a_flattened_pipeline_and_one_in_a_folder_both_serve(stock: Stock) -> No
         waited = stock.ready("--model", name, "--wait", "300")
         assert waited.returncode == 0, waited.stdout + waited.stderr
         assert waited.stdout.splitlines()[-1] == "ready" and f"{name}: eager 64x64" in waited.stdout
-    pictures = [stock.paint(name) for name in ("sdxl", "kept")]
+    pictures = [stock.generate(name) for name in ("sdxl", "kept")]
     assert Image.open(io.BytesIO(pictures[0])).size == (40, 50) and pictures[0] == pictures[1]
 
 

@@ -21,7 +21,7 @@ from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.device import pick_device
 from preheat.models import tiny
-from preheat.models.diffusion.runner import Answer
+from preheat.models.diffusion.job import Answer
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
@@ -86,7 +86,7 @@ def assert_hot(service: Worker[Any, Any]) -> None:
     state = service.current_state()
     assert state.state == "hot" and state.compiles_at_boot > 0, state
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0), state
-    assert {row["engine"] for row in state.buckets} == {"compiled"}, state.buckets
+    assert {row.engine for row in state.buckets} == {"compiled"}, state.buckets
 
 
 def counted() -> str:
@@ -138,7 +138,7 @@ def test_image_tasks_and_a_compiled_decoder_replay_their_graphs_too(
         (answer,) = ask(service, body)
         assert answer.engine == "compiled"
     assert watch.events["cudagraph_recording"] == recorded
-    assert {row["target"] for row in service.state.buckets} == {"unet", "vae.decoder"}
+    assert {row.target for row in service.state.buckets} == {"unet", "vae.decoder"}
     assert_hot(service)
 
 

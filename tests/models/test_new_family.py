@@ -5,11 +5,10 @@ the handler, the cache or the command knows it. It is also the smallest model to
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 from weakref import WeakSet
 
 import pytest
@@ -17,15 +16,15 @@ import torch
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.compilation.pace import Load, Timing
+from preheat.compilation.pace import Timing
 from preheat.compilation.variants import Variant
 from preheat.compilation.watch import CompileWatch
 from preheat.config.family import FamilyConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, RequestError
 from preheat.models import registry
-from preheat.models.base import ModelRunner
-from preheat.models.batching import Batcher, Outcome
+from preheat.models.base import LoadedModel, ModelRunner
+from preheat.models.batching import BaseJob, Chunk, Execution, Outcome, RunReport
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
@@ -48,75 +47,57 @@ class Double(nn.Module):
         return 2 * numbers
 
 
+@dataclass(frozen=True, slots=True)
+class Job(BaseJob):
+    number: float
+    send: Callable[[Response], None] | None = None
+
+
 @dataclass(slots=True)
 class Doubled(Outcome):
-    call: Call
+    job: Job
     number: float = 0.0
 
 
-class DoubleRunner(Batcher[Doubled, float], ModelRunner[Call, Doubled]):
-    module: Double
-
-    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
-        return [Variant(Bucket(), size) for size in sorted(batch_sizes, reverse=True)]
+class DoubleRunner(ModelRunner[Job, Doubled]):
+    def __init__(self, execution: Execution, module: Double) -> None:
+        super().__init__(execution, [Bucket()])
+        self._module = module
 
     def run_variant(self, variant: Variant) -> Timing:
-        began = time.perf_counter()
-        self.inference([Call({"body": 1.0})] * variant.batch_size)
-        return Timing(0.0, time.perf_counter() - began)
+        _, seconds = self.batches.timed([Job(1.0)] * variant.batch_size)
+        return Timing(0.0, seconds)
 
-    def preprocess(self, call: Call) -> Call:
-        if not isinstance(call.row.get("body"), float):
+    def preprocess(self, call: Call) -> Job:
+        number = call.row.get("body")
+        if not isinstance(number, float):
             raise RequestError("must be a number", "body")
-        return call
+        return Job(number, call.send, deadline=call.deadline)
 
-    def inference(self, jobs: Sequence[Call]) -> list[Doubled]:
-        answers = [Doubled(call) for call in jobs]
-        self.answer(answers)
-        return answers
+    def result(self, job: Job) -> Doubled:
+        return Doubled(job)
+
+    def run_chunk(self, chunk: Chunk[Doubled], size: int) -> RunReport:
+        rows = [answer.job.number for answer, _ in chunk]
+        batch = torch.tensor(rows + rows[:1] * (size - len(rows)))
+        doubled, run = self.execution.run(
+            lambda: self._module(batch), num_rows=size, num_real_rows=len(rows)
+        )
+        for (answer, _), number in zip(chunk, doubled.tolist(), strict=False):
+            answer.number = number
+            if answer.job.send is not None:
+                answer.job.send(Response(200, b"half way"))
+        return run
 
     def postprocess(self, results: Sequence[Doubled]) -> list[Response]:
         return [json_response(200, {"doubled": each.number}) for each in results]
 
-    def _run_chunk(self, chunk: Sequence[tuple[Doubled, float]], size: int) -> None:
-        rows = [row for _, row in chunk]
-        batch = torch.tensor(rows + rows[:1] * (size - len(rows)))
-        doubled, run = self._called(
-            lambda: self.module(batch), num_rows=size, num_real_rows=len(rows), planned_eager=False
-        )
-        for (answer, _), number in zip(chunk, doubled.tolist(), strict=False):
-            answer.note(run, first=True)
-            answer.number = number
-            if answer.call.send is not None:
-                answer.call.send(Response(200, b"half way"))
 
-    def _job(self, answer: Doubled) -> Call:
-        return answer.call
-
-    def _grouped(self, answers: Sequence[Doubled]) -> Iterable[list[Doubled]]:
-        return [list(answers)] if answers else []
-
-    def _rows(self, answer: Doubled) -> Sequence[float]:
-        return [float(str(answer.call.row["body"]))]
-
-    def _kind(self, answer: Doubled) -> str:
-        return "double"
-
-    def _load(self, answer: Doubled, size: int) -> Load:
-        return Load(1, size, size, 1)
-
-    def _identity(self, answer: Doubled) -> int:
-        return hash(str(answer.call.row))
-
-    def _too_large(self, answer: Doubled) -> str:
-        return "does not fit into memory"
-
-
-class DoubleModel:
-    dtype, fields, sizes = torch.float32, ("body",), (Bucket(),)
+class DoubleModel(LoadedModel[Job, Doubled]):
+    fields, sizes = ("body",), (Bucket(),)
 
     def __init__(self, config: ModelConfig) -> None:
-        self.config, self.shapes, self.module = config, config.pt2.shapes, Double()
+        self.config, self.module = config, Double()
 
     @classmethod
     def load(cls, config: ModelConfig, *_: object) -> DoubleModel:
@@ -125,18 +106,11 @@ class DoubleModel:
     def targets(self) -> Mapping[str, nn.Module]:
         return {"double": self.module}
 
-    def settings(self) -> Mapping[str, Any]:
+    def fingerprint_facts(self) -> Mapping[str, object]:
         return {}
 
-    structure = settings
-
-    def runner(self, routers: Any, report: Any, budget: Any) -> DoubleRunner:
-        most = self.config.batchSize
-        runner = DoubleRunner(
-            routers, self.shapes, max_rows=most, device=CPU, report=report, budget=budget
-        )
-        runner.module = self.module
-        return runner
+    def runner(self, execution: Execution) -> DoubleRunner:
+        return DoubleRunner(execution, self.module)
 
 
 class TestConfig(ModelConfig):
@@ -150,7 +124,7 @@ def _registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(registry.FAMILIES, "double", f"{__name__}:DoubleModel")
 
 
-def start(most: int = 2, metrics: Metrics | None = None) -> Worker[Call, Doubled]:
+def start(most: int = 2, metrics: Metrics | None = None) -> Worker[Job, Doubled]:
     compiled = {"enable": True, "backend": "aot_eager", "dynamic": False}
     pt2 = {"compile": compiled, "shapes": {"batch_sizes": [most - 1, most]}}
     config = TestConfig.parse({"batchSize": most, "pt2": pt2, "double": {}})
@@ -165,7 +139,7 @@ def test_a_new_family_is_compiled_warmed_proven_batched_and_streamed(
     with start(metrics=metrics) as worker:
         state = worker.current_state()
         assert (state.state, state.compiles_at_boot > 0) == ("hot", True)
-        assert [(row["batch_size"], row["engine"]) for row in state.buckets] == [
+        assert [(row.batch_size, row.engine) for row in state.buckets] == [
             (2, "compiled"),
             (1, "compiled"),
         ]
@@ -191,7 +165,7 @@ def test_two_workers_of_a_process_do_not_disturb_each_other(
 ) -> None:
     # without the workers of other tests, which nobody has closed
     monkeypatch.setattr(Worker, "alive", WeakSet())
-    first, second = start(2), start(4)  # of a class's equal graphs Dynamo compiles one alone
+    first, second = start(), start()
     for worker in (first, second):
         (result,) = worker.run([worker.parse({"body": 4.0})])
         assert (result.number, result.engine) == (8.0, "compiled")

@@ -30,14 +30,14 @@ def digest(folder: Path) -> dict[str, str]:
 def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
     pipeline = AutoPipelineForText2Image.from_pretrained(tiny.build(family, tmp_path / family))
     asked = {"prompt": "a fox", "num_inference_steps": 2, "height": 64, "width": 96}
-    painted = pipeline(**asked, generator=torch.Generator().manual_seed(1)).images[0]
-    assert painted.size == (96, 64)
+    generated = pipeline(**asked, generator=torch.Generator().manual_seed(1)).images[0]
+    assert generated.size == (96, 64)
     # pictures, not a grey plane: comparisons by pixel mean something
-    assert len(painted.getcolors(64 * 96)) > 500
+    assert len(generated.getcolors(64 * 96)) > 500
 
-    sources = {"image": painted, "strength": 0.9}
+    sources = {"image": generated, "strength": 0.9}
     again = AutoPipelineForImage2Image.from_pipe(pipeline)(**asked, **sources).images[0]
-    mask = Image.new("L", painted.size, 255)
+    mask = Image.new("L", generated.size, 255)
     inpainted = AutoPipelineForInpainting.from_pipe(pipeline)(
         **asked, **sources, mask_image=mask
     ).images[0]
@@ -47,7 +47,7 @@ def test_every_family_paints_in_every_task(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", PIPELINES)
 def test_prompts_matter(family: str, tmp_path: Path) -> None:
     pipeline = AutoPipelineForText2Image.from_pretrained(tiny.build(family, tmp_path / family))
-    painted = [
+    generated = [
         pipeline(
             prompt,
             num_inference_steps=2,
@@ -57,7 +57,7 @@ def test_prompts_matter(family: str, tmp_path: Path) -> None:
         )
         for prompt in ("a red fox", "the sea at night")
     ]
-    assert painted[0].images[0].tobytes() != painted[1].images[0].tobytes()
+    assert generated[0].images[0].tobytes() != generated[1].images[0].tobytes()
 
 
 def test_two_builds_are_the_same_bytes_and_only_safetensors(tmp_path: Path) -> None:

@@ -207,7 +207,7 @@ def test_a_modules_folder_and_imported_files_are_packed(config: Path, tmp_path: 
     mar = build_archive(config, transformers_folder(tmp_path / "bert"), output=tmp_path / "out")
     assert {"model/config.json", "model/model.safetensors", "ops/my_ops.py"} <= names(mar)
     (tmp_path / "ops" / "my_ops.py").unlink()
-    with pytest.raises(ArchiveError, match=r"my_ops\.py does not exist"):
+    with pytest.raises(ConfigError, match=r"my_ops\.py does not exist"):
         build_archive(config, tmp_path / "bert", output=tmp_path / "out")
 
 

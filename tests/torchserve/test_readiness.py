@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,8 @@ import pytest
 from rich.console import Console
 
 from preheat import status as worker_status
-from preheat.cli.progress import WarmupProgress
-from preheat.status import Engine, StatusFile
+from preheat.cli.progress import WarmupBars
+from preheat.status import Engine, StatusFile, padding_warning, read_statuses
 from preheat.torchserve import readiness
 
 HANDLER = Path(__file__).parents[2] / "handler"
@@ -169,7 +170,7 @@ def test_workers_that_die_while_one_waits_are_counted(management: Management) ->
         return management.pid < 104
 
     verdict = readiness.wait(
-        management.url, seconds=60, interval=0, hopeful=dies_three_times, report=told.append
+        management.url, seconds=60, interval=0, should_wait=dies_three_times, report=told.append
     )
     assert verdict.missing == [
         "fox: 0 of 1 workers READY (loading, restarted 3 times; see its log)"
@@ -231,7 +232,7 @@ def test_what_a_worker_writes_in_the_end_is_what_is_read(tmp_path: Path) -> None
     file.step("64x64", 1.25)
     wide = {**row, "bucket": "64x96"}
     eager = {**wide, "target": "vae.decoder", "engine": "eager", "reason": "no g++"}
-    file.serve({"state": "hot", "buckets": [row, wide, eager], "requests": 0})
+    file.serve(lambda: {"state": "hot", "buckets": [row, wide, eager], "requests": 0})
     (read,) = worker_status.read_statuses(tmp_path)
     assert read.buckets[0] == ("64x64", 1, 1, 1.25)
     assert read.engines == (
@@ -248,7 +249,7 @@ def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
     written = threading.Event()
     monkeypatch.setattr(worker_status, "INTERVAL", 0.01)
     file = StatusFile(str(tmp_path), "fox")
-    file.serve({"state": "hot", "requests": 0})
+    file.serve(lambda: {"state": "hot", "requests": 0})
     write = file.write
 
     def told(*args: Any) -> None:
@@ -258,13 +259,37 @@ def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
 
     monkeypatch.setattr(file, "write", told)
     for requests in range(1, 50):
-        file.serve({"state": "hot", "requests": requests})
+        file.serve(partial(dict, state="hot", requests=requests))
     while True:
         assert written.wait(60)
         written.clear()
         (read,) = worker_status.read_statuses(tmp_path)
         if read.served["requests"] == 49:
             return
+
+
+def test_asked_sizes_are_written_to_a_file_of_their_own_and_read_by_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_status, "INTERVAL", 0.01)
+    monkeypatch.setattr(worker_status, "SIZES_INTERVAL", 0.01)
+    asked = threading.Event()
+    sizes = [[64, 64, 1]]
+
+    def document() -> dict[str, Any]:
+        assert threading.current_thread() is not threading.main_thread()
+        asked.set()
+        return {"sizes": [*sizes]}
+
+    file = StatusFile(str(tmp_path), "fox")
+    (tmp_path / "other.sizes").write_text("no JSON")
+    for _ in range(2):  # the first time, and later
+        sizes.append([32, 32, len(sizes)])
+        asked.clear()
+        while worker_status.read_sizes(tmp_path).get("fox", [{}])[0].get("sizes") != sizes:
+            file.keep_sizes(document)
+            assert asked.wait(60)
+    assert worker_status.read_statuses(tmp_path) == [], "no status was written"
 
 
 def test_a_server_without_models_is_not_ready(management: Management) -> None:
@@ -315,10 +340,12 @@ def test_waiting_ends_when_ready_or_without_hope(management: Management) -> None
         management.models["fox"] = (1, ["READY"])
         return True
 
-    assert readiness.wait(management.url, seconds=60, interval=0.01, hopeful=becomes_ready).ready
+    assert readiness.wait(
+        management.url, seconds=60, interval=0.01, should_wait=becomes_ready
+    ).ready
     assert seen == 1
     management.models["fox"] = (1, ["UNLOADING"])
-    assert not readiness.wait(management.url, seconds=60, hopeful=lambda: False).ready
+    assert not readiness.wait(management.url, seconds=60, should_wait=lambda: False).ready
     assert not readiness.wait(management.url, seconds=0).ready
 
 
@@ -401,7 +428,7 @@ def test_the_command_shows_the_engines_of_the_server_that_it_knows(
     file = StatusFile(str(tmp_path / "status"), "fox")
     file.plan({"64x64": 1})
     row = {"bucket": "64x64", "target": "unet", "engine": "eager", "reason": "no g++"}
-    file.serve({"state": "hot", "buckets": [row]})
+    file.serve(lambda: {"state": "hot", "buckets": [row]})
     lines = run_ready(cwd=tmp_path).stdout.splitlines()
     assert (
         lines[0] == "fox: eager 64x64"
@@ -465,7 +492,7 @@ SERVED = {
     "compiles_since_ready": 0,
     "incidents": 1,
     "eager_fallbacks": 2,
-    "padding": {"max_error": 0.01, "exact": "padded"},
+    "padding": {"max_error": 0.01, "max_share": 0.165, "exact": "padded"},
     "buckets": [
         {
             "bucket": "64x64",
@@ -494,7 +521,7 @@ def test_status_shows_workers_queue_restarts_and_what_serves(
         gone = {"model": "fox", "pid": pid, "state": "hot", "done": 1, "total": 1, "buckets": []}
         (tmp_path / "status").mkdir(exist_ok=True)
         (tmp_path / "status" / f"{name}.json").write_text(json.dumps(gone))
-    StatusFile(str(tmp_path / "status"), "fox").serve(SERVED)
+    StatusFile(str(tmp_path / "status"), "fox").serve(lambda: SERVED)
     (model,) = json.loads(status_of(tmp_path, management, "--json"))["models"]
     wanted = {"model": "fox", "version": "1.0", "preheat": "9.9", "wanted": 2, "ready": 1}
     wanted |= {"restarts": 2, "queue": 7, "failure": ""}
@@ -516,11 +543,23 @@ def test_status_shows_workers_queue_restarts_and_what_serves(
 
 def test_status_is_readable(management: Management, tmp_path: Path) -> None:
     management.pid, management.models["fox"] = os.getpid(), (1, ["READY"])
-    StatusFile(str(tmp_path / "status"), "fox").serve(SERVED)
+    StatusFile(str(tmp_path / "status"), "fox").serve(lambda: SERVED)
     text = status_of(tmp_path, management)
     assert text.startswith("fox 1.0: 1 of 1 workers READY, 7 waiting, 0 restarts (preheat 9.9)\n")
     assert "0.25" in text and "no g++" in text
-    assert text.endswith("padding changes an answer by 0.01 at most: padded\n")
+    assert "padding changes answers by up to 0.17 of the largest magnitude; a mask input" in text
+
+
+def test_ready_warns_where_padding_changes_answers(tmp_path: Path) -> None:
+    for name, exact, share in (("fox", "padded", 0.165), ("owl", "rounding", 1e-6)):
+        padding = {"max_error": 0.01, "max_share": share, "exact": exact}
+        StatusFile(str(tmp_path), name).serve(partial(dict, SERVED, padding=padding))
+    _, warnings = readiness.describe_engines(read_statuses(tmp_path))
+    assert [each.partition(";")[0] for each in warnings if "padding" in each] == [
+        "fox: padding changes answers by up to 0.17 of the largest magnitude"
+    ]
+    endless = {"max_error": "not finite", "max_share": "not finite", "exact": "padded"}
+    assert "into what is not finite" in str(padding_warning(endless))
 
 
 def test_status_of_a_server_that_is_gone_says_so(management: Management, tmp_path: Path) -> None:
@@ -533,7 +572,7 @@ def test_status_of_a_server_that_is_gone_says_so(management: Management, tmp_pat
 def test_progress_shows_workers_that_run_and_their_buckets() -> None:
     shown = io.StringIO()
     rows = (("320x192", 2, 2, 31.2), ("256x256", 0, 2, 0.0))
-    with WarmupProgress(Console(file=shown, width=100)) as progress:
+    with WarmupBars(Console(file=shown, width=100)) as progress:
         for state in ("warming", "hot"):
             progress.update([worker_status.Status("fox", os.getpid(), state, 2, 4, rows, "", 0.0)])
         # no such process
@@ -549,7 +588,7 @@ def test_progress_of_two_workers_says_whose_bucket_it_is() -> None:
     shown = io.StringIO()
     rows = (("320x192", 2, 2, 31.2),)
     pids = (os.getpid(), os.getppid())
-    with WarmupProgress(Console(file=shown, width=100)) as progress:
+    with WarmupBars(Console(file=shown, width=100)) as progress:
         progress.update(
             [worker_status.Status("fox", pid, "warming", 2, 4, rows, "", 0.0) for pid in pids]
         )

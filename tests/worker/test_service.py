@@ -18,17 +18,19 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo import config as dynamo_config
 
 from preheat.buckets import Bucket
 from preheat.compilation.warmup_plan import WarmupPlan, warmup_plan
 from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
-from preheat.errors import ConfigError, PipelineError, RequestError, WarmupError
+from preheat.errors import ConfigError, ModelError, RequestError, WarmupError
 from preheat.models import tiny
+from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
-from preheat.models.diffusion.runner import Answer, Job
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
+from preheat.protocol.call import Call
 from preheat.status import StatusFile
 from preheat.worker import worker
 from preheat.worker.worker import Worker
@@ -69,7 +71,7 @@ def start(
 
 
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
-    """What is proven is not what was warmed: the proof must find it."""
+    """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
     return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
 
@@ -91,7 +93,7 @@ def pixels(answer: Answer) -> Any:
 
 
 def flash_enabled() -> bool:
-    return bool(torch._C._get_flash_sdp_enabled())
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def b64(mode: str, size: tuple[int, int]) -> str:
@@ -123,7 +125,7 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         _watch_previews(service, body | {"num_images": 3, "num_inference_steps": 4})
     state = service.current_state()
     assert (state.compiles_since_ready, state.incidents, state.eager_fallbacks) == (0, 0, 0)
-    assert state.compiles_at_boot > 0 and {row["engine"] for row in state.buckets} == {"compiled"}
+    assert state.compiles_at_boot > 0 and {row.engine for row in state.buckets} == {"compiled"}
     torch.compiler.set_stance("default")
     for compiled, eager in zip(
         answers,
@@ -131,6 +133,19 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def test_asked_sizes_are_those_of_clients_refused_ones_too(models: Path) -> None:
+    with start(models / "sd15", compile=False) as service:
+        body: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 1}
+        calls = [
+            Call({"body": body | {"height": height, "width": 50}}, {}) for height in (60, 60, 90)
+        ]
+        answers = service.postprocess(service.inference(service.preprocess(calls)))
+        assert [answer.code for answer in answers] == [200, 200, 400]
+        asked: Any = service.description()["asked_sizes"]
+        assert asked["sizes"] == [[90, 50, 1], [60, 50, 2]]
+        assert "asked_sizes" not in service.document(), "the status file is written at every batch"
 
 
 def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
@@ -144,12 +159,12 @@ def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
     (answer,) = ask(service, {"num_inference_steps": 1})
     state = service.current_state()
     assert (answer.engine, state.eager_fallbacks) == ("eager", 1)
-    assert {row["engine"] for row in state.buckets} == {"eager"}
+    assert {row.engine for row in state.buckets} == {"eager"}
     assert all(
-        "'nonsense' is not a backend that TorchServe supports" in row["reason"]
+        "'nonsense' is not a backend that TorchServe supports" in row.reason
         for row in state.buckets
     )
-    assert any("'nonsense'" in warning for warning in state.document()["preheat"]["warnings"])
+    assert any("'nonsense'" in warning for warning in state.warnings)
     with pytest.raises(WarmupError, match="nonsense"):
         config = ModelConfig.parse({"pt2": {**pt2, "on_failure": "fail"}})
         Worker[Any, Any](
@@ -207,7 +222,7 @@ def test_invariant_pictures_are_the_same_to_the_last_bit_in_any_company(
         shapes={"batch_sizes": [1, 4], "invariant": True},
         pipeline=TEXT_ONLY,
     )
-    assert {row["batch_size"] for row in service.state.buckets} == {4}
+    assert {row.batch_size for row in service.state.buckets} == {4}
     mine = {"seed": 5, "height": 50}
     (alone,) = ask(service, mine)
     for company in ([mine, {"seed": 1}], [{"seed": 1}, {"seed": 2}, {"seed": 3}, mine]):
@@ -236,7 +251,7 @@ def test_a_variant_left_out_of_warm_up_does_not_stay_hidden(
         for task in ("text-to-image", "image-to-image", "inpainting")
     ]
     service = start(models / "sdxl", leave_out=forgotten, shapes={"buckets": TWO})
-    engines = {(row["height"], row["batch_size"]): row["engine"] for row in service.state.buckets}
+    engines = {(row.bucket.height, row.batch_size): row.engine for row in service.state.buckets}
     assert engines == {
         (64, 2): "eager",
         (64, 1): "compiled",
@@ -267,7 +282,7 @@ def test_an_unforeseen_change_is_an_incident_that_never_compiles(
     # not what the same request gets from compiled code
     assert (answer.engine, answer.exact) == ("eager", "rounding")
     assert (state.incidents, state.eager_fallbacks, state.compiles_since_ready) == (1, 1, 0)
-    assert "incident: unet" in caplog.text and "secret" not in caplog.text
+    assert "unwarmed call: unet" in caplog.text and "secret" not in caplog.text
 
 
 def test_oversize_on_purpose_is_no_incident(watch: CompileWatch, models: Path) -> None:
@@ -329,7 +344,7 @@ def test_two_targets_are_compiled_side_by_side(watch: CompileWatch, models: Path
         pt2={"targets": ["unet", "vae.decoder", "vae.encoder"]},
         shapes={"buckets": TWO},
     )
-    assert {row["target"] for row in service.state.buckets} == {
+    assert {row.target for row in service.state.buckets} == {
         "unet",
         "vae.decoder",
         "vae.encoder",
@@ -394,12 +409,14 @@ def test_a_model_that_cannot_be_served_says_why(
         ConfigError, match=r"pt2.shapes.buckets\[0\]\[1\]: 40 is not a multiple of 16, which flux"
     ):
         start(models / "flux", shapes={"buckets": [[64, 40]]})
-    with pytest.raises(PipelineError, match="no module 'transformer'"):
+    with pytest.raises(ModelError, match="no module 'transformer'"):
         start(models / "sdxl", pt2={"targets": ["transformer"]})
     with pytest.raises(ConfigError, match=r"pipeline\.path: the archive holds no model"):
         start(tmp_path)
-    with pytest.raises(PipelineError, match="no scheduler 'Nonsense'"):
+    with pytest.raises(ConfigError, match=r"pipeline\.scheduler: .*no scheduler 'Nonsense'"):
         start(models / "sdxl", pipeline={"scheduler": "Nonsense"})
+    with pytest.raises(ModelError, match=r"^pipeline\.fused_lora: /models/nope: "):
+        start(models / "sdxl", pipeline={"fused_lora": "/models/nope"})
 
 
 def test_the_fingerprint_does_not_depend_on_where_the_model_lies(
@@ -417,7 +434,7 @@ def test_pickled_weights_are_refused(watch: CompileWatch, tmp_path: Path) -> Non
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     torch.save({}, weights.with_suffix(".bin"))
     weights.unlink()
-    with pytest.raises(PipelineError):
+    with pytest.raises(ModelError):
         start(tmp_path)
 
 
@@ -455,7 +472,7 @@ def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
     service = start(models / "sdxl", pipeline=settings, shapes={"batch_sizes": [1]})
     fused = pixels(ask(service, {"seed": 1})[0])
     assert service.current_state().incidents == service.current_state().compiles_since_ready == 0
-    assert {row["engine"] for row in service.state.buckets} == {"compiled"}
+    assert {row.engine for row in service.state.buckets} == {"compiled"}
     torch.compiler.set_stance("default")
     eager = pixels(ask(start(models / "sdxl", pipeline=settings, compile=False), {"seed": 1})[0])
     without = pixels(ask(start(models / "sdxl", pipeline=TEXT_ONLY, compile=False), {"seed": 1})[0])
@@ -465,7 +482,7 @@ def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
 def test_compile_traces_land_in_a_folder_that_stays_bounded(
     watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", "elsewhere")
+    monkeypatch.setattr(dynamo_config, "debug_dir_root", "elsewhere")
     folder = tmp_path / "preheat-traces"
     stale = folder / "run_old" / "stale.py"
     stale.parent.mkdir(parents=True)
@@ -475,11 +492,7 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
     os.utime(stale, (0, 0))
     debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
     start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
-    assert (
-        not stale.exists()
-        and foreign.exists()
-        and torch._dynamo.config.debug_dir_root == str(folder)
-    )
+    assert not stale.exists() and foreign.exists() and dynamo_config.debug_dir_root == str(folder)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 999
 
 

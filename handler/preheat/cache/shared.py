@@ -31,7 +31,7 @@ from filelock import BaseFileLock
 from preheat.cache import bundle
 from preheat.cache.fingerprint import fingerprint
 from preheat.cache.scratch import own_folder
-from preheat.cache.store import GaveUp, NothingPublished, Share
+from preheat.cache.store import NothingPublished, NotShared, Share
 from preheat.cache.trust import Trust, keep_to_us
 from preheat.errors import Untrusted
 
@@ -53,7 +53,7 @@ _FOLDER, _TRITON_FOLDER = "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"
 _COMPILING_PER_KEEPING = 10
 """Packing takes time, and is done at most so often that compiling has this many times as much."""
 
-Outcome = Literal["loaded", "published", "unchanged", "unshared"]
+CacheOutcome = Literal["loaded", "published", "unchanged", "unshared"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ class CacheUse:
     """
 
     folder: Path
-    outcome: Outcome = "unshared"
+    outcome: CacheOutcome = "unshared"
     reason: str = ""
     waited_seconds: float = 0.0
     digest: str = ""
@@ -123,7 +123,7 @@ class CacheUse:
             return
         try:
             self._part.publish(self.folder)
-        except (OSError, GaveUp) as error:  # what lasts until the end is a warning then
+        except (OSError, NotShared) as error:  # what lasts until the end is a warning then
             logger.info(
                 "cannot put aside what was compiled so far in %s: %s", self._part.path, _text(error)
             )
@@ -144,13 +144,13 @@ def synchronized_inductor_cache(
     key: str,
     cache: SharedCache,
     *,
-    patience: float = 600.0,
+    timeout: float = 600.0,
     report: Callable[[str], None] = logger.info,
 ) -> Iterator[CacheUse]:
     """Run the block, which compiles and warms up, with what other workers have compiled; share what
     it adds, if it succeeds.
 
-    Without a usable bundle one worker runs the block while the others wait up to `patience`
+    Without a usable bundle one worker runs the block while the others wait up to `timeout`
     seconds, telling `report`, and then load. Only what the block raises is raised. The process
     keeps an Inductor folder of its own afterwards.
     """
@@ -159,8 +159,8 @@ def synchronized_inductor_cache(
     lock: BaseFileLock | None = None
     try:
         share.prepare()
-        use.digest, lock = _load_or_lead(share, local, patience, report)
-    except (OSError, Untrusted, GaveUp) as error:
+        use.digest, lock = _load_or_lead(share, local, timeout, report)
+    except (OSError, Untrusted, NotShared) as error:
         use.withhold(_text(error))
         level = logging.INFO if isinstance(error, NothingPublished) else logging.WARNING
         logger.log(
@@ -303,18 +303,18 @@ def _refuse_foreign_headers() -> None:
 
 
 def _load_or_lead(
-    share: Share, local: Path, patience: float, report: Callable[[str], None]
+    share: Share, local: Path, timeout: float, report: Callable[[str], None]
 ) -> tuple[str, BaseFileLock | None]:
     """The digest of what was loaded, or the held lock of the one who is to compile.
 
     Raises:
-        GaveUp, OSError: neither; compile alone, side by side with the others.
+        NotShared, OSError: neither; compile alone, side by side with the others.
     """
     before = share.stamp()
     digest = _load(share, local)
     if digest:
         return digest, None
-    lock, waited = share.lock(patience, report)
+    lock, waited = share.lock(timeout, report)
     try:
         if share.stamp() != before:  # not what was refused a moment ago
             digest = _load(share, local)
@@ -352,7 +352,9 @@ def _load(share: Share, local: Path) -> str:
     return digest
 
 
-def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> tuple[Outcome, str]:
+def _sync(
+    share: Share, local: Path, digest: str, lock: BaseFileLock | None
+) -> tuple[CacheOutcome, str]:
     """Publish what is in `local` unless it is what `digest` says. Without the lock, and while
     another writes, leave it to them.
     """
@@ -365,7 +367,7 @@ def _sync(share: Share, local: Path, digest: str, lock: BaseFileLock | None) -> 
             own, _ = share.lock()
         share.publish(local)
         share.part.remove()
-    except (OSError, GaveUp) as error:
+    except (OSError, NotShared) as error:
         logger.warning("cannot publish the compile cache %s: %s", share.path, _text(error))
         return ("loaded" if digest else "unshared"), _text(error)
     finally:

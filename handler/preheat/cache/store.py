@@ -40,11 +40,11 @@ _POLL_SECONDS = 0.2
 _REPORT_SECONDS = 10.0
 
 
-class GaveUp(Exception):
-    """There is no point in waiting for a bundle; the text says why."""
+class NotShared(Exception):
+    """Nothing is shared with this worker, or by it; the text says why."""
 
 
-class NothingPublished(GaveUp):
+class NothingPublished(NotShared):
     """The worker that was waited for has ended without a bundle: it compiled nothing, or could not
     publish and said so.
     """
@@ -121,7 +121,7 @@ class Share:
 
         Raises:
             OSError: it could not be written.
-            GaveUp: it is larger than the whole folder may be.
+            NotShared: it is larger than the whole folder may be.
         """
         self._sweep()
         descriptor, name = tempfile.mkstemp(".tmp", f"{self._stem}.", self.folder)
@@ -134,7 +134,7 @@ class Share:
                 os.fsync(file.fileno())
                 status = os.fstat(file.fileno())
             if status.st_size > self.max_bytes:
-                raise GaveUp(
+                raise NotShared(
                     f"its {status.st_size} bytes are more than pt2.cache.max_bytes "
                     f"({self.max_bytes})"
                 )
@@ -159,22 +159,22 @@ class Share:
         return status.st_dev, status.st_ino, status.st_size, status.st_ctime_ns
 
     def lock(
-        self, patience: float = 0.0, report: Callable[[str], None] = lambda _: None
+        self, timeout: float = 0.0, report: Callable[[str], None] = lambda _: None
     ) -> tuple[BaseFileLock, bool]:
         """Become the writer: the held lock, and whether somebody else held it before.
 
-        Waits up to `patience` seconds; `report` is told now and then for whom.
+        Waits up to `timeout` seconds; `report` is told now and then for whom.
 
         Raises:
-            GaveUp: it is still taken.
+            NotShared: it is still taken.
             OSError: the share has no locks, or is read-only.
         """
         # Signed bundles may be shared by several uids; whoever holds the lock for ever costs the
-        # others `patience`, no more.
+        # others `timeout`, no more.
         lock = FileLock(self._beside(".lock"), mode=0o600 if self.trust.mode == "owner" else 0o666)
         began, waited = time.monotonic(), False
         while True:
-            left = patience - (time.monotonic() - began)
+            left = timeout - (time.monotonic() - began)
             try:
                 lock.acquire(
                     timeout=max(0.0, min(_REPORT_SECONDS, left)) if waited else 0,
@@ -185,13 +185,13 @@ class Share:
             except Timeout:
                 spent = time.monotonic() - began
                 if left <= 0:
-                    raise GaveUp(
+                    raise NotShared(
                         f"{self._writer()} still holds the lock after {spent:.0f} s"
                     ) from None
-                if patience:
+                if timeout:
                     report(
                         f"waiting for {self._writer()}, which compiles: {spent:.0f} s, at most "
-                        f"{patience:.0f} s"
+                        f"{timeout:.0f} s"
                     )
                 waited = True
                 continue

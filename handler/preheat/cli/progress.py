@@ -20,7 +20,7 @@ from preheat.status import Status
 MARKS = {"hot": "[green]hot[/]", "failed": "[red]failed[/]"}
 
 
-class WarmupProgress:
+class WarmupBars:
     """A context manager; give `update` to `TorchServe.wait_ready` as its `watch`."""
 
     def __init__(self, console: Console | None = None) -> None:

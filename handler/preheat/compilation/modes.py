@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from preheat.compilation.signatures import (
     signature,
     tensor_shapes,
 )
-from preheat.compilation.watch import eagerly, hit_recompile_limit, num_graphs, refused_guards
+from preheat.compilation.watch import GraphWatch, eagerly, hit_recompile_limit, refused_guards
 from preheat.device import is_device_lost, is_out_of_memory
 
 logger = logging.getLogger(__name__)
@@ -44,8 +44,8 @@ class Run:
     bypass: bool = False  # outside every bucket on purpose (`oversize: eager`)
     smallest: bool = True  # no smaller batch could be tried instead
     engines: set[EngineName] = field(default_factory=set)
-    incidents: int = 0  # calls with an unforeseen shape or guard, served eagerly
-    fallen: int = 0  # calls that warm-up had found no engine for
+    unwarmed: int = 0  # calls with an unforeseen shape or guard, served eagerly
+    fallbacks: int = 0  # calls that warm-up had found no engine for
 
 
 @dataclass(slots=True)
@@ -64,7 +64,14 @@ class Visits:
     recompiled: set[Signature] = field(default_factory=set)
 
 
-def _channels_last(tensor: torch.Tensor) -> torch.Tensor:
+Layout = Callable[[torch.Tensor], torch.Tensor]
+"""Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to serve
+both.
+"""
+
+
+def channels_last(tensor: torch.Tensor) -> torch.Tensor:
+    """In that memory format where it has four dimensions, else contiguous."""
     if tensor.dim() != 4:
         return tensor.contiguous()
     return tensor.contiguous(memory_format=torch.channels_last)
@@ -74,39 +81,41 @@ class Target:
     """What the modes of a router share: the target's code, and what is known of its calls."""
 
     def __init__(
-        self,
-        name: str,
-        forward: Callable[..., Any],
-        backends: list[Backend],
-        *,
-        channels_last: bool,
+        self, name: str, forward: Callable[..., Any], backends: Sequence[Backend], layout: Layout
     ) -> None:
-        self.name, self.backends, self._forward = name, backends, forward
-        # Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to
-        # serve both.
-        self._lay_out = _channels_last if channels_last else torch.Tensor.contiguous
+        self.name, self.backends, self.forward, self._layout = name, backends, forward, layout
         self.dims = DynamicDims()
+        """The dimensions that one graph covers."""
         self.routes: Mapping[Signature, Route] = {}
-        self.proven: list[CompiledCode] = []  # agreed with eager at some signature
-        self.failure: str | None = None  # of compiling in a request, where that is allowed
+        self.verified: list[CompiledCode] = []
+        """Code that agreed with eager at some signature."""
+        self.failure: str | None = None
+        """Of compiling in a request, where that is allowed."""
         self.run = Run()
+        """What the run has met that `start_run` began last."""
+
+    def start_run(self, *, bypass: bool = False, smallest: bool = True) -> None:
+        """A run of the model begins; see `Run`."""
+        self.run = Run(bypass, smallest)
 
     @property
     def idle(self) -> bool:
+        """Whether there is nothing faster than eager to route to."""
         return all(backend.idle for backend in self.backends)
 
     @property
     def reason(self) -> str | None:
+        """Why a backend does not serve all that it was asked for."""
         reasons = [self.failure, *(backend.reason for backend in self.backends)]
         return "; ".join(filter(None, reasons)) or None
 
-    def laid_out(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        return map_tensors(args, self._lay_out), map_tensors(kwargs, self._lay_out)
+    def with_layout(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+        return map_tensors(args, self._layout), map_tensors(kwargs, self._layout)
 
     def eager(self, args: Any, kwargs: Any) -> Any:
         self.run.engines.add("eager")
         with eagerly():
-            return self._forward(*args, **kwargs)
+            return self.forward(*args, **kwargs)
 
     def through(self, code: CompiledCode, args: Any, kwargs: Any) -> Any:
         result = code(*args, **kwargs)
@@ -125,7 +134,7 @@ class Eager:
         self._target, self._is_fallback = target, target.reason is not None
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        self._target.run.fallen += self._is_fallback
+        self._target.run.fallbacks += self._is_fallback
         return self._target.eager(args, kwargs)
 
 
@@ -136,7 +145,7 @@ class Observe:
         self._target, self._calls, self._keep = target, calls, keep
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        args, kwargs = self._target.laid_out(args, kwargs)
+        args, kwargs = self._target.with_layout(args, kwargs)
         key = signature(args, kwargs, DynamicDims())
         if key not in self._calls.shapes:
             self._calls.shapes[key] = tensor_shapes(args, kwargs)
@@ -154,12 +163,12 @@ class Warm:
     def __init__(self, target: Target, routes: dict[Signature, Route]) -> None:
         self._target, self._routes = target, routes
         self.visits = Visits()
-        self._captured: set[str] = set()  # by name: code that Dynamo has made a graph of
+        self._graphs = GraphWatch(target.forward)
         self._refuted: dict[str, str] = {}  # by name of the code: how it differs from eager
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         target = self._target
-        args, kwargs = target.laid_out(args, kwargs)
+        args, kwargs = target.with_layout(args, kwargs)
         key = signature(args, kwargs, target.dims)
         route, done = self._routes.get(key), None
         reasons = [route.reason] if route is not None and route.reason else []
@@ -207,11 +216,11 @@ class Warm:
         if code.is_compared:
             why = mismatch(result, target.eager(args, kwargs), code.name)
         else:
-            captured = code.name in self._captured
-            why = None if captured else "torch.compile produced no graph for this module"
+            ran = self._graphs.ran_graph
+            why = None if ran else "torch.compile produced no graph for this module"
         if why is None:
-            if code not in target.proven:
-                target.proven.append(code)
+            if code not in target.verified:
+                target.verified.append(code)
             return code, result
         logger.error("%s: %s is not used: %s", target.name, code.name, why)
         if code.is_compared:
@@ -219,12 +228,8 @@ class Warm:
         raise NoCode(f"{backend.engine}: {why}")
 
     def _again(self, code: CompiledCode, args: Any, kwargs: Any) -> Done:
-        graphs = num_graphs()
-        try:
+        with self._graphs():
             return code, self._target.through(code, args, kwargs)
-        finally:
-            if num_graphs() != graphs:
-                self._captured.add(code.name)
 
 
 class Serve:
@@ -235,7 +240,7 @@ class Serve:
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
         target = self._target
-        args, kwargs = target.laid_out(args, kwargs)
+        args, kwargs = target.with_layout(args, kwargs)
         if target.run.bypass:
             return target.eager(args, kwargs)
         return self._serve(signature(args, kwargs, target.dims), args, kwargs)
@@ -244,11 +249,11 @@ class Serve:
         target = self._target
         route = target.routes.get(key) or self._unmet(args, kwargs)
         if route is None:
-            self._incident(key, "no warmed variant has this signature", args, kwargs)
+            self._unwarmed(key, "no warmed variant has this signature", args, kwargs)
             return target.eager(args, kwargs)
         self._visit(key, route)
         if route.code is None:
-            target.run.fallen += 1
+            target.run.fallbacks += 1
             return target.eager(args, kwargs)
         try:
             return target.through(route.code, args, kwargs)
@@ -256,26 +261,26 @@ class Serve:
             guards = refused_guards(error)
             if guards is None:
                 raise
-            self._incident(key, guards, args, kwargs)
+            self._unwarmed(key, guards, args, kwargs)
         return target.eager(args, kwargs)
 
     def _unmet(self, args: Any, kwargs: Any) -> Route | None:
-        """Code for a signature that warm-up did not meet, if it has proven itself at another."""
-        for code in self._target.proven:
+        """Code for a signature that warm-up did not meet, if it agreed with eager at another."""
+        for code in self._target.verified:
             if code.matches((args, kwargs)):
                 return Route(code.engine, code=code)
         return None
 
-    def _incident(self, key: Signature, why: str, args: Any, kwargs: Any) -> None:
+    def _unwarmed(self, key: Signature, why: str, args: Any, kwargs: Any) -> None:
         run = self._target.run
-        if not run.incidents:  # once a run, not once a step
+        if not run.unwarmed:  # once a run, not once a step
             logger.error(
-                "incident: %s runs eagerly: %s; input shapes %s",
+                "unwarmed call: %s runs eagerly: %s; input shapes %s",
                 self._target.name,
                 why,
                 tensor_shapes(args, kwargs),
             )
-        run.incidents += 1
+        run.unwarmed += 1
         self._visit(key, Route("eager", why))
 
     def _visit(self, key: Signature, route: Route) -> None:
@@ -313,7 +318,7 @@ class Open:
     def __call__(self, args: Any, kwargs: Any) -> Any:
         target = self._target
         if target.run.bypass or self._is_over:
-            target.run.fallen += not target.run.bypass
+            target.run.fallbacks += not target.run.bypass
             return target.eager(args, kwargs)
         try:
             if self._code is not None:
@@ -328,7 +333,7 @@ class Open:
                 return self._past_the_limit(args, kwargs)
         # a fault of the model itself, not of its compilation, raises here
         result = target.eager(args, kwargs)
-        target.run.fallen += 1
+        target.run.fallbacks += 1
         self._is_over, engine = True, target.backends[-1].engine
         target.failure = f"{engine}: {why}"
         logger.error(
@@ -347,5 +352,5 @@ class Open:
             )
             advice = "declare shapes in buckets, or let them be dynamic"
             logger.error("%s: %s; %s", target.name, target.failure, advice)
-        target.run.fallen += 1
+        target.run.fallbacks += 1
         return target.eager(args, kwargs)

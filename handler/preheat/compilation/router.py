@@ -11,10 +11,12 @@ code was compared with eager.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
 from typing import Any
+
+import torch
 
 from preheat.compilation.backends.base import Backend
 from preheat.compilation.modes import (
@@ -24,18 +26,18 @@ from preheat.compilation.modes import (
     Open,
     Replay,
     Route,
-    Run,
     Serve,
     Target,
     Visits,
     Warm,
 )
+from preheat.compilation.modes import channels_last as _channels_last
 from preheat.compilation.signatures import DynamicDims, Shapes, Signature
 
 logger = logging.getLogger(__name__)
 
 
-class Router:
+class Router(Target):
     """Stands in for `module.forward` of one target. At first every new signature is warmed;
     `freeze` ends that.
 
@@ -55,9 +57,9 @@ class Router:
         *,
         channels_last: bool = False,
     ) -> None:
-        self.name, self.channels_last = name, channels_last
-        self._target = Target(name, forward, list(backends), channels_last=channels_last)
-        self._routes: dict[Signature, Route] = {}
+        layout = _channels_last if channels_last else torch.Tensor.contiguous
+        super().__init__(name, forward, tuple(backends), layout)
+        self.channels_last = channels_last
         self._mode: Callable[[Any, Any], Any]
         self._start_warming()
 
@@ -66,14 +68,14 @@ class Router:
 
     def prefer(self, backend: Backend) -> None:
         """Ask this backend before all others."""
-        self._target.backends.insert(0, backend)
+        self.backends = (backend, *self.backends)
         self._start_warming()
 
     @contextmanager
     def observing(self, *, keep: bool = False) -> Iterator[Calls]:
         """Calls in here run eagerly and are recorded; `keep` copies of their inputs, too."""
         calls = Calls()
-        with self._as(Observe(self._target, calls, keep=keep)):
+        with self._as(Observe(self, calls, keep=keep)):
             yield calls
 
     def learn(self, calls: Iterable[Shapes] | None) -> None:
@@ -81,59 +83,37 @@ class Router:
         for its packages.
         """
         known = (backend.dims for backend in self.backends if backend.dims is not None)
-        dims = next(known, DynamicDims()) if calls is None else DynamicDims.varying(list(calls))
-        self._target.dims = dims
-        logger.info("%s: dynamic dimensions %s", self.name, dict(dims.ranges))
+        every = DynamicDims.varying(list(calls)) if calls is not None else None
+        self.dims = every or next(known, DynamicDims())
+        logger.info("%s: dynamic dimensions %s", self.name, dict(self.dims.ranges))
 
     @contextmanager
     def warming(self) -> Iterator[Visits]:
         """New signatures in here are compiled, and compared with eager."""
         self._warm.visits = visits = Visits()
-        with self._as(Eager(self._target) if self.idle else self._warm):
+        with self._as(Eager(self) if self.idle else self._warm):
             yield visits
 
     @contextmanager
     def replaying(self, num_events: Callable[[], int] = lambda: 0) -> Iterator[Visits]:
         """Calls in here are served as requests will be; `num_events` counts compile events."""
         visits = Visits()
-        replay = Replay(self._target, visits, num_events)
-        with self._as(Eager(self._target) if self.idle else replay):
+        replay = Replay(self, visits, num_events)
+        with self._as(Eager(self) if self.idle else replay):
             yield visits
 
     def give_up(self, key: Signature, route: Route) -> None:
         """Serve this signature eagerly, for the reason that `route` holds."""
-        self._routes[key] = route
+        self._found[key] = route
 
     def freeze(self) -> None:
         """Serve: from now on nothing is warmed, and no route changes."""
-        self._target.routes = MappingProxyType(dict(self._routes))
-        self._mode = Eager(self._target) if self.idle else Serve(self._target)
+        self.routes = MappingProxyType(dict(self._found))
+        self._mode = Eager(self) if self.idle else Serve(self)
 
     def open(self) -> None:
         """Run everything compiled, whatever it costs: nothing is warmed."""
-        self._mode = Eager(self._target) if self.idle else Open(self._target)
-
-    def start_run(self, *, bypass: bool = False, smallest: bool = True) -> None:
-        """A run of the pipeline begins; see `Run`."""
-        self._target.run = Run(bypass, smallest)
-
-    @property
-    def run(self) -> Run:
-        """What the run has met that `start_run` began last."""
-        return self._target.run
-
-    @property
-    def routes(self) -> Mapping[Signature, Route]:
-        return MappingProxyType(self._routes)
-
-    @property
-    def backends(self) -> Sequence[Backend]:
-        return tuple(self._target.backends)
-
-    @property
-    def dims(self) -> DynamicDims:
-        """The dimensions that one graph covers."""
-        return self._target.dims
+        self._mode = Eager(self) if self.idle else Open(self)
 
     @property
     def knows_dims(self) -> bool:
@@ -143,27 +123,18 @@ class Router:
         return self.idle or any(backend.dims is not None for backend in self.backends)
 
     @property
-    def idle(self) -> bool:
-        """Whether there is nothing faster than eager to route to."""
-        return self._target.idle
-
-    @property
-    def reason(self) -> str | None:
-        """Why a backend does not serve all that it was asked for."""
-        return self._target.reason
-
-    @property
     def compiles(self) -> bool:
         """Whether warm-up has to compile, for all that is known so far."""
-        if any(route.engine == "compiled" for route in self._routes.values()):
+        if any(route.engine == "compiled" for route in self.routes.values()):
             return True
         whole = (backend.engine for backend in self.backends if backend.reason is None)
         return next(whole, None) == "compiled"
 
     def _start_warming(self) -> None:
-        self._target.routes = self._routes
-        self._warm = Warm(self._target, self._routes)
-        self._mode = Eager(self._target) if self.idle else self._warm
+        self._found: dict[Signature, Route] = dict(self.routes)
+        self.routes = MappingProxyType(self._found)
+        self._warm = Warm(self, self._found)
+        self._mode = Eager(self) if self.idle else self._warm
 
     @contextmanager
     def _as(self, mode: Callable[[Any, Any], Any]) -> Iterator[None]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from preheat.compilation.backends import inductor, ipex, openvino
-from preheat.compilation.backends.base import Backend, Prepared
+from preheat.compilation.backends.base import Backend, Precompiled
 from preheat.compilation.router import Router
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import thawed
@@ -71,7 +71,7 @@ def _torch_compile(
         kwargs.setdefault("dynamic", False)
     regional = config.scope == "regional"
     if (missing := inductor.why_not(device, config)) is not None:
-        return Prepared("compiled", reason=missing)
+        return Precompiled("compiled", reason=missing)
     if regional and not getattr(module, "_repeated_blocks", None):
         raise ConfigError(
             f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope"
@@ -87,17 +87,17 @@ def _torch_compile(
     if config.export.aot_compile:
         return backend
     if device.type == "cuda":
-        _lay_out(module)
+        _to_channels_last(module)
     try:
         _ = backend.compiled
     except (TypeError, ValueError, RuntimeError) as error:
-        return Prepared("compiled", reason=f"torch.compile refused its arguments: {error}")
+        return Precompiled("compiled", reason=f"torch.compile refused its arguments: {error}")
     return backend
 
 
 def _openvino(name: str, module: nn.Module, config: Pt2Config, device: torch.device) -> Backend:
     if (missing := openvino.why_not(device, config)) is not None:
-        return Prepared("openvino", reason=missing)
+        return Precompiled("openvino", reason=missing)
     properties = openvino.cpu_properties(thawed(config.compile.kwargs).get("options") or {})
     return openvino.OpenVINO(name, module, properties)
 
@@ -108,12 +108,12 @@ def _ipex(
     missing = ipex.why_not(device, config)
     if missing is None:
         try:
-            _lay_out(module)
+            _to_channels_last(module)
             return ipex.Ipex(name, module, dtype)
         except Exception as error:  # whatever Intel's code meets in a module that it does not know
             logger.exception("%s: ipex failed", name)
             missing = f"ipex: {type(error).__name__}: {error}".strip()
-    return Prepared("ipex", reason=missing)
+    return Precompiled("ipex", reason=missing)
 
 
 def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Backend:
@@ -124,15 +124,15 @@ def _eager(module: nn.Module, config: Pt2Config, device: torch.device) -> Backen
     plain layout.
     """
     if device.type == "cpu" and not config.export.aot_compile:
-        _lay_out(module)
-    return Prepared("eager", reason=config.compile.warning)
+        _to_channels_last(module)
+    return Precompiled("eager", reason=config.compile.warning)
 
 
 def _has_convolutions(module: nn.Module) -> bool:
     return any(isinstance(part, CONVOLUTIONS) for part in module.modules())
 
 
-def _lay_out(module: nn.Module) -> None:
+def _to_channels_last(module: nn.Module) -> None:
     """Weights in channels_last, where the module has convolutions."""
     if _has_convolutions(module):
         module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -1,4 +1,4 @@
-"""Makes every variant hot before READY, then proves it: warm through the served path, replay, and
+"""Makes every variant hot before READY, then verifies it: warm through the served path, replay, and
 nothing may compile.
 
 Warm-up knows neither pipelines nor modules. It is given `serve`, which runs one variant exactly as
@@ -9,16 +9,16 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 from preheat.buckets import Bucket
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.modes import Route, Visits
-from preheat.compilation.pace import Timing
+from preheat.compilation.pace import Load, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Signature
 from preheat.compilation.variants import Variant
@@ -42,62 +42,52 @@ _MAX_PASSES = 4
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
+class WarmupRow:
     """What warm-up did for one target in one bucket and batch size; a row of the state."""
 
     bucket: Bucket
     batch_size: int
     target: str
     engine: EngineName
+    load: Load
+    """Of the variant with the most rows."""
     warm_seconds: float
-    cache: str | None
-    reason: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class WarmupProgress:
-    """Progress: variant number `done` of `total` took `seconds`."""
-
-    done: int
-    total: int
-    variant: Variant
-    seconds: float
+    cache: str
+    """`hit`, `miss`, `partial`, or `none` where nothing was looked up."""
+    reason: str
+    """Why it is not the engine that was asked for; empty where it is."""
 
 
 class Warmup:
-    """One run of warm-up and proof.
+    """One run of warm-up and verification.
 
     Args:
         serve: runs one variant through the served path.
         routers: by target name.
         on_failure: `eager` gives up the shapes at fault; `fail` raises.
-        progress: told after each variant.
-        leave_out: variants that are not warmed although they are proven: how tests show that the
-            proof can fail.
+        progress: called after each variant with the seconds that it took.
         own_folder: see `watch.cache_counters`.
     """
 
     def __init__(
         self,
-        serve: Callable[[Any], Timing | None],
+        serve: Callable[[Variant], Timing | None],
         routers: Mapping[str, Router],
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
-        progress: Callable[[WarmupProgress], None] = lambda _: None,
-        leave_out: Collection[Variant] = (),
+        progress: Callable[[Variant, float], None] = lambda *_: None,
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
-        self._on_failure, self._progress, self._leave_out = on_failure, progress, leave_out
-        self._own_folder = own_folder
+        self._on_failure, self._progress, self._own_folder = on_failure, progress, own_folder
         self.timings: dict[Variant, Timing] = {}
-        """Of each variant's last run, which was that of the proof where it was replayed."""
-        self._records: dict[tuple[Bucket, int, str], Record] = {}
+        """Of each variant's last run, which was that of the verification where it was replayed."""
+        self._rows: dict[tuple[Bucket, int, str], WarmupRow] = {}
 
     @property
-    def records(self) -> list[Record]:
-        return list(self._records.values())
+    def rows(self) -> list[WarmupRow]:
+        return list(self._rows.values())
 
     def observe(self, variants: Iterable[Variant]) -> None:
         """Run variants eagerly to learn which input dimensions vary between them; one graph will
@@ -150,8 +140,7 @@ class Warmup:
             WarmupError: a target could not be compiled and `on_failure` is `fail`.
         """
         allow_compiling()
-        chosen = [variant for variant in variants if variant not in self._leave_out]
-        for done, variant in enumerate(chosen, start=1):
+        for done, variant in enumerate(variants, start=1):
             events = self._watch.num_events
             with ExitStack() as stack:
                 visited = self._each(stack, Router.warming)
@@ -161,7 +150,7 @@ class Warmup:
             logger.info(
                 "[%d/%d] %s %s %s %.1f s (%s%s)",
                 done,
-                len(chosen),
+                len(variants),
                 variant.bucket,
                 _engines(visited),
                 how,
@@ -169,7 +158,7 @@ class Warmup:
                 variant.details,
                 f", cache {outcome}" if outcome else "",
             )
-            self._progress(WarmupProgress(done, len(chosen), variant, seconds))
+            self._progress(variant, seconds)
             self._fail_if_asked(variant, visited)
 
     def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:
@@ -183,7 +172,7 @@ class Warmup:
             counters, cache_counters(self._own_folder)
         )
 
-    def prove(self, variants: Iterable[Variant]) -> int:
+    def verify(self, variants: Iterable[Variant]) -> int:
         """Replay every variant with compiling forbidden; returns the number of variants at fault.
 
         Any compile event, and any guard that would have asked for one, is a fault of warm-up. The
@@ -202,7 +191,7 @@ class Warmup:
             why = "compiled again in the replay" if self._watch.num_events != events else None
             if self._give_up(visited, why):
                 num_faults += 1
-                logger.error("proof: %s was not hot after warm-up", variant)
+                logger.error("verification: %s was not hot after warm-up", variant)
                 self._note(variant, visited, 0.0, None)
                 self._fail_if_asked(variant, visited)
         for router in self._routers.values():
@@ -251,17 +240,19 @@ class Warmup:
             if not routes:
                 continue
             key = (variant.bucket, variant.batch_size, name)
-            before = self._records.get(key)
+            before = self._rows.get(key)
             engines = {route.engine for route in routes} | ({before.engine} if before else set())
             slower = next((route for route in routes if route.reason), None)
-            self._records[key] = Record(
+            loads = [variant.load, *([before.load] if before else [])]
+            self._rows[key] = WarmupRow(
                 bucket=variant.bucket,
                 batch_size=variant.batch_size,
                 target=name,
                 engine=slowest(engines),
+                load=max(loads, key=lambda load: load.rows),
                 warm_seconds=round(seconds + (before.warm_seconds if before else 0.0), 3),
-                cache=_fold_outcome(before.cache if before else None, outcome),
-                reason=(slower.reason if slower else None) or (before.reason if before else None),
+                cache=_fold_outcome(before.cache if before else "none", outcome or "none"),
+                reason=(slower and slower.reason) or (before.reason if before else ""),
             )
 
     def _fail_if_asked(self, variant: Variant, visited: Visited) -> None:
@@ -277,10 +268,9 @@ class Warmup:
                 )
 
 
-def _fold_outcome(before: str | None, now: str | None) -> str | None:
-    if before is None or now is None or before == now:
-        return now or before
-    return "partial"
+def _fold_outcome(before: str, now: str) -> str:
+    known = {before, now} - {"none"}
+    return "partial" if len(known) > 1 else next(iter(known), "none")
 
 
 def _engines(visited: Visited) -> str:

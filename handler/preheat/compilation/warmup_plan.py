@@ -11,22 +11,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from preheat.compilation.variants import Variant
 from preheat.config.pt2 import ShapesConfig
 
 
-class Family(Protocol):
-    """What a family of models knows of its variants; see `work.Work`."""
+class Variants(Protocol):
+    """What a family of models knows of its variants; see `models.base.ModelRunner`."""
 
     def variants(self, batch_sizes: Sequence[int]) -> Sequence[Variant]: ...
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
+    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]: ...
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
+    def extremes(self, variants: Sequence[Variant]) -> Sequence[Variant]: ...
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Variant]: ...
+    def between(self, variants: Sequence[Variant]) -> Sequence[Variant]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +63,7 @@ def warmed_sizes(shapes: ShapesConfig, most: int, *, every: bool) -> tuple[int, 
 
 
 def warmup_plan(
-    family: Family,
+    family: Variants,
     served: Sequence[int],
     warmed: Sequence[int],
     *,

@@ -5,12 +5,14 @@ hot.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
+from torch._C._dynamo.eval_frame import set_guard_complete_hook
 from torch._dynamo import callback as dynamo_callback
 from torch._dynamo.utils import counters as dynamo_counters
 
@@ -39,7 +41,8 @@ class CompileWatch:
         return sum(self.events.values())
 
     def close(self) -> None:
-        dynamo_callback.callback_handler.remove_start_callback(self._note)
+        with suppress(ValueError):  # torch.compiler.reset() has let go of it already
+            dynamo_callback.callback_handler.remove_start_callback(self._note)
 
 
 def forbid_compiling() -> None:
@@ -73,14 +76,15 @@ def refused_guards(error: BaseException) -> str | None:
 
 
 def raise_recompile_limits(num_graphs: int) -> None:
-    """Make room for `num_graphs` graphs per code object, and make hitting the limit an error.
+    """Make room for `num_graphs` more per code object, and make hitting the limit an error.
 
     Dynamo's default is 8 per code object, and past it it goes eager silently
-    (torch/_dynamo/config.py).
+    (torch/_dynamo/config.py). Other modules of the class may have some already.
     """
     config: Any = torch._dynamo.config
-    config.recompile_limit = max(config.recompile_limit, num_graphs)
-    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, num_graphs)
+    most = num_graphs and _num_graphs() + num_graphs
+    config.recompile_limit = max(config.recompile_limit, most)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, most)
     config.fail_on_recompile_limit_hit = True
 
 
@@ -89,10 +93,50 @@ def hit_recompile_limit(error: BaseException) -> bool:
     return isinstance(error, torch._dynamo.exc.FailOnRecompileLimitHit)
 
 
-def num_graphs() -> int:
-    """Graphs that Dynamo has captured in this process. A compile event without one means that
-    nothing was compiled.
+_with_graphs = WeakSet[object]()
+
+
+class GraphWatch:
+    """Whether what runs in here runs a graph of Dynamo's: a compile event alone says nothing.
+
+    Dynamo keeps graphs by code, and a module's parameters are inputs of them: another module of the
+    class, such as that of a worker that was started again, runs the first one's and makes none.
+
+    Args:
+        forward: what is run.
     """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        module = getattr(forward, "__self__", None)
+        self._kind: object = forward if module is None else type(module)
+        self._ran = False
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        graphs, hits = _num_graphs(), list[bool]()
+        before = set_guard_complete_hook(None)
+
+        def looked_up(cache_hit: bool) -> bool:
+            hits.append(cache_hit)
+            return before(cache_hit) if before is not None else cache_hit
+
+        set_guard_complete_hook(looked_up)
+        try:
+            yield
+        finally:
+            set_guard_complete_hook(before)
+            if _num_graphs() != graphs:
+                _with_graphs.add(self._kind)
+                self._ran = True
+            self._ran |= any(hits) and self._kind in _with_graphs
+
+    @property
+    def ran_graph(self) -> bool:
+        return self._ran
+
+
+def _num_graphs() -> int:
+    """Those that Dynamo has captured in this process."""
     return int(dynamo_counters["stats"]["unique_graphs"])
 
 

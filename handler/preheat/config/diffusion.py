@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import importlib
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import Field, model_validator
 
+from preheat.buckets import Bucket
 from preheat.config.family import FamilyConfig
+from preheat.config.places import is_hub_id
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import Dtype, Listed, Positive, Section, Text
 from preheat.config.yaml_errors import refuse_twice, shown
@@ -46,6 +51,10 @@ class LimitsConfig(Section):
     max_cost: Positive | None = None
     """Pixel-steps: the bucket's pixels x denoiser calls x pictures of one request. 100 million is
     1024x1024 in 95 steps. Default: no limit."""
+    max_response_bytes: Positive = 300_000_000
+    """Bytes of one answer, of a stream of each event: a larger one than TorchServe's
+    max_response_size, here that of archive/config.properties, would end the worker.
+    """
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:
@@ -54,6 +63,22 @@ class LimitsConfig(Section):
                 f"{self.min_side} is over max_side ({self.max_side})", "pipeline.limits.min_side"
             )
         return self
+
+    def check(self, buckets: Iterable[Bucket]) -> None:
+        """Raise ConfigError where no request could ask for one of the pictures `buckets`."""
+        for index, bucket in enumerate(buckets):
+            path = f"pt2.shapes.buckets[{index}]"
+            sides = (bucket.height, bucket.width)
+            if max(sides) > self.max_side or bucket.volume > self.max_image_pixels:
+                raise ConfigError(
+                    f"{bucket} is over pipeline.limits (max_side {self.max_side}, "
+                    f"max_image_pixels {self.max_image_pixels})",
+                    path,
+                )
+            if min(sides) < self.min_side:
+                raise ConfigError(
+                    f"{bucket} is under pipeline.limits.min_side ({self.min_side})", path
+                )
 
 
 class DefaultsConfig(Section):
@@ -157,7 +182,8 @@ class PipelineConfig(FamilyConfig):
         shapes, targets = pt2.shapes, pt2.targets or ("unet",)
         vae = sum(name.startswith("vae.") for name in targets)
         both = self.guidance == "both" and shapes.batch_sizes != "dynamic"
-        denoiser = batches * (2 if both else 1) if vae < len(targets) else 0
+        graphs = batches * (2 if both else 1) * len(shapes.masks)
+        denoiser = graphs if vae < len(targets) else 0
         sizes = 1 if shapes.strategy == "dynamic" else max(1, len(shapes.buckets))
         return sizes * (denoiser + vae)
 
@@ -169,3 +195,36 @@ class PipelineConfig(FamilyConfig):
                     f"must be {', '.join(most)} or {last}, got {shown(target)}",
                     f"pt2.targets[{index}]",
                 )
+            if target.startswith("vae.") and any(pt2.shapes.masks):
+                raise ConfigError(
+                    "fit: mask decodes every picture at its own size, uncompiled; leave it out",
+                    f"pt2.targets[{index}]",
+                )
+        self.limits.check(pt2.shapes.buckets)
+
+    def check_here(self) -> None:
+        if self.scheduler is not None:
+            check_scheduler(self.scheduler)
+        if self.fused_lora is None or is_hub_id(self.fused_lora):
+            return
+        path, folder = "pipeline.fused_lora", Path(self.fused_lora)
+        if not folder.is_absolute():
+            raise ConfigError(
+                f"{shown(self.fused_lora)} is relative, and TorchServe starts workers in a folder "
+                "of its own; use an absolute path",
+                path,
+            )
+        if not folder.exists():
+            raise ConfigError(f"no such folder: {folder}", path)
+
+
+def check_scheduler(name: str) -> None:
+    """Raise ConfigError where diffusers has no scheduler of that name."""
+    # Not above: a YAML is read without torch, and the seconds are for one that names a scheduler.
+    diffusers: Any = importlib.import_module("diffusers")
+    path = "pipeline.scheduler"
+    if not hasattr(getattr(diffusers, name, None), "from_config"):
+        known = [each for each in dir(diffusers) if each.endswith("Scheduler")]
+        close = get_close_matches(name, known, n=1)
+        hint = f"; did you mean {close[0]}?" if close else ""
+        raise ConfigError(f"diffusers has no scheduler {shown(name)}{hint}", path)

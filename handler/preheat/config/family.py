@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar, TypedDict
 
 from preheat.config.pt2 import Pt2Config
-from preheat.config.schema import Section, Text
+from preheat.config.schema import Dtype, Section, Text
+
+
+class Manifest(TypedDict, total=False):
+    """TorchServe's MAR-INF/MANIFEST.json, as far as it is read."""
+
+    model: Mapping[str, str]
+    """Of it `modelFile`, `serializedFile` and `configFile`."""
 
 
 class FamilyConfig(Section):
@@ -27,6 +34,8 @@ class FamilyConfig(Section):
 
     path: Text | None = None
     """A model folder, or a hub id; `.` is the archive's own."""
+    dtype: Dtype = "float32"
+    """Of weights and computation."""
 
     @property
     def made_by(self) -> str | None:
@@ -41,7 +50,7 @@ class FamilyConfig(Section):
         return False
 
     @classmethod
-    def is_meant_by(cls, manifest: Mapping[str, Any]) -> bool:
+    def is_meant_by(cls, manifest: Manifest) -> bool:
         """Whether an archive whose YAML names no family is one of these."""
         return False
 
@@ -58,3 +67,8 @@ class FamilyConfig(Section):
 
     def check(self, pt2: Pt2Config) -> None:
         """Raise ConfigError where `pt2` says what this family cannot do."""
+
+    def check_here(self) -> None:
+        """Raise ConfigError where the section names what is not on this machine, `path` and
+        `made_by` aside: asked before an archive is made.
+        """

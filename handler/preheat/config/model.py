@@ -14,9 +14,9 @@ from typing import Any, Literal, TypeVar, get_args
 from pydantic import ValidationError, model_validator
 
 from preheat.config.diffusion import PipelineConfig
-from preheat.config.family import FamilyConfig
+from preheat.config.family import FamilyConfig, Manifest
 from preheat.config.module import ModuleConfig
-from preheat.config.pt2 import Pt2Config
+from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import normalized
 from preheat.config.schema import Count, FrozenMapping, Listed, Positive, Section
 from preheat.config.yaml_errors import explained, keys_of, shown
@@ -38,6 +38,10 @@ SERVING_MODES: dict[str, str] = {
 """
 
 
+_RETRY_TIMEOUT = 300
+"""TorchServe's maxRetryTimeoutInSec in seconds where the YAML names none."""
+
+
 class ModelConfig(Section):
     """A whole model YAML.
 
@@ -55,7 +59,8 @@ class ModelConfig(Section):
     batchSize: Positive = 1
     """Most requests that a worker gets at once."""
     maxBatchDelay: Count | None = None
-    """Milliseconds that a request waits for others; a lone one always waits as long."""
+    """Milliseconds that a request waits for others; a lone one always waits as long. TorchServe's
+    default is 100; with `batchSize` 1 nobody waits."""
     responseTimeout: Positive | None = None
     """Seconds a batch may take; TorchServe's default is 120."""
     startupTimeout: Positive | None = None
@@ -140,12 +145,16 @@ class ModelConfig(Section):
     def _sections(self) -> Iterator[FamilyConfig]:
         return filter(None, (getattr(self, key) for key in self.families()))
 
-    def in_archive(self, manifest: Mapping[str, Any]) -> ModelConfig:
+    def in_archive(self, manifest: Manifest) -> ModelConfig:
         """This config where `manifest`, the archive's, may say what is served."""
         if self.names_a_family(self.model_fields_set):
             return self
         meant = {key: kind() for key, kind in self.families().items() if kind.is_meant_by(manifest)}
         return self.model_copy(update=meant)
+
+    def with_shapes(self, shapes: ShapesConfig) -> ModelConfig:
+        """This config with `pt2.shapes` as a loaded model has resolved them."""
+        return self.model_copy(update={"pt2": self.pt2.model_copy(update={"shapes": shapes})})
 
     @property
     def warnings(self) -> tuple[str, ...]:
@@ -156,9 +165,30 @@ class ModelConfig(Section):
         said = (
             self.pt2.compile.warning,
             legacy if self.pt2.compile.legacy else None,
+            self._odd_dtype(),
+            self._short_retries(),
             *self._odd_batches(),
         )
         return tuple(filter(None, said))
+
+    def _odd_dtype(self) -> str | None:
+        compile_ = self.pt2.compile
+        if not compile_.enable or compile_.kwargs.get("backend") != "openvino":
+            return None
+        if self.family.dtype != "float16":
+            return None
+        return (
+            f"{self.family.name}.dtype: under openvino float16 often differs from eager by more "
+            "than is let through, and is then served eagerly; use float32"
+        )
+
+    def _short_retries(self) -> str | None:
+        if self.maxRetryTimeoutInSec or (self.startupTimeout or 0) < _RETRY_TIMEOUT:
+            return None
+        return (
+            f"maxRetryTimeoutInSec: TorchServe's {_RETRY_TIMEOUT} must exceed startupTimeout "
+            f"({self.startupTimeout}), or it gives up on a slow start after too few tries"
+        )
 
     def _odd_batches(self) -> Iterator[str]:
         """Where `batch_sizes`, the rows of a run, and `batchSize`, the requests that come together,

@@ -8,11 +8,11 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 
-from preheat.config.family import FamilyConfig
+from preheat.config.family import FamilyConfig, Manifest
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import Dtype, FrozenDict, Listed, Positive, Section, Text
 from preheat.config.yaml_errors import refuse_twice, shown
@@ -183,7 +183,7 @@ class ModuleConfig(FamilyConfig):
         return self.factory
 
     @classmethod
-    def is_meant_by(cls, manifest: Mapping[str, Any]) -> bool:
+    def is_meant_by(cls, manifest: Manifest) -> bool:
         """It was made with --model-file or --serialized-file."""
         return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
 

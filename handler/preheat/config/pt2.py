@@ -16,7 +16,7 @@ from preheat.config.yaml_errors import refuse_twice
 from preheat.errors import ConfigError
 
 TrustMode = Literal["signed", "owner"]
-Fit = Literal["pad", "resize"]
+Fit = Literal["pad", "resize", "mask"]
 Oversize = Literal["reject", "downscale", "eager"]
 Strategy = Literal["buckets", "dynamic", "fixed", "exact"]
 Scope = Literal["full", "regional"]
@@ -39,7 +39,11 @@ class ShapesConfig(Section):
     bucket for all of them, and one for a single row."""
     fit: Fit = "pad"
     """How a picture meets its bucket. `pad`: the smallest bucket that covers it, and the asked size
-    is cut out. `resize`: the bucket of nearest shape, resampled to the asked size. See fit.md."""
+    is cut out. `resize`: the bucket of nearest shape, resampled to the asked size. `mask`: painted
+    at its own size inside the bucket, as diffusers alone would. See fit.md."""
+    mask_only: bool = False
+    """With `fit: mask`: pictures that fill their bucket run the graph with masks too, which halves
+    warm-up and makes their steps a little slower."""
     oversize: Oversize = "reject"
     """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape, enlarged.
     `eager`: as it is, uncompiled."""
@@ -69,7 +73,7 @@ class ShapesConfig(Section):
         refuse_twice(self.buckets, "pt2.shapes.buckets")
         if self.strategy == "fixed" and len(self.buckets) > 1:
             raise ConfigError(
-                f"strategy fixed paints one size, but {len(self.buckets)} buckets are listed; "
+                f"strategy fixed generates one size, but {len(self.buckets)} buckets are listed; "
                 "keep one, or use strategy: buckets",
                 "pt2.shapes.buckets",
             )
@@ -78,7 +82,23 @@ class ShapesConfig(Section):
                 "strategy fixed resizes every picture; use fit: resize, or leave it out",
                 "pt2.shapes.fit",
             )
+        if self.strategy == "fixed" and self.fit == "mask":
+            raise ConfigError(
+                "strategy fixed resizes every picture; use strategy: buckets", "pt2.shapes.fit"
+            )
+        if self.mask_only and self.fit != "mask":
+            raise ConfigError("is for fit: mask", "pt2.shapes.mask_only")
         return self
+
+    @property
+    def masks(self) -> tuple[bool, ...]:
+        """Whether the graph of a run has masks: the values that need warming. Strategies whose
+        canvas is the picture have none.
+        """
+        if self.fit != "mask" or self.strategy != "buckets":
+            return (False,)
+        # a run that is always the same to the last bit is always of the same graph
+        return (True,) if self.mask_only or self.invariant else (True, False)
 
 
 class CacheConfig(Section):
@@ -191,6 +211,11 @@ class Pt2Config(Section):
             raise ConfigError(
                 f"strategy {self.shapes.strategy} has no list of shapes to compile ahead of time; "
                 "use buckets or fixed",
+                "pt2.export.aot_compile",
+            )
+        if self.export.aot_compile and self.shapes.fit == "mask":
+            raise ConfigError(
+                "packages have no masks; use fit: pad, or compile at start",
                 "pt2.export.aot_compile",
             )
         if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):

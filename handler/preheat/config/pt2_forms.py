@@ -37,6 +37,9 @@ PT2_BACKENDS = (
 mean eager.
 """
 
+INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
+"""Those that torch has had since 2.1."""
+
 TORCH_COMPILE_ARGUMENTS = (
     "backend",
     "disable",
@@ -154,6 +157,8 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
     let through.
     """
     backend = kwargs.get("backend", "inductor")
+    if ours and backend == "inductor":
+        _refuse_unknown_mode(kwargs.get("mode"), path.removesuffix("backend") + "mode")
     if backend in PT2_BACKENDS:
         return CompileConfig(enable=True, kwargs=kwargs, legacy=legacy)
     if ours:
@@ -164,6 +169,20 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
         f"compiled; it knows {', '.join(PT2_BACKENDS)}"
     )
     return CompileConfig(enable=False, kwargs=kwargs, legacy=legacy, warning=warning)
+
+
+def _refuse_unknown_mode(mode: object, path: str) -> None:
+    """Raise ConfigError where Inductor has no such mode: it would say so once for each bucket, and
+    each would be served eagerly.
+    """
+    if mode is None or mode in INDUCTOR_MODES:
+        return
+    inductor: Any = importlib.import_module("torch._inductor")  # it may know more
+    known = sorted(inductor.list_mode_options())
+    if mode not in known:
+        close = get_close_matches(str(mode), known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"
+        raise ConfigError(f"Inductor has no mode {shown(mode)}; {hint}", path)
 
 
 def _refuse_unknown(backend: object, path: str) -> None:

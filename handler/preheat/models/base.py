@@ -5,70 +5,58 @@ routers. A family's jobs and results pass through the worker unread.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Generic
 
 import torch
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.compilation.pace import Budget, Pace, Timing
-from preheat.compilation.router import Router
+from preheat.compilation.pace import Pace, Timing
 from preheat.compilation.variants import Variant
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
-from preheat.config.pt2 import ShapesConfig
-from preheat.models.batching import Outcome, RunReport
+from preheat.models.batching import BatchRunner, Chunk, Execution, JobT, ResultT, RunReport
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
 
-JobT = TypeVar("JobT")
-ResultT = TypeVar("ResultT", bound=Outcome)
-Manifest = Mapping[str, Any]
-"""TorchServe's MAR-INF/MANIFEST.json; of it `model.modelFile` and `model.serializedFile`."""
 
-
-class LoadedModel(Protocol[JobT, ResultT]):
+class LoadedModel(ABC, Generic[JobT, ResultT]):
     """A model that is in memory as the YAML says."""
 
+    config: ModelConfig
+    """The YAML's, `pt2.shapes` as the model has resolved them."""
+    sizes: Sequence[Bucket] = ()
+    """Every bucket."""
+    fields: Collection[str] = ()
+    """The names that a refusal may have in metrics: none of a client's own."""
+    dtype = torch.float32
+
     @classmethod
+    @abstractmethod
     def load(
         cls, config: ModelConfig, model_dir: Path, manifest: Manifest, device: torch.device
     ) -> LoadedModel[JobT, ResultT]:
         """The model that `config`, or else the archive's `manifest`, names.
 
         Raises:
-            ConfigError, ModuleError, PipelineError: it cannot be served as the YAML says.
+            ConfigError, ModelError: it cannot be served as the YAML says.
         """
 
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    @property
-    def shapes(self) -> ShapesConfig:
-        """`pt2.shapes` as the model has resolved it."""
-
-    @property
-    def sizes(self) -> Collection[Bucket]:
-        """Every bucket."""
-
-    @property
-    def fields(self) -> Collection[str]:
-        """The names that a refusal may have in metrics: none of a client's own."""
-
+    @abstractmethod
     def targets(self) -> Mapping[str, nn.Module]:
         """The modules that `pt2.targets` names, or the family's default."""
 
-    def settings(self) -> Mapping[str, Any]:
-        """What of the family's own section decides what is compiled, as plain data."""
+    @abstractmethod
+    def fingerprint_facts(self) -> Mapping[str, object]:
+        """What compiled code depends on beside `pt2`: what the family's own section says of it,
+        classes and configs, without the weights.
+        """
 
-    def structure(self) -> Mapping[str, Any]:
-        """What compiled code depends on: classes and configs, without the weights."""
-
-    def runner(
-        self, routers: Mapping[str, Router], report: Callable[[RunReport], None], budget: Budget
-    ) -> ModelRunner[JobT, ResultT]:
-        """What serves it, now that the routers stand in for their targets.
+    @abstractmethod
+    def runner(self, execution: Execution) -> ModelRunner[JobT, ResultT]:
+        """What serves it, now that routers stand in for its targets.
 
         Raises:
             ConfigError: a first eager run shows that the YAML is wrong about it.
@@ -77,34 +65,36 @@ class LoadedModel(Protocol[JobT, ResultT]):
 
 class ModelRunner(ABC, Generic[JobT, ResultT]):
     """Serves a loaded model, in warm-up as ever after. What is not abstract suits a family whose
-    every variant has a static graph of its own.
+    every variant has a static graph of its own, and whose requests may share any run.
     """
 
-    unfit: dict[str, int]
-    """By kind of run, the smallest batch size that has not fitted into memory."""
+    def __init__(self, execution: Execution, buckets: Sequence[Bucket]) -> None:
+        self.execution, self.buckets = execution, buckets
+        self.batches = BatchRunner(execution, self)
 
-    @abstractmethod
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
         """Every variant in these batch sizes, the largest first; none where nothing can be
         warmed.
         """
+        descending = sorted(batch_sizes, reverse=True)
+        return [Variant(bucket, size) for bucket in self.buckets for size in descending]
 
-    def covering(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""
         return variants
 
-    def extremes(self, variants: Sequence[Any]) -> Sequence[Variant]:
+    def extremes(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """The variants whose shapes show which dimensions one graph must cover; none where every
         graph is static.
         """
         return ()
 
-    def between(self, variants: Sequence[Any]) -> Sequence[Variant]:
-        """Variants beside these that must be served too, and so proven."""
+    def between(self, variants: Sequence[Variant]) -> Sequence[Variant]:
+        """Variants beside these that must be served too, and so verified."""
         return ()
 
     @abstractmethod
-    def run_variant(self, variant: Any) -> Timing:
+    def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would; how long it took."""
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
@@ -113,7 +103,7 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         """
         return None
 
-    def measure_padding(self) -> Mapping[str, Any]:
+    def measure_padding(self) -> Mapping[str, float | str]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a
         question.
         """
@@ -128,8 +118,25 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         """
 
     @abstractmethod
+    def result(self, job: JobT) -> ResultT:
+        """What the job's results are written to."""
+
+    def groups(self, results: Sequence[ResultT]) -> Iterable[Sequence[ResultT]]:
+        """The results whose rows may share a run."""
+        groups: dict[Hashable, list[ResultT]] = {}
+        for result in results:
+            groups.setdefault(result.job.group_key, []).append(result)
+        return groups.values()
+
+    @abstractmethod
+    def run_chunk(self, chunk: Chunk[ResultT], size: int) -> RunReport:
+        """Run these rows, filled up to `size`, by `execution.run`, and give each result what is its
+        own; how it ran.
+        """
+
     def inference(self, jobs: Sequence[JobT]) -> Sequence[ResultT]:
         """Results in the order of the jobs."""
+        return self.batches.run(jobs)
 
     @abstractmethod
     def postprocess(self, results: Sequence[ResultT]) -> list[Response]: ...

@@ -1,36 +1,34 @@
-"""Runs batches of strangers: groups what can share a run, splits rows into warmed batch sizes,
-keeps failures to themselves.
+"""Runs batches of unrelated requests: groups what can share a run, splits rows into warmed batch
+sizes, keeps failures to themselves.
 
-Knows neither pipelines nor modules: a family derives its engine from `Batcher` and says what a row
-is and how a chunk of rows is run.
+Knows neither pipelines nor modules: a `BatchRunner` has a family's `ModelRunner`, which says what
+may share a run and how a chunk of rows is run.
 """
 
 from __future__ import annotations
 
 import logging
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Generic, Literal, Protocol, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field, replace
+from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
-from preheat.buckets import split_rows
+from preheat.buckets import Bucket, split_rows
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.pace import MARGIN, Budget, Load
 from preheat.compilation.router import Router
-from preheat.config.pt2 import ShapesConfig
+from preheat.config.pt2 import Attention
 from preheat.device import is_device_lost, is_out_of_memory, release_memory
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from preheat.models.base import ModelRunner
+from preheat.models.memory import Unfit
 
-_MOST_KINDS = 256
-"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the
-clients' own.
-"""
+logger = logging.getLogger(__name__)
 
 Exactness = Literal["bitwise", "rounding", "padded"]
 """How equal an answer is to the same request's alone: to the last bit, within rounding, or a little
@@ -38,50 +36,85 @@ changed by its padding.
 """
 
 
-class Queued(Protocol):
-    """What is asked of a job here."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BaseJob:
+    """A request that can be run; a family's own derives from it. What is not overridden suits one
+    row of one size, which may share its runs with every other.
+    """
+
+    deadline: float | None = None
+    """Unix time in seconds after which nobody waits for the answer."""
+    bypass: bool = False
+    """Runs eagerly on purpose, outside every bucket (`oversize: eager`)."""
 
     @property
-    def deadline(self) -> float | None:
-        """Unix time in seconds after which nobody waits for the answer."""
+    def num_rows(self) -> int:
+        return 1
+
+    @property
+    def asked(self) -> Bucket | None:
+        """The size that it asks for; None where there is none to plan buckets by."""
+        return None
+
+    @property
+    def group_key(self) -> Hashable:
+        """Equal for jobs whose rows may share a run."""
+        return self.bypass
+
+    @property
+    def kind(self) -> str:
+        """What decides, beside the number of rows, how much memory its runs take."""
+        return "fixed"
+
+    @property
+    def identity(self) -> int:
+        """The same for a request that is sent again."""
+        return hash(repr(replace(self, deadline=None)))
+
+    def load(self, size: int) -> Load:
+        """What the time of a run of `size` rows like its own depends on."""
+        return Load(1, size, size, 1)
+
+    def batch_sizes(self, served: Sequence[int]) -> Sequence[int]:
+        """Of the batch sizes that are served those that its runs may have."""
+        return served
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(slots=True)
 class Outcome:
     """How one request fared; a family's answer derives from it."""
 
+    job: BaseJob
+    _: KW_ONLY
     engine: EngineName = "eager"
     exact: Exactness = "rounding"
-    incident: bool = False
+    unwarmed: bool = False
     """Met a shape or guard that warm-up had not foreseen."""
-    fell_back: bool = False
+    fallback: bool = False
     """Ran eagerly because warm-up had found no engine."""
     error: RunError | None = None
     begun: bool = False
     """Some of its rows are done."""
+    promised: bool = False
+    """It was put off before, and a turn was kept for it."""
 
     @property
     def is_fallback(self) -> bool:
         """Whether it ran eagerly although compiled code was wanted."""
-        return self.incident or self.fell_back
-
-    @property
-    def is_planned_eager(self) -> bool:
-        """Whether it ran eagerly on purpose (`oversize: eager`)."""
-        return False
+        return self.unwarmed or self.fallback
 
     @property
     def bucket(self) -> str:
         """Where it ran."""
-        return "none"
+        return self.job.kind
 
     @property
-    def num_painted(self) -> int:
+    def num_computed(self) -> int:
         """Pixels (elements, of a module's inputs) that the model computed for it."""
         return 0
 
     @property
-    def num_cropped(self) -> int:
+    def num_padding(self) -> int:
         """Of those, how many were padding."""
         return 0
 
@@ -92,21 +125,22 @@ class Outcome:
 
     def restart(self) -> None:
         """Forget what a failed run has left; a family with more to forget adds it."""
-        self.engine, self.incident, self.fell_back, self.begun = "eager", False, False, False
+        self.engine, self.unwarmed, self.fallback, self.begun = "eager", False, False, False
 
     def raise_if_failed(self) -> None:
         if self.error is not None:
             raise self.error
 
-    def note(self, run: RunReport, *, first: bool) -> None:
+    def note(self, run: RunReport) -> None:
         """Add a run that this request had rows in; one whose rows took several is as slow as the
         slowest of them.
         """
-        self.engine = run.engine if first else slowest({run.engine, self.engine})
-        self.incident |= run.incident
-        if run.incident and self.exact == "bitwise":
+        self.engine = slowest({run.engine, self.engine}) if self.begun else run.engine
+        self.begun = True
+        self.unwarmed |= run.unwarmed
+        if run.unwarmed and self.exact == "bitwise":
             self.exact = "rounding"  # it ran on another engine than the same request does otherwise
-        self.fell_back |= run.fell_back
+        self.fallback |= run.fallback
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,153 +151,155 @@ class RunReport:
     num_real_rows: int
     engine: EngineName
     seconds: float
-    incident: bool
-    fell_back: bool
+    unwarmed: bool
+    fallback: bool
 
 
-AnswerT = TypeVar("AnswerT", bound=Outcome)
-RowT = TypeVar("RowT")
+JobT = TypeVar("JobT", bound=BaseJob)
+ResultT = TypeVar("ResultT", bound=Outcome)
 T = TypeVar("T")
 
 
-class Batcher(ABC, Generic[AnswerT, RowT]):
-    """What the engines of all families do alike.
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """How a loaded model is run: the same in warm-up and serving."""
 
-    Args:
-        routers: what stands in for the targets, by target name.
-        shapes: batch sizes, and whether one alone is used.
-        max_rows: most rows of one run where `batch_sizes: dynamic` names none.
-        device: where it runs.
-        attention: `pt2.attention`, the same in warm-up and serving because both come through here.
-        report: told of every run.
-        budget: what a call has time for; None: for everything.
-    """
+    batch_sizes: Sequence[int]
+    """The sizes a run is filled up to."""
+    device: torch.device
+    routers: Mapping[str, Router] = field(default_factory=dict)
+    """What stands in for the targets, by target name."""
+    attention: Attention = "default"
+    report: Callable[[RunReport], None] = lambda _: None
+    """Called with every run's."""
+    budget: Budget = field(default_factory=Budget)
+    """What a call has time for."""
 
-    def __init__(
-        self,
-        routers: Mapping[str, Router],
-        shapes: ShapesConfig,
-        *,
-        max_rows: int,
-        device: torch.device,
-        attention: str = "default",
-        report: Callable[[RunReport], None] = lambda _: None,
-        budget: Budget | None = None,
-    ) -> None:
-        self._budget = budget or Budget()
-        self._routers, self._report, self._device, self._attention = (
-            routers,
-            report,
-            device,
-            attention,
-        )
-        # The sizes a run is filled up to; any number of rows up to the largest where one graph
-        # serves them all.
-        self._batch_sizes: Sequence[int] = (
-            range(1, max_rows + 1) if shapes.batch_sizes == "dynamic" else shapes.batch_sizes
-        )
-        if shapes.invariant:
-            self._batch_sizes = (max(self._batch_sizes),)
-        self.unfit: dict[str, int] = {}
-        """By kind of run, the smallest batch size that has not fitted into memory, though there is
-        a smaller one.
+    def run(
+        self, call: Callable[[], T], *, num_rows: int, num_real_rows: int, bypass: bool = False
+    ) -> tuple[T, RunReport]:
+        """What `call`, one run of the model, gives under the served global state, and how it
+        ran.
         """
+        smallest = num_rows <= min(self.batch_sizes)
+        for router in self.routers.values():
+            router.start_run(bypass=bypass, smallest=smallest)
+        started = time.perf_counter()
+        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled
+        # again.
+        with torch.inference_mode(), attention_backend(self.attention):
+            result = call()
+        runs = [router.run for router in self.routers.values()]
+        run = RunReport(
+            num_rows=num_rows,
+            num_real_rows=num_real_rows,
+            engine=slowest({engine for run in runs for engine in run.engines}),
+            seconds=time.perf_counter() - started,
+            unwarmed=any(run.unwarmed for run in runs),
+            fallback=any(run.fallbacks for run in runs),
+        )
+        self.report(run)
+        return result, run
 
-    @abstractmethod
-    def _job(self, answer: AnswerT) -> Queued:
-        """The job that this answers."""
 
-    @abstractmethod
-    def _grouped(self, answers: Sequence[AnswerT]) -> Iterable[list[AnswerT]]:
-        """The answers whose rows may share a run."""
+Chunk = Sequence[tuple[ResultT, int]]
+"""Rows of one run: each is its answer's, and counted in it from 0."""
 
-    @abstractmethod
-    def _rows(self, answer: AnswerT) -> Sequence[RowT]: ...
 
-    @abstractmethod
-    def _kind(self, answer: AnswerT) -> str:
-        """What decides, beside the number of rows, how much memory this answer's runs take."""
+class BatchRunner(Generic[JobT, ResultT]):
+    """Runs a family's jobs."""
 
-    @abstractmethod
-    def _load(self, answer: AnswerT, size: int) -> Load:
-        """What the time of a run of `size` rows like this answer's depends on."""
+    def __init__(self, execution: Execution, family: ModelRunner[JobT, ResultT]) -> None:
+        self._execution, self._budget, self._family = execution, execution.budget, family
+        self.unfit = Unfit(self._budget.now)
 
-    @abstractmethod
-    def _identity(self, answer: AnswerT) -> int:
-        """The same for a request that is sent again."""
-
-    @abstractmethod
-    def _run_chunk(self, chunk: Sequence[tuple[AnswerT, RowT]], size: int) -> None:
-        """Run these rows, filled up to `size`, and give each answer what is its own."""
-
-    def answer(self, answers: Sequence[AnswerT], *, retry: bool = True) -> None:
-        """Fill the answers. A run that fails for one request's sake is no reason to fail its
-        company: each is run again, alone.
+    def run(self, jobs: Iterable[JobT], *, retry: bool = True) -> list[ResultT]:
+        """Results in the order of the jobs. A run that fails for one request's sake is no reason to
+        fail the others: each is run again, alone.
 
         Without `retry`, as warm-up wants it, the whole group has failed.
         """
+        answers = [self._family.result(job) for job in jobs]
         self._budget.begin()
         try:
-            for group in self._grouped(self._admitted(answers)):
+            for group in self._admitted(answers):
                 self._answer_group(group, retry)
         finally:
+            self._promise_turns(answers)
             self._budget.end()
+        return answers
 
-    def seconds(self, answers: Sequence[AnswerT], *, generous: bool = False) -> float:
+    def timed(self, jobs: Sequence[JobT]) -> tuple[list[ResultT], float]:
+        """As warm-up runs them: a failure raises. The results, and how many seconds they took."""
+        began = time.perf_counter()
+        answers = self.run(jobs, retry=False)
+        seconds = time.perf_counter() - began
+        for answer in answers:
+            answer.raise_if_failed()
+        return answers, seconds
+
+    def seconds(self, jobs: Iterable[JobT], *, generous: bool = False) -> float:
         """What their runs take together, as far as it is known."""
+        return self._seconds([self._family.result(job) for job in jobs], generous=generous)
+
+    def _seconds(self, answers: Sequence[ResultT], *, generous: bool = False) -> float:
         return sum(
-            self._budget.pace.seconds(self._load(group[0], size), generous=generous)
-            for group in self._grouped(answers)
+            self._budget.pace.seconds(group[0].job.load(size), generous=generous)
+            for group in self._family.groups(answers)
             for size in split_rows(
-                self._fitting(self._kind(group[0]), self._batch_sizes),
-                sum(len(self._rows(answer)) for answer in group),
+                self._fitting(group[0].job), sum(answer.job.num_rows for answer in group)
             )
         )
 
-    def _admitted(self, answers: Sequence[AnswerT]) -> list[AnswerT]:
-        """Those whose runs end in time: who was put off before first, then in the batch's order;
-        the first one always.
+    def _admitted(self, answers: Sequence[ResultT]) -> list[Sequence[ResultT]]:
+        """The groups of those whose runs end in time, in their order; the first one's always do.
+
+        First who was promised a turn, each by itself, so that it takes what was kept for it; then
+        the others as they stand in the batch.
         """
-        if self._budget.timeout is None:
-            return list(answers)
-        order = list(answers)
         if self._budget.promising:
-            order.sort(key=lambda answer: self._budget.turn(self._identity(answer)))
-        admitted: list[AnswerT] = []
-        for answer in order:
-            if admitted and not self._budget.fits(self.seconds([*admitted, answer])):
-                self._put_off(answer)
+            for answer in answers:
+                answer.promised = self._budget.take_turn(answer.job.identity)
+        promised = [[answer] for answer in answers if answer.promised]
+        ahead = sum(map(self._seconds, promised))
+        admitted: list[ResultT] = []
+        for answer in (each for each in answers if not each.promised):
+            seconds = ahead + self._seconds([*admitted, answer])
+            if (promised or admitted) and not self._budget.fits(seconds):
+                answer.error = PutOff()
             else:
                 admitted.append(answer)
-                if self._budget.promising:
-                    self._budget.keep(self._identity(answer))
-        return admitted
+        return [*promised, *self._family.groups(admitted)]
 
-    def _put_off(self, answer: AnswerT) -> None:
-        answer.error = PutOff(self._budget.put_off(self._identity(answer), self.seconds([answer])))
+    def _promise_turns(self, answers: Sequence[ResultT]) -> None:
+        """At the call's end, from when on clients count their seconds."""
+        for answer in answers:
+            if isinstance(answer.error, PutOff):
+                identity, alone = answer.job.identity, self._seconds([answer])
+                answer.error.retry_after = self._budget.promise_turn(identity, alone)
 
-    def _due(
-        self, chunk: Sequence[tuple[AnswerT, RowT]], size: int
-    ) -> Sequence[tuple[AnswerT, RowT]]:
+    def _due(self, chunk: Chunk[ResultT], size: int) -> Chunk[ResultT]:
         """The rows that are still worth a run, looked at before each: somebody waits for them, and
         they end in time.
         """
         self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
-        seconds = self._budget.pace.seconds(self._load(chunk[0][0], size)) if chunk else 0.0
+        seconds = self._budget.pace.seconds(chunk[0][0].job.load(size)) if chunk else 0.0
         # Who has begun is not asked for the third on top: it was admitted, and would begin anew.
-        margin = MARGIN if any(answer.begun for answer, _ in chunk) else 1.0
+        # Nor is who was promised the time.
+        sure = any(answer.begun or answer.promised for answer, _ in chunk)
+        margin = MARGIN if sure else 1.0
         if self._budget.running and not self._budget.fits(seconds / margin):
             for answer, _ in chunk:
                 if answer.error is None:
-                    self._put_off(answer)
+                    answer.error = PutOff()
             return []
         self._budget.running = True
         return chunk
 
-    def _answer_group(self, group: list[AnswerT], retry: bool) -> None:
+    def _answer_group(self, group: Sequence[ResultT], retry: bool) -> None:
         try:
-            self._run_group(group)
+            self._run_group(group, retry)
         # the model's own failure: it belongs to this group, not to the batch
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
@@ -282,94 +318,57 @@ class Batcher(ABC, Generic[AnswerT, RowT]):
                 else:
                     answer.error = PipelineFailure(text)
 
-    def _drop_late(self, answers: Iterable[AnswerT]) -> None:
+    def _drop_late(self, answers: Iterable[ResultT]) -> None:
         for answer in answers:
-            deadline = self._job(answer).deadline
+            deadline = answer.job.deadline
             if answer.error is None and deadline is not None and time.time() > deadline:
                 answer.error = DeadlinePassed(
                     "the deadline had passed before the request's turn came"
                 )
 
-    def _run_group(self, group: Sequence[AnswerT]) -> None:
+    def _run_group(self, group: Sequence[ResultT], retry: bool) -> None:
         self._drop_late(group)
         rows = [
-            (answer, row) for answer in group if answer.error is None for row in self._rows(answer)
+            (answer, row)
+            for answer in group
+            if answer.error is None
+            for row in range(answer.job.num_rows)
         ]
         if rows:
-            self._run_rows(rows, self._batch_sizes)
+            self._run_rows(rows, self._fitting(rows[0][0].job), retry)
 
-    def _run_rows(self, rows: Sequence[tuple[AnswerT, RowT]], batch_sizes: Sequence[int]) -> None:
+    def _run_rows(self, rows: Chunk[ResultT], batch_sizes: Sequence[int], retry: bool) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
-        ones, and so is its like.
+        ones, and so is its like for a while; without `retry` for ever.
         """
-        start, kind = 0, self._kind(rows[0][0])
-        for size in split_rows(self._fitting(kind, batch_sizes), len(rows)):
+        start, job = 0, rows[0][0].job
+        for size in split_rows(batch_sizes, len(rows)):
             chunk = rows[start : start + size]
             start += size
             chunk = list(self._due(chunk, size))
             if not chunk:
                 continue
-            load, began = self._load(chunk[0][0], size), self._budget.now()
+            load, began = chunk[0][0].job.load(size), self._budget.now()
             try:
-                self._run_chunk(chunk, size)
+                run = self._family.run_chunk(chunk, size)
                 self._budget.pace.saw(load, self._budget.now() - began)
+                self.unfit.fitted(job.kind, size)
                 for answer, _ in chunk:
-                    answer.begun = True
+                    answer.note(run)
                 continue
             except Exception as error:
                 if not is_out_of_memory(error):
                     raise
                 logger.warning("a run of %d rows ran out of memory", size)
-            release_memory(self._device)
-            smaller = [other for other in batch_sizes if other < size]
-            if smaller:
-                self._remember(kind, size)
-                self._run_rows(chunk, smaller)
-            for answer, _ in () if smaller else chunk:
-                answer.error = OutOfMemory(self._too_large(answer))
+            release_memory(self._execution.device)
+            if size > min(batch_sizes):
+                self.unfit.failed(job.kind, size, lasting=not retry)
+                smaller = [other for other in batch_sizes if other < size]
+                self._run_rows([*chunk, *rows[start:]], smaller, retry)
+                return
+            for answer, _ in chunk:
+                answer.error = OutOfMemory(f"{job.kind}: one row does not fit into memory")
 
-    def _fitting(self, kind: str, batch_sizes: Sequence[int]) -> Sequence[int]:
-        """Those that have not failed for want of memory; the smallest is always tried."""
-        unfit = self.unfit.get(kind)
-        fitting = [size for size in batch_sizes if unfit is None or size < unfit]
-        return fitting or [min(batch_sizes)]
-
-    def _remember(self, kind: str, size: int) -> None:
-        self.unfit[kind] = min(size, self.unfit.get(kind, size))
-        logger.error(
-            "%s: %d rows do not fit into memory; from now on it runs in smaller batches",
-            kind,
-            self.unfit[kind],
-        )
-        if len(self.unfit) > _MOST_KINDS:
-            del self.unfit[next(iter(self.unfit))]
-
-    @abstractmethod
-    def _too_large(self, answer: AnswerT) -> str:
-        """What to tell a client whose request does not fit into memory alone."""
-
-    def _called(
-        self, call: Callable[[], T], *, num_rows: int, num_real_rows: int, planned_eager: bool
-    ) -> tuple[T, RunReport]:
-        """What `call`, one run of the model, gives under the served global state, and how it ran;
-        the report is told.
-        """
-        smallest = num_rows <= min(self._batch_sizes)
-        for router in self._routers.values():
-            router.start_run(bypass=planned_eager, smallest=smallest)
-        started = time.perf_counter()
-        # One grad mode for warm-up and serving: a graph warmed under another one would be compiled
-        # again.
-        with torch.inference_mode(), attention_backend(self._attention):
-            result = call()
-        runs = [router.run for router in self._routers.values()]
-        run = RunReport(
-            num_rows=num_rows,
-            num_real_rows=num_real_rows,
-            engine=slowest({engine for run in runs for engine in run.engines}),
-            seconds=time.perf_counter() - started,
-            incident=any(run.incidents for run in runs),
-            fell_back=any(run.fallen for run in runs),
-        )
-        self._report(run)
-        return result, run
+    def _fitting(self, job: BaseJob) -> Sequence[int]:
+        """Those of the job's batch sizes that are worth a try."""
+        return self.unfit.fitting(job.kind, job.batch_sizes(self._execution.batch_sizes))

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
-from preheat.models.base import LoadedModel, Manifest
+from preheat.models.base import LoadedModel
+from preheat.models.batching import JobT, ResultT
 
 FAMILIES = {
     "pipeline": "preheat.models.diffusion.model:DiffusionModel",
@@ -20,8 +21,8 @@ FAMILIES = {
 
 def load_model(
     config: ModelConfig, model_dir: Path, manifest: Manifest, device: torch.device
-) -> LoadedModel[Any, Any]:
+) -> LoadedModel[JobT, ResultT]:
     """The model that the YAML, or else the archive's manifest, names; see `LoadedModel.load`."""
     module, _, name = FAMILIES[config.family.name].partition(":")
-    family: type[LoadedModel[Any, Any]] = getattr(importlib.import_module(module), name)
+    family: type[LoadedModel[JobT, ResultT]] = getattr(importlib.import_module(module), name)
     return family.load(config, model_dir, manifest, device)

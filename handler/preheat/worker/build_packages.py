@@ -15,7 +15,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -27,11 +26,9 @@ from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.device import any_device, pick_device, share_cpu
 from preheat.errors import AheadError, PreheatError
-from preheat.worker.worker import Prepared, load
+from preheat.worker.worker import AnyPrepared, load
 
 logger = logging.getLogger(__name__)
-
-AnyPrepared = Prepared[Any, Any]
 
 
 @dataclass(slots=True)
@@ -101,7 +98,7 @@ def _built(prepared: AnyPrepared, each: Wanted, path: Path) -> aot.Entry:
         with attention_backend(pt2.attention):
             aot.build(module, each.plan, path, pt2.compile.kwargs)
             entry = aot.describe(path, each.target, each.buckets, each.plan)
-            aot.check(module, each.plan, path, entry, prepared.device)
+            aot.check(module, each.plan, path, entry, prepared.execution.device)
     except Exception as error:  # the exporter's and the compiler's failures are of any type
         logger.debug("%s", path.name, exc_info=True)
         first_line = next(iter(str(error).strip().splitlines()), "")

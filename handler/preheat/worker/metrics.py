@@ -8,12 +8,12 @@ counter.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from math import inf
 from time import perf_counter, time
-from typing import Any, Protocol, TypeAlias
+from typing import Protocol, TypeAlias
 
 from preheat.models.batching import Outcome, RunReport
 from preheat.protocol.responses import Response
@@ -67,7 +67,7 @@ class Metrics:
         self._buckets: frozenset[str] = frozenset()
         self._fields: frozenset[str] = frozenset({"body"})
         self._announced: set[str] = set()
-        self._compiles_told = 0
+        self._compiles_reported = 0
 
     def expect(self, buckets: Collection[str], fields: Collection[str]) -> None:
         """Name the buckets and the request's fields that may be labels; a client's own words never
@@ -86,10 +86,10 @@ class Metrics:
         for bucket in self._buckets:
             self._announce(bucket)
         # The rows of several targets in one bucket and batch size share the time of their warm-up.
-        distinct = {(row["bucket"], row["batch_size"]): row for row in state.buckets}
-        seconds: Counter[tuple[str, str]] = Counter()
-        for (bucket, _), row in distinct.items():
-            seconds[bucket, row["cache"]] += row["warm_seconds"]
+        distinct = {(row.bucket, row.batch_size): row for row in state.buckets}
+        seconds: defaultdict[tuple[str, str], float] = defaultdict(float)
+        for row in distinct.values():
+            seconds[str(row.bucket), row.cache] += row.warm_seconds
         for (bucket, cache), spent in seconds.items():
             self._sink(
                 "gauge",
@@ -111,13 +111,13 @@ class Metrics:
 
     def answered(self, answer: Outcome) -> None:
         """One request that was served."""
-        self._count("preheat_incidents_total", answer.incident)
+        self._count("preheat_incidents_total", answer.unwarmed)
         self._count("preheat_eager_fallbacks_total", answer.is_fallback)
-        self._count("preheat_planned_eager_total", answer.is_planned_eager)
+        self._count("preheat_planned_eager_total", answer.job.bypass)
         labels = {"Bucket": self._label(answer.bucket), "Engine": answer.engine}
         self._count("preheat_requests_total", 1, labels)
-        self._count("preheat_pixels_painted_total", answer.num_painted)
-        self._count("preheat_pixels_cropped_total", answer.num_cropped)
+        self._count("preheat_pixels_painted_total", answer.num_computed)
+        self._count("preheat_pixels_cropped_total", answer.num_padding)
         self._count("preheat_flagged_total", answer.num_flagged)
 
     def refused(self, field: str | None) -> None:
@@ -180,9 +180,10 @@ class Metrics:
     def state(self, state: ServerState) -> None:
         """After a batch: what the watch has seen, and the memory peak."""
         self._count(
-            "preheat_compiles_since_ready_total", state.compiles_since_ready - self._compiles_told
+            "preheat_compiles_since_ready_total",
+            state.compiles_since_ready - self._compiles_reported,
         )
-        self._compiles_told = state.compiles_since_ready
+        self._compiles_reported = state.compiles_since_ready
         self._sink("gauge", "preheat_peak_memory_bytes", state.peak_memory_bytes, "B", {})
 
     @contextmanager
@@ -209,5 +210,5 @@ def _start(text: str, otherwise: float) -> float:
     return number
 
 
-def discard(kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, Any]) -> None:
+def discard(kind: str, name: str, value: float, unit: str, dimensions: Mapping[str, str]) -> None:
     """A sink for where nobody listens."""

@@ -8,10 +8,11 @@ ready".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+from preheat.compilation.pace import Pace
+from preheat.compilation.warmup import WarmupRow
 from preheat.status import Phase
 
 
@@ -23,18 +24,19 @@ class ServerState:
     strategy: str
     state: Phase = "loading"
     fingerprint: str = ""
-    shared_cache: Mapping[str, Any] = field(default_factory=dict)
+    shared_cache: Mapping[str, object] = field(default_factory=dict)
     """outcome (loaded, published, unchanged, unshared), reason and waited_seconds; empty without
     `pt2.cache.shared`.
     """
-    buckets: list[Mapping[str, Any]] = field(default_factory=list)
-    """One row per bucket, batch size and target: bucket (its name), height, width (pixels; `dims`,
-    names and sizes, for a module), batch_size, target, engine, warm_seconds, cache, reason,
-    seconds_per_step (as estimated now; of a module, of a run)."""
+    buckets: Sequence[WarmupRow] = ()
+    """One row per bucket, batch size and target."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""
-    padding: Mapping[str, Any] = field(default_factory=dict)
+    unfit_seconds: Mapping[str, int] = field(default_factory=dict)
+    """By kind of run, after how many seconds it is tried in that size again; what did not fit in
+    warm-up never is."""
+    padding: Mapping[str, float | str] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word; empty for a pipeline."""
     warnings: list[str] = field(default_factory=list)
@@ -51,8 +53,29 @@ class ServerState:
     """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
     requests: int = 0
     ready_seconds: float = 0.0
+    num_threads: int = 0
+    """Of torch on the CPU, in this worker."""
     peak_memory_bytes: int = 0
 
-    def document(self) -> dict[str, Any]:
-        """The object under `customizedMetadata`."""
-        return {"preheat": {name: getattr(self, name) for name in self.__slots__}}
+    def document(self, pace: Pace) -> dict[str, object]:
+        """As JSON, without nulls: TorchServe would drop their keys."""
+        facts = {name: getattr(self, name) for name in self.__slots__}
+        return facts | {"buckets": [_document(row, pace) for row in self.buckets]}
+
+
+def _document(row: WarmupRow, pace: Pace) -> dict[str, object]:
+    """A row: the bucket's name, height and width in pixels (of a module `dims`, names and sizes),
+    and the seconds of a step as estimated now (of a module, of a run).
+    """
+    sizes = dict(row.bucket.sizes)
+    return {
+        "bucket": str(row.bucket),
+        **(sizes if row.bucket.is_picture else {"dims": sizes}),
+        "batch_size": row.batch_size,
+        "target": row.target,
+        "engine": row.engine,
+        "warm_seconds": row.warm_seconds,
+        "cache": row.cache,
+        "reason": row.reason,
+        "seconds_per_step": round(pace.per_step(row.load.area, row.load.rows), 6),
+    }

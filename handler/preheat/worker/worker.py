@@ -1,4 +1,4 @@
-"""One worker's life: load the model, compile its targets, warm every variant, prove it, serve.
+"""One worker's life: load the model, compile its targets, warm every variant, verify it, serve.
 
 The same for every family of models; what differs is behind `models.base`. Knows nothing of
 TorchServe; `preheat_handler` adapts it.
@@ -21,13 +21,14 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Generic
+from typing import Any, ClassVar, Generic, TypeAlias
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
 import preheat
+from preheat.buckets import Bucket
 from preheat.cache.shared import (
     CacheUse,
     SharedCache,
@@ -39,26 +40,26 @@ from preheat.cache.shared import (
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.debugging import debugging
-from preheat.compilation.pace import Budget, Load, Timing
+from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Record, Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
+from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
-from preheat.config.pt2 import ShapesConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
-from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
-from preheat.models.base import JobT, LoadedModel, ModelRunner, ResultT
-from preheat.models.batching import Outcome, RunReport
+from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
+from preheat.models.base import LoadedModel, ModelRunner
+from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
-from preheat.status import Phase as StatePhase
-from preheat.status import StatusFile
+from preheat.status import Phase, StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
+from preheat.worker.asked import AskedSizes
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
 
@@ -73,20 +74,26 @@ class Prepared(Generic[JobT, ResultT]):
     """A loaded model behind its routers, of which nothing is compiled yet."""
 
     config: ModelConfig
-    device: torch.device
+    """As the model has resolved it."""
     model: LoadedModel[JobT, ResultT]
     targets: Mapping[str, nn.Module]
-    routers: Mapping[str, Router]
     runner: ModelRunner[JobT, ResultT]
-    budget: Budget
     trust: Trust
     fingerprint: str
 
     @property
+    def execution(self) -> Execution:
+        return self.runner.execution
+
+    @property
+    def routers(self) -> Mapping[str, Router]:
+        return self.execution.routers
+
+    @property
     def warmed_sizes(self) -> tuple[int, ...]:
         """The batch sizes that warm-up has to meet."""
-        every = wants_every_size(self.config.pt2.compile.kwargs, self.device)
-        return warmed_sizes(self.model.shapes, self.config.batchSize, every=every)
+        every = wants_every_size(self.config.pt2.compile.kwargs, self.execution.device)
+        return warmed_sizes(self.config.pt2.shapes, self.config.batchSize, every=every)
 
     @property
     def compiles(self) -> bool:
@@ -98,19 +105,20 @@ def load(
     model_dir: Path,
     device: torch.device,
     *,
-    manifest: Mapping[str, Any] | None = None,
+    manifest: Manifest | None = None,
     report: Callable[[RunReport], None] = lambda _: None,
-) -> Prepared[Any, Any]:
+) -> Prepared[JobT, ResultT]:
     """The first half of a worker's start; `build_packages` goes on by itself.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
     """
     config = config.in_archive(manifest or {})
     # a key that cannot be used shows before anything is loaded
     trust = Trust.resolve(config.pt2.cache.trust)
     imported = load_files(config.pt2.imports, model_dir)
-    model = load_model(config, model_dir, manifest or {}, device)
+    model: LoadedModel[JobT, ResultT] = load_model(config, model_dir, manifest or {}, device)
+    config = model.config
     _refuse_dynamic_cuda_graphs(config, device)
     if not computes(model.dtype, device):
         logger.warning("this CPU has no instructions for %s: float32 would be faster", model.dtype)
@@ -118,24 +126,32 @@ def load(
     for install in (getattr(file, INSTALL) for file in imported if hasattr(file, INSTALL)):
         for target in targets.values():
             install(target)
-    pt2 = config.pt2.model_copy(update={"shapes": model.shapes})
-    routers = {
-        name: build_router(name, target, pt2, model.dtype, device)
-        for name, target in targets.items()
-    }
-    budget = Budget(config.responseTimeout or DEFAULT_TIMEOUT)
-    runner = model.runner(routers, report, budget)
-    compiled = config.pt2.model_dump(
-        mode="json", exclude={"cache", "export", "on_failure", "debug"}
+    execution = Execution(
+        batch_sizes=served_sizes(config.pt2.shapes, config.batchSize),
+        device=device,
+        routers={
+            name: build_router(name, target, config.pt2, model.dtype, device)
+            for name, target in targets.items()
+        },
+        attention=config.pt2.attention,
+        report=report,
+        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT, config.batchSize),
     )
-    compiled |= {
+    compiled = {
+        "pt2": config.pt2.model_dump(
+            mode="json", exclude={"cache", "export", "on_failure", "debug"}
+        ),
         "batchSize": config.batchSize,
-        **model.settings(),
-        "imports": config.pt2.imports,
         "sources": imported_from(model_dir),
     }
-    digest = fingerprint(device, compiled, model.structure())
-    return Prepared(config, device, model, targets, routers, runner, budget, trust, digest)
+    return Prepared(
+        config=config,
+        model=model,
+        targets=targets,
+        runner=model.runner(execution),
+        trust=trust,
+        fingerprint=fingerprint(device, compiled, model.fingerprint_facts()),
+    )
 
 
 @dataclass(slots=True)
@@ -147,6 +163,10 @@ class Pending(Generic[JobT, ResultT]):
     response: Response | None = None
 
 
+AnyPrepared: TypeAlias = Prepared[BaseJob, Outcome]
+AnyPending: TypeAlias = Pending[BaseJob, Outcome]
+
+
 class Worker(Generic[JobT, ResultT]):
     """A model that is being made hot and then serves.
 
@@ -155,11 +175,11 @@ class Worker(Generic[JobT, ResultT]):
         model_dir: the unpacked archive.
         device: see `device.pick_device`.
         status: where progress is shown.
-        metrics: told what was warmed and, after READY, of every call.
+        metrics: given what was warmed and, after READY, every call.
         manifest: the archive's, where a module may be named.
 
     Raises:
-        ConfigError, ModuleError, PipelineError: the model cannot be served as the YAML says.
+        ConfigError, ModelError: the model cannot be served as the YAML says.
         WarmupError: `on_failure: fail`, and a variant could not be made hot.
     """
 
@@ -174,29 +194,33 @@ class Worker(Generic[JobT, ResultT]):
         *,
         status: StatusFile,
         metrics: Metrics | None = None,
-        manifest: Mapping[str, Any] | None = None,
+        manifest: Manifest | None = None,
     ) -> None:
         started = time.perf_counter()
         self._status, self._metrics = status, metrics or Metrics(discard)
+        self._asked = AskedSizes()
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)
-        self._loads: dict[tuple[str, int], Load] = {}
         with ExitStack() as undo:
             self._watch = CompileWatch()
             undo.callback(self._watch.close)
-            self._prepared: Prepared[JobT, ResultT] = load(
+            prepared: Prepared[JobT, ResultT] = load(
                 config, model_dir, device, manifest=manifest, report=self._report
             )
+            self._prepared, self.config, self.model = prepared, prepared.config, prepared.model
+            self.runner, self.routers = prepared.runner, prepared.routers
+            self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
 
     def _get_ready(self, model_dir: Path, started: float) -> None:
         prepared, pt2 = self._prepared, self.config.pt2
-        self.state.strategy = self._shapes.strategy
+        self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
             # what cannot be used leaves a reason in its router
@@ -206,10 +230,10 @@ class Worker(Generic[JobT, ResultT]):
                 model_dir / aot.FOLDER,
                 prepared.fingerprint,
                 prepared.trust,
-                prepared.device,
+                prepared.execution.device,
             )
         with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
-            phase = self._heat(sharing)
+            phase = self._warm_up(sharing)
         self._events_at_ready = self._watch.num_events
         for other in Worker.alive:
             other._events_at_ready += self._events_at_ready  # its watch has seen them too
@@ -218,7 +242,7 @@ class Worker(Generic[JobT, ResultT]):
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
         self.state.state = phase
         self._metrics.ready(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         logger.info(
             "%s after %.1f s: %d compile events",
             self.state.state,
@@ -242,37 +266,9 @@ class Worker(Generic[JobT, ResultT]):
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    @property
-    def config(self) -> ModelConfig:
-        return self._prepared.config
-
-    @property
-    def model(self) -> LoadedModel[JobT, ResultT]:
-        return self._prepared.model
-
-    @property
-    def runner(self) -> ModelRunner[JobT, ResultT]:
-        return self._prepared.runner
-
-    @property
-    def routers(self) -> Mapping[str, Router]:
-        return self._prepared.routers
-
-    @property
-    def targets(self) -> Mapping[str, nn.Module]:
-        return self._prepared.targets
-
-    @property
-    def _shapes(self) -> ShapesConfig:
-        return self.model.shapes
-
-    @property
-    def _budget(self) -> Budget:
-        return self._prepared.budget
-
     def preprocess(self, calls: Iterable[Call | Response]) -> list[Pending[JobT, ResultT]]:
         """A batch has come, and `responseTimeout` runs from now on: each request as a job, or with
-        its response if it is refused, which costs its neighbours nothing. What is answered already
+        its response if it is refused, which costs the others nothing. What is answered already
         stays so.
         """
         self._budget.end()
@@ -304,6 +300,8 @@ class Worker(Generic[JobT, ResultT]):
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
             self._metrics.refused(error.field)
+            if isinstance(error, NoBucket):
+                self._count_size(error.asked)
             return Pending(response=from_error(error))
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
             if not is_out_of_memory(error):
@@ -337,24 +335,34 @@ class Worker(Generic[JobT, ResultT]):
             else:
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
+            if not isinstance(result.error, PutOff):  # who comes again is counted then
+                self._count_size(result.job.asked)
         self._metrics.state(self.current_state())
-        self._status.serve(self.state.document()["preheat"])
+        self._status.serve(self.document)
         return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.unfit)
-        self._show_pace()
-        self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.device)
+        unfit = self.runner.batches.unfit
+        self.state.unfit, self.state.unfit_seconds = unfit.sizes(), unfit.waits()
+        self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
+
+    def document(self) -> dict[str, object]:
+        """The current state as JSON, but for the asked sizes, which may be many."""
+        return self.current_state().document(self._budget.pace)
+
+    def description(self) -> dict[str, object]:
+        """The current state as JSON, and the sizes that were asked for."""
+        return self.document() | {"asked_sizes": self._asked.document()}
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         # not with a package for everything
-        if not self._prepared.compiles or self._shapes.strategy == "exact":
+        if not self._prepared.compiles or self.config.pt2.shapes.strategy == "exact":
             yield None
             return
         if cache.shared is None:
@@ -366,21 +374,21 @@ class Worker(Generic[JobT, ResultT]):
             Path(cache.shared),
             trust,
             self.state.fingerprint,
-            self._prepared.device,
+            self._prepared.execution.device,
             cache.max_bytes,
         )
-        # Half of the time, so that a worker that has waited in vain can still compile.
-        patience = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
+        # Half of the time, so that a worker that has waited for nothing can still compile.
+        timeout = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
-            cache.key or "default", shared, patience=max(0.0, patience), report=self._show_waiting
+            cache.key or "default", shared, timeout=max(0.0, timeout), report=self._show_waiting
         ) as use:
             with self._headers():
                 yield use
-            fallen = [row for row in self.state.buckets if row["engine"] == "eager"]
+            fallbacks = [row for row in self.state.buckets if row.engine == "eager"]
             # Who found nothing shares what did compile. The others, who fail as it did, do not
             # replace it at every start.
-            if fallen and use.digest:
-                use.withhold(f"{len(fallen)} rows of warm-up fell to eager")
+            if fallbacks and use.digest:
+                use.withhold(f"{len(fallbacks)} rows of warm-up are eager")
         self.state.shared_cache = use.document()
 
     def _headers(self) -> AbstractContextManager[None]:
@@ -393,16 +401,11 @@ class Worker(Generic[JobT, ResultT]):
         logger.info("shared compile cache: %s", text)
         self._status.write("loading", text)
 
-    def _heat(self, sharing: CacheUse | None) -> StatePhase:
-        """Warm-up and proof; the state that the worker is in afterwards."""
+    def _warm_up(self, sharing: CacheUse | None) -> Phase:
+        """Warm-up and verification; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
-        if self._shapes.strategy == "exact":
-            why = (
-                "strategy exact"
-                if self.config.pt2.shapes.strategy == "exact"
-                else "module.inputs is not declared"
-            )
-            logger.warning("nothing is warmed (%s): requests will wait for the compiler", why)
+        if self.config.pt2.shapes.strategy == "exact":
+            logger.warning("nothing is warmed (strategy exact): requests wait for the compiler")
             raise_recompile_limits(0)  # past Dynamo's own it would go eager and call that compiled
             for router in self.routers.values():
                 router.open()
@@ -427,10 +430,10 @@ class Worker(Generic[JobT, ResultT]):
         warmup.warm(plan.warm)
         # That a package fails shows in its first run only: then what was warmed has compiled after
         # all, without a probe.
-        proven = self._plan(covers=covers).verify
-        num_faults = warmup.prove(proven)
-        self.state.buckets = [_row(record) for record in warmup.records]
-        logger.info("proof: %d variants replayed, %d at fault", len(proven), num_faults)
+        verified = self._plan(covers=covers).verify
+        num_faults = warmup.verify(verified)
+        self.state.buckets = warmup.rows
+        logger.info("verification: %d variants replayed, %d at fault", len(verified), num_faults)
         self.state.padding = dict(self.runner.measure_padding())
         self._learn_pace(warmup.timings)
         return "hot"
@@ -439,28 +442,17 @@ class Worker(Generic[JobT, ResultT]):
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
             self._budget.pace.measured(variant.load, timing)
-            key = (str(variant.bucket), variant.batch_size)
-            if key not in self._loads or self._loads[key].rows < variant.load.rows:
-                self._loads[key] = variant.load
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
             logger.warning("%s", too_much)
-
-    def _show_pace(self) -> None:
-        rows: list[Mapping[str, Any]] = []
-        for row in self.state.buckets:
-            load = self._loads.get((row["bucket"], row["batch_size"]))
-            seconds = self._budget.pace.per_step(load.area, load.rows) if load else 0.0
-            rows.append({**row, "seconds_per_step": round(seconds, 6)})
-        self.state.buckets = rows
 
     def _plan(self, *, covers: bool = True) -> WarmupPlan:
         """What is warmed and replayed, for all that is known of the targets now."""
         blocks = sum(1 for name in self.routers for _ in self.targets[name].modules())
         return warmup_plan(
             self.runner,
-            served_sizes(self._shapes, self.config.batchSize),
+            self._prepared.execution.batch_sizes,
             self._prepared.warmed_sizes,
             # blocks share theirs in a target
             graphs_per_variant=2 if self.config.pt2.scope == "full" else blocks,
@@ -469,8 +461,8 @@ class Worker(Generic[JobT, ResultT]):
             covers=covers,
         )
 
-    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
-        self._status.step(str(step.variant.bucket), step.seconds)
+    def _show(self, sharing: CacheUse | None, variant: Variant, seconds: float) -> None:
+        self._status.step(str(variant.bucket), seconds)
         if sharing is not None:
             sharing.keep()
 
@@ -478,11 +470,19 @@ class Worker(Generic[JobT, ResultT]):
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
 
+    def _count_size(self, size: Bucket | None) -> None:
+        self._asked.count(size)
+        self._status.keep_sizes(self._asked.document)
+
     def _count(self, answer: Outcome) -> None:
-        self.state.incidents += answer.incident
+        self.state.incidents += answer.unwarmed
         self.state.eager_fallbacks += answer.is_fallback
-        self.state.planned_eager += answer.is_planned_eager
+        self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
+
+
+AnyWorker: TypeAlias = Worker[BaseJob, Outcome]
+"""For who passes jobs and results on unread."""
 
 
 def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> None:
@@ -496,20 +496,3 @@ def _refuse_dynamic_cuda_graphs(config: ModelConfig, device: torch.device) -> No
             "records CUDA graphs, which strategy: dynamic cannot; use mode: default",
             "pt2.compile.mode",
         )
-
-
-def _row(record: Record) -> dict[str, Any]:
-    """A row of the state. TorchServe drops keys whose value is null, so what is absent is said in
-    words.
-    """
-    sizes = dict(record.bucket.sizes)
-    return {
-        "bucket": str(record.bucket),
-        **(sizes if record.bucket.is_picture else {"dims": sizes}),
-        "batch_size": record.batch_size,
-        "target": record.target,
-        "engine": record.engine,
-        "warm_seconds": record.warm_seconds,
-        "cache": record.cache or "none",
-        "reason": record.reason or "",
-    }

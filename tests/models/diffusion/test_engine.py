@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
@@ -13,32 +14,31 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
 
+from models.diffusion.fakes import FakePipeline, config
 from preheat.buckets import Bucket
-from preheat.config.diffusion import LimitsConfig
+from preheat.compilation.warmup_plan import served_sizes
 from preheat.config.pt2 import ShapesConfig
 from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, RequestError
-from preheat.models.batching import RunReport
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted
+from preheat.models.batching import Execution, RunReport
+from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated
 from preheat.models.diffusion.request import ImageRequest
-from preheat.models.diffusion.runner import Engine, Job
+from preheat.models.diffusion.runner import DiffusionRunner
 
 BUCKETS = (Bucket(64, 64), Bucket(96, 48), Bucket(48, 96))
 
 
-class Canvas:
+class Canvas(FakePipeline):
     """Paints every pixel from its place and its row's seed, so that a picture shows where and whose
     it is.
     """
-
-    multiple = 8
-    grid = 16
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
         self.most_rows = 1000
         self.checks = False
 
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated:
         """Cells of 8x8 pixels show the seed before the picture does. Memory is short in the last
         step only.
         """
@@ -52,7 +52,7 @@ class Canvas:
         y, x = np.mgrid[: batch.bucket.height, : batch.bucket.width]
         rows = [np.stack([y, x, np.full_like(x, row.seed % 251)], axis=-1) for row in batch.rows]
         flagged = [row.prompt == "nude" for row in batch.rows] if self.checks else None
-        return Painted(np.stack(rows).astype(np.uint8), flagged)
+        return Generated(np.stack(rows).astype(np.uint8), flagged)
 
 
 def _cells(batch: Batch, row: int) -> NDArray[np.uint8]:
@@ -89,22 +89,19 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 class Bench:
     def __init__(self, **shapes: Any) -> None:
         self.canvas, self.reports = Canvas(), list[RunReport]()
-        config = ShapesConfig.model_validate(
+        resolved = ShapesConfig.model_validate(
             {"buckets": BUCKETS, "batch_sizes": (1, 2, 4)} | shapes
         )
-        self.engine = Engine(
-            self.canvas,
-            {},
-            config,
-            max_rows=4,
-            device=torch.device("cpu"),
-            report=self.reports.append,
+        execution = Execution(
+            served_sizes(resolved, 4), torch.device("cpu"), report=self.reports.append
         )
+        self.runner = DiffusionRunner(execution, self.canvas, config(resolved, 4, min_side=1))
 
     def job(self, **changes: Any) -> Job:
-        return self.engine.prepare(
-            make_request(**changes), limits=LimitsConfig(min_side=1), default=BUCKETS[0]
-        )
+        return self.runner.planner.prepare(make_request(**changes))
+
+    def run(self, jobs: Sequence[Job]) -> list[Answer]:
+        return self.runner.inference(jobs)
 
 
 REQUESTS = st.fixed_dictionaries(
@@ -127,7 +124,7 @@ def test_everybody_gets_their_own_pictures_in_order_at_their_size_whatever_the_c
 ) -> None:
     bench = Bench()
     jobs = [bench.job(**wish) for wish in wishes]
-    for wish, job, answer in zip(wishes, jobs, bench.engine.run(jobs), strict=True):
+    for wish, job, answer in zip(wishes, jobs, bench.run(jobs), strict=True):
         assert answer.error is None and len(answer.pictures) == wish["num_images"]
         for index, picture in enumerate(answer.pictures):
             assert picture.size == (wish["width"], wish["height"])
@@ -141,7 +138,7 @@ def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(
     wishes: list[dict[str, Any]],
 ) -> None:
     bench = Bench()
-    bench.engine.run([bench.job(**wish) for wish in wishes])
+    bench.run([bench.job(**wish) for wish in wishes])
     for batch, report in zip(bench.canvas.batches, bench.reports, strict=True):
         assert len(batch.rows) in (1, 2, 4) and report.num_real_rows <= len(batch.rows)
         assert len({row.negative_prompt is None for row in batch.rows}) == 1
@@ -152,7 +149,7 @@ def test_a_run_mixes_nothing_that_must_agree_and_always_has_a_warmed_size(
 
 def test_requests_that_agree_share_a_run_and_filler_rows_carry_nobodys_text() -> None:
     bench = Bench(batch_sizes=(4,))
-    bench.engine.run([bench.job(prompt="secret", seed=seed) for seed in range(3)])
+    bench.run([bench.job(prompt="secret", seed=seed) for seed in range(3)])
     (batch,) = bench.canvas.batches
     assert [row.prompt for row in batch.rows] == ["secret"] * 3 + [""]
     assert bench.reports[0].num_real_rows == 3
@@ -160,13 +157,13 @@ def test_requests_that_agree_share_a_run_and_filler_rows_carry_nobodys_text() ->
 
 def test_with_dynamic_batch_sizes_nothing_is_filled_up() -> None:
     bench = Bench(batch_sizes="dynamic")
-    bench.engine.run([bench.job(seed=seed) for seed in range(7)])
+    bench.run([bench.job(seed=seed) for seed in range(7)])
     assert [len(batch.rows) for batch in bench.canvas.batches] == [4, 3]
 
 
 def test_a_group_that_fails_takes_only_its_own_requests_with_it() -> None:
     bench = Bench()
-    answers = bench.engine.run(
+    answers = bench.run(
         [bench.job(), bench.job(prompt="explode", num_inference_steps=1), bench.job(seed=8)]
     )
     assert [type(answer.error) for answer in answers] == [type(None), PipelineFailure, type(None)]
@@ -176,19 +173,19 @@ def test_a_group_that_fails_takes_only_its_own_requests_with_it() -> None:
 def test_who_makes_a_run_fail_fails_alone_but_not_in_warm_up() -> None:
     bench = Bench()
     jobs = [bench.job(seed=1), bench.job(prompt="explode", seed=2), bench.job(seed=3, num_images=3)]
-    answers = bench.engine.run(jobs)
+    answers = bench.run(jobs)
     assert [type(answer.error) for answer in answers] == [type(None), PipelineFailure, type(None)]
     assert [len(answer.pictures) for answer in answers] == [1, 0, 3]
-    assert all(answer.error is not None for answer in bench.engine.run(jobs, retry=False))
+    assert all(answer.error is not None for answer in bench.runner.batches.run(jobs, retry=False))
 
 
-@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
+@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 1, 1])])
 def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(
     most_rows: int, runs: list[int]
 ) -> None:
     bench = Bench()
     bench.canvas.most_rows = most_rows
-    answers = bench.engine.run([bench.job(seed=seed) for seed in range(4)])
+    answers = bench.run([bench.job(seed=seed) for seed in range(4)])
     assert [len(batch.rows) for batch in bench.canvas.batches] == runs
     tops = [answer.job.plan.crop for answer in answers]
     assert [answer.pictures[0].getpixel((0, 0)) for answer in answers] == [
@@ -199,18 +196,18 @@ def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(
 def test_what_does_not_fit_alone_is_a_507_and_its_neighbours_live() -> None:
     bench = Bench()
     bench.canvas.most_rows = 0
-    (answer,) = bench.engine.run([bench.job()])
+    (answer,) = bench.run([bench.job()])
     assert (
         isinstance(answer.error, OutOfMemory) and answer.error.code == 507 and not answer.pictures
     )
     bench.canvas.most_rows = 1000
-    assert bench.engine.run([bench.job()])[0].error is None
+    assert bench.run([bench.job()])[0].error is None
 
 
 def test_a_request_whose_deadline_has_passed_is_not_painted() -> None:
     bench = Bench()
     late, punctual = (replace(bench.job(seed=1), deadline=deadline) for deadline in (1.0, 1e12))
-    answers = bench.engine.run([late, punctual])
+    answers = bench.run([late, punctual])
     assert isinstance(answers[0].error, DeadlinePassed) and answers[0].error.code == 504
     assert answers[1].error is None and [len(batch.rows) for batch in bench.canvas.batches] == [1]
 
@@ -252,7 +249,7 @@ def test_oversize_follows_the_policy() -> None:
     with pytest.raises(RequestError):
         Bench().job(height=100, width=100)
     eager = Bench(oversize="eager").job(height=100, width=100)
-    assert eager.plan.engine_hint == "eager" and eager.plan.bucket == Bucket(104, 104)
+    assert eager.bypass and eager.plan.bucket == Bucket(104, 104)
     downscaled = Bench(oversize="downscale").job(height=200, width=100)
     assert downscaled.plan.bucket == Bucket(96, 48) and downscaled.plan.resampled
 
@@ -271,7 +268,7 @@ def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:
         {"prompt": prompt, "num_images": 3, "response_format": "b64_json"}
         for prompt in ("nude", "a", "nude")
     ]
-    answers = bench.engine.run([bench.job(**wish) for wish in wishes])
+    answers = bench.run([bench.job(**wish) for wish in wishes])
     assert [answer.flagged for answer in answers] == [[True] * 3, [False] * 3, [True] * 3]
     assert [answer.num_flagged for answer in answers] == [3, 0, 3]
 
@@ -279,20 +276,20 @@ def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:
 def test_a_run_that_fails_leaves_no_flag_behind() -> None:
     bench = Bench(batch_sizes=(2,))
     bench.canvas.checks = True
-    answers = bench.engine.run([bench.job(prompt=prompt) for prompt in ("nude", "explode", "a")])
+    answers = bench.run([bench.job(prompt=prompt) for prompt in ("nude", "explode", "a")])
     assert [answer.flagged for answer in answers] == [[True], [], [False]]
 
 
 def test_a_panic_of_a_library_in_rust_fails_its_request_alone() -> None:
     bench = Bench()
-    with patch.object(bench.canvas, "paint", side_effect=_panic):
-        (answer,) = bench.engine.run([bench.job()])
+    with patch.object(bench.canvas, "generate", side_effect=_panic):
+        (answer,) = bench.run([bench.job()])
     assert isinstance(answer.error, PipelineFailure)
     with (
-        patch.object(bench.canvas, "paint", side_effect=KeyboardInterrupt),
+        patch.object(bench.canvas, "generate", side_effect=KeyboardInterrupt),
         pytest.raises(KeyboardInterrupt),
     ):
-        bench.engine.run([bench.job()])
+        bench.run([bench.job()])
 
 
 def _panic(*_: object) -> None:

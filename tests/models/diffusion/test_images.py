@@ -19,7 +19,7 @@ from PIL import Image, ImageCms
 from preheat.buckets import Bucket
 from preheat.errors import RequestError
 from preheat.models.diffusion.geometry import Plan, pad_into, plan, resize_into
-from preheat.models.diffusion.image_processor import finish, fit_to, lay
+from preheat.models.diffusion.image_processor import finish, fit_to, place
 from preheat.models.diffusion.request import OUTPUT_FORMATS
 from preheat.protocol.images import CONTENT_TYPES, OutputFormat, decode, decode_mask, encode
 
@@ -81,17 +81,18 @@ def test_the_output_is_exactly_what_was_asked_for(
             fit=fit,
             oversize=oversize,
             multiple=8,
+            grid=8,
             has_image=has_image,
         )
     except RequestError:
-        assert fit == "pad" and oversize == "reject"
+        assert fit != "resize" and oversize == "reject"
         return
     if has_image:
         for image in (
             Image.fromarray(noise(height, width, 3)),
             Image.fromarray(noise(height, width)),
         ):
-            laid = lay(image, made)
+            laid = place(image, made)
             assert laid.size == (made.bucket.width, made.bucket.height) and laid.mode == image.mode
     picture = finish(noise(made.bucket.height, made.bucket.width, 3), made)
     assert picture.size == (width, height) and picture.mode == "RGB"
@@ -104,24 +105,33 @@ def test_cutting_undoes_laying_to_the_byte(
 ) -> None:
     image = Image.fromarray(noise(height, width, 3, seed=seed))
     made = plan(
-        height, width, buckets=BUCKETS, fit="pad", oversize="eager", multiple=8, has_image=has_image
+        height,
+        width,
+        buckets=BUCKETS,
+        fit="pad",
+        oversize="eager",
+        multiple=8,
+        grid=8,
+        has_image=has_image,
     )
-    back = finish(np.asarray(lay(image, made)), made)
+    back = finish(np.asarray(place(image, made)), made)
     assert back.size == image.size and back.tobytes() == image.tobytes()
 
 
 def test_a_picture_of_its_buckets_size_is_neither_moved_nor_resampled() -> None:
     pixels = noise(96, 48, 3)
     for fit in get_args(Fit):
-        made = plan(96, 48, buckets=BUCKETS, fit=fit, oversize="reject", multiple=8, has_image=True)
-        assert same(lay(Image.fromarray(pixels), made), pixels)
+        made = plan(
+            96, 48, buckets=BUCKETS, fit=fit, oversize="reject", multiple=8, grid=8, has_image=True
+        )
+        assert same(place(Image.fromarray(pixels), made), pixels)
         assert same(finish(pixels, made), pixels)
 
 
 def test_edges_are_continued_to_the_right_and_down() -> None:
     pixels = noise(40, 30, 3)
     laid = np.asarray(
-        lay(Image.fromarray(pixels), pad_into(Bucket(64, 64), 40, 30, has_image=True))
+        place(Image.fromarray(pixels), pad_into(Bucket(64, 64), 40, 30, has_image=True))
     )
     assert np.array_equal(laid[:40, :30], pixels)
     assert np.array_equal(laid[:40, 30:], np.repeat(pixels[:, -1:], 34, axis=1))
@@ -132,7 +142,7 @@ def test_edges_are_continued_to_all_sides_where_the_image_lies_in_the_middle() -
     made = resize_into(Bucket(64, 64), 64, 32)
     assert made.image_size == (64, 32) and made.image_at == (0, 16)
     pixels = noise(64, 32)
-    laid = np.asarray(lay(Image.fromarray(pixels), made))
+    laid = np.asarray(place(Image.fromarray(pixels), made))
     assert np.array_equal(laid, np.pad(pixels, ((0, 0), (16, 16)), mode="edge"))
 
 
@@ -164,7 +174,9 @@ def test_what_is_painted_over_an_image_comes_out_where_it_was(
     made = resize_into(bucket, height, width)
     ramps = np.zeros((height, width, 3))  # green tells the row, red the column
     ramps[..., 0], ramps[..., 1] = np.arange(width), np.arange(height)[:, None]
-    back = np.asarray(finish(np.asarray(lay(Image.fromarray(ramps.astype(np.uint8)), made)), made))
+    back = np.asarray(
+        finish(np.asarray(place(Image.fromarray(ramps.astype(np.uint8)), made)), made)
+    )
     # Both ends of the laid rectangle are rounded by half a bucket pixel at most; that is what an
     # inner pixel may move.
     moved = np.abs(back.astype(int) - ramps)[4:-4, 4:-4]
@@ -177,9 +189,9 @@ def test_what_is_painted_over_an_image_comes_out_where_it_was(
 def test_lay_and_finish_take_only_what_the_plan_is_for() -> None:
     made = pad_into(Bucket(64, 64), 40, 30, has_image=True)
     with pytest.raises(ValueError, match="30x40"):
-        lay(Image.new("RGB", (40, 30)), made)
+        place(Image.new("RGB", (40, 30)), made)
     for pixels in (noise(40, 30, 3), noise(64, 64), noise(64, 64, 3).astype(np.float32)):
-        with pytest.raises(ValueError, match="painted"):
+        with pytest.raises(ValueError, match="generated"):
             finish(pixels, made)  # type: ignore[arg-type]
 
 

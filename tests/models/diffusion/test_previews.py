@@ -31,9 +31,9 @@ def test_a_vae_that_is_linear_in_colour_is_read_back(num_channels: int, seed: in
     offset = torch.randn(num_channels, generator=generator)
     colours = LatentColours.fit(plain_colours() @ there + offset, plain_colours())
     wanted = torch.rand(5, 7, 3, generator=generator)
-    painted = colours.paint((wanted @ there + offset).permute(2, 0, 1))
-    assert painted.shape == (5, 7, 3) and painted.dtype == np.uint8
-    assert np.abs(painted / 255 - wanted.numpy()).max() < 0.02
+    generated = colours.generate((wanted @ there + offset).permute(2, 0, 1))
+    assert generated.shape == (5, 7, 3) and generated.dtype == np.uint8
+    assert np.abs(generated / 255 - wanted.numpy()).max() < 0.02
 
 
 def test_channels_that_say_nothing_of_colour_are_not_blown_up() -> None:
@@ -57,13 +57,13 @@ def test_every_family_tells_its_steps_and_shows_them(
         seen.append((step, of))
         shown.extend(sketch(row) for row in (0, 1))
 
-    pipeline.paint(_batch(seeds=(1, 2)), look)
+    pipeline.generate(_batch(seeds=(1, 2)), look)
     of = seen[0][1]
     assert of >= 3 and seen == [(number, of) for number in range(1, of + 1)]
     assert {sketch.shape for sketch in shown} == {(12, 6, 3)}
     assert (shown[0] != shown[1]).any(), "two seeds look alike"
     alone: list[np.ndarray[tuple[int, ...], np.dtype[np.uint8]]] = []
-    pipeline.paint(_batch(seeds=(2, 2)), lambda *step: alone.append(step[2](0)))
+    pipeline.generate(_batch(seeds=(2, 2)), lambda *step: alone.append(step[2](0)))
     assert np.abs(alone[0].astype(int) - shown[1]).max() <= 1, (
         "a row's sketch depends on its neighbour"
     )
@@ -79,6 +79,7 @@ def test_a_preview_is_the_asked_part_of_the_bucket(height: int, width: int, resi
         fit="resize" if resize else "pad",
         oversize="reject",
         multiple=8,
+        grid=8,
         has_image=False,
     )
     cells = np.zeros((8, 6, 3), np.uint8)
@@ -112,7 +113,7 @@ def test_a_tiny_autoencoder_is_fitted_too(tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "taesd")
     pipeline = DiffusionPipeline.load(tmp_path / "taesd", PipelineConfig(), torch.device("cpu"))
     shown: list[tuple[int, ...]] = []
-    pixels = pipeline.paint(
+    pixels = pipeline.generate(
         _batch(seeds=(1, 2)), lambda *step: shown.append(step[2](0).shape)
     ).pixels
     assert pixels.shape[0] == 2 and set(shown) == {(12, 6, 3)}

@@ -21,7 +21,7 @@ from models.diffusion.test_engine import make_request
 from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
-from preheat.errors import PipelineError, RequestError
+from preheat.errors import ModelError, RequestError
 from preheat.models import tiny
 from preheat.models.diffusion.pipeline import AfterStep, Batch, DiffusionPipeline, Row
 from preheat.models.diffusion.prompts import Reader
@@ -194,7 +194,7 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
         pipeline = DiffusionPipeline.load(
             built("sdxl") / "model", PipelineConfig(scheduler=name), CPU
         )
-    except PipelineError as error:
+    except ModelError as error:
         assert str(error).startswith(f"pipeline.scheduler: {name}") and "\n" not in str(error)
         assert name in {"DPMSolverSDEScheduler", "LMSDiscreteScheduler", "EDMEulerScheduler"}, (
             "others need nothing"
@@ -206,7 +206,7 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
         calls.clear()
         seen: list[tuple[int, int]] = []
         torch.manual_seed(1)
-        first = pipeline.paint(_batch(task, 5), _noting(seen)).pixels
+        first = pipeline.generate(_batch(task, 5), _noting(seen)).pixels
         request = make_request(
             num_inference_steps=6, strength=0.5, image=None if task == "text-to-image" else b"i"
         )
@@ -214,7 +214,9 @@ def test_a_seed_is_all_the_noise_there_is_and_steps_are_counted_as_they_run(
         of = request.num_run_steps
         assert seen == [(number, of) for number in range(1, of + 1)]
         torch.manual_seed(2)
-        assert np.array_equal(pipeline.paint(_batch(task, 5)).pixels, first), "noise from elsewhere"
+        assert np.array_equal(pipeline.generate(_batch(task, 5)).pixels, first), (
+            "noise from elsewhere"
+        )
 
 
 def _noting(seen: list[tuple[int, int]]) -> AfterStep:
@@ -230,7 +232,7 @@ def test_transformers_count_their_image_to_image_steps_as_they_run(
     calls: list[int] = []
     pipeline.target("transformer").register_forward_hook(lambda *_: calls.append(1))
     image = Image.new("RGB", (64, 64), "red")
-    pipeline.paint(
+    pipeline.generate(
         Batch([Row("a", None, 1, image)], "image-to-image", Bucket(64, 64), 10, 1.0, strength)
     )
     assert pipeline.num_calls(
@@ -240,7 +242,7 @@ def test_transformers_count_their_image_to_image_steps_as_they_run(
 
 @pytest.mark.parametrize("name", ["DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler"])
 def test_schedulers_with_a_seed_of_their_own_are_refused(built: Built, name: str) -> None:
-    with pytest.raises(PipelineError, match=f"pipeline.scheduler: {name} draws"):
+    with pytest.raises(ModelError, match=f"pipeline.scheduler: {name} draws"):
         DiffusionPipeline.load(built("sdxl") / "model", PipelineConfig(scheduler=name), CPU)
 
 

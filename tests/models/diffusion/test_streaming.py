@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from models.diffusion.test_engine import Bench
+from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.responses import from_answer, plan_headers
-from preheat.models.diffusion.runner import Answer
 from preheat.protocol.events import CONTENT_TYPE, EventStream
 from preheat.protocol.responses import Response
 
@@ -43,7 +43,7 @@ def streamed(
         else job
         for job, own in zip(jobs, parts, strict=True)
     ]
-    answers = bench.engine.run(watched)
+    answers = bench.run(watched)
     for answer, own in zip(answers, parts, strict=True):
         if answer.job.events is not None:
             own.append(from_answer(answer, [FILE] * len(answer.pictures)))
@@ -95,7 +95,7 @@ def test_steps_only_go_forward_through_every_split_and_neighbours_hear_nothing(
     wishes: list[dict[str, Any]], most_rows: int
 ) -> None:
     bench = Bench()
-    # larger runs are painted up to their last step and then again in smaller ones
+    # larger runs are generated up to their last step and then again in smaller ones
     bench.canvas.most_rows = most_rows
     # it collects garbage, a third of a second each time
     with patch("preheat.models.batching.release_memory"):
@@ -163,7 +163,7 @@ def test_without_a_sender_all_events_are_the_answer() -> None:
     bench = Bench()
     job = bench.job(stream=True, num_inference_steps=2)
     stream = EventStream(None, plan_headers(job))
-    (answer,) = bench.engine.run([replace(job, events=stream)])
+    (answer,) = bench.run([replace(job, events=stream)])
     response = from_answer(answer, [FILE])
     kinds = [event["event"] for event in events([response.body])]
     assert kinds == ["queued", "step", "step", "image", "done"]

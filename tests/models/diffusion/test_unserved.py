@@ -11,7 +11,7 @@ import torch
 
 from models.diffusion.test_request import refused_of
 from preheat.config.diffusion import PipelineConfig
-from preheat.errors import PipelineError, RequestError
+from preheat.errors import ModelError, RequestError
 from preheat.models import tiny
 from preheat.models.diffusion import unserved
 from preheat.models.diffusion.pipeline import FAMILIES, DiffusionPipeline
@@ -69,7 +69,7 @@ DENOISERS: list[tuple[str, str, dict[str, Any], str]] = [
 
 
 def refused_folder(folder: Path) -> str:
-    with pytest.raises(PipelineError) as caught:
+    with pytest.raises(ModelError) as caught:
         DiffusionPipeline.load(folder, PipelineConfig(), torch.device("cpu"))
     message = str(caught.value)
     assert str(folder) in message and "\n" not in message

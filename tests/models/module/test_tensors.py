@@ -292,7 +292,7 @@ def test_json_of_more_numbers_than_a_model_takes_is_not_read(
     "content_type", ["application/json", "application/json; charset=utf-8", ""]
 )
 def test_json_that_torchserve_has_not_decoded_is_read(content_type: str) -> None:
-    """As with TS_DECODE_INPUT_REQUEST=false, where every body comes as bytes."""
+    """As with decode_input_request=false, where every body comes as bytes."""
     body = json.dumps({"inputs": {"ids": [1, 2], "mask": [1, 0]}}).encode()
     for sent in (body, bytearray(body)):
         assert read(TEXTS, sent, content_type=content_type)["mask"].tolist() == [[1, 0]]

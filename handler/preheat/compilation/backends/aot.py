@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from preheat.cache.scratch import own_folder
 from preheat.cache.trust import Trust
-from preheat.compilation.backends.base import EngineName, Prepared
+from preheat.compilation.backends.base import EngineName, Precompiled
 from preheat.compilation.closeness import mismatch
 from preheat.compilation.export import call_key, export, own_forward, tensors
 from preheat.compilation.router import Router
@@ -166,8 +166,8 @@ def attach(
         entries = _read_index(folder, fingerprint, trust)
     except (OSError, Untrusted, ValueError, LookupError, TypeError) as error:
         for router in routers.values():
-            router.prefer(Prepared("aot", reason=f"aot: {_said(error)}"))
-        logger.error("aot: no package is used: %s", _said(error))
+            router.prefer(Precompiled("aot", reason=f"aot: {_described(error)}"))
+        logger.error("aot: no package is used: %s", _described(error))
         return
     for name, router in routers.items():
         packages, reason = [], None
@@ -175,11 +175,11 @@ def attach(
             try:
                 packages.append(Package(entry, _read(folder, entry, trust), modules[name], device))
             except (OSError, Untrusted, RuntimeError, LookupError) as error:
-                reason = f"aot: {entry.file}: {_said(error)}"
-                logger.error("aot: %s is not used: %s", entry.file, _said(error))
+                reason = f"aot: {entry.file}: {_described(error)}"
+                logger.error("aot: %s is not used: %s", entry.file, _described(error))
         if packages or reason:
             dims = DynamicDims(packages[0].dims.ranges) if packages else None
-            router.prefer(Prepared("aot", packages, reason, dims))
+            router.prefer(Precompiled("aot", packages, reason, dims))
         logger.info("aot: %d package(s) for %s", len(packages), name)
 
 
@@ -297,7 +297,7 @@ def _read(folder: Path, entry: Entry, trust: Trust) -> bytes:
     return content
 
 
-def _said(error: Exception) -> str:
+def _described(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"no file {Path(str(error.filename)).name}; was the archive built with --aot?"
     return (

@@ -70,7 +70,7 @@ class Backend(Protocol):
         """
 
 
-class Prepared:
+class Precompiled:
     """Code that was there before warm-up, such as packages; or none, and why."""
 
     def __init__(

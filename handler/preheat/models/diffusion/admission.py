@@ -1,4 +1,4 @@
-"""Whether a request may be painted at all, by what it costs: pixels of the bucket x denoising steps
+"""Whether a request may be served at all, by what it costs: pixels of the bucket x denoising steps
 x pictures.
 """
 
@@ -19,10 +19,10 @@ def check_time(request: ImageRequest, bucket: Bucket, seconds: float, timeout: f
     if seconds <= timeout:
         return
     steps = request.num_run_steps
-    painted = f"{request.num_images} x {bucket} x {steps} steps"
+    generated = f"{request.num_images} x {bucket} x {steps} steps"
     field = "num_images" if request.num_images > steps else "num_inference_steps"
     raise RequestError(
-        f"{painted} take {seconds:.0f} s here, and an answer has {timeout:.0f} (responseTimeout)",
+        f"{generated} take {seconds:.0f} s here, and an answer has {timeout:.0f} (responseTimeout)",
         field,
     )
 
@@ -49,8 +49,8 @@ def check_cost(
         "height": bucket.volume / least_area,
     }
     at_fault = max(factors, key=lambda name: factors[name])  # of equals the first
-    painted = f"{request.num_images} x {bucket} x {steps} steps"
+    generated = f"{request.num_images} x {bucket} x {steps} steps"
     raise RequestError(
-        f"asks for too much: {painted} are {cost} pixel-steps, at most {max_cost} are allowed",
+        f"asks for too much: {generated} are {cost} pixel-steps, at most {max_cost} are allowed",
         at_fault,
     )

@@ -1,18 +1,19 @@
-"""Geometry: how a picture of the asked size is laid in a bucket and cut out of it again.
+"""Geometry: how a picture of the asked size is placed in a bucket and cut out of it again.
 
 A plan is made of integers alone, so it loses no pixel: what comes out is always exactly the asked
-size. The output's way is bucket -> resampled to `scaled` -> cut to `crop`; an input image goes the
-same way backwards, so that what was painted over it comes out where it was.
+size. The output's way is bucket -> its upper left, `painted` -> resampled to `scaled` -> cut to
+`crop`; an input image goes the same way backwards, so that what was generated over it comes out
+where it was.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
-from preheat.errors import RequestError
+from preheat.errors import NoBucket
 
 if TYPE_CHECKING:
     from preheat.config.pt2 import Fit, Oversize
@@ -48,11 +49,13 @@ class Plan:
     """What was asked for, and what comes out."""
     width: int
     bucket: Bucket
-    """What the pipeline paints."""
-    engine_hint: Literal["bucket", "eager"]
-    """`eager`: a size outside every bucket, painted uncompiled on purpose (`oversize: eager`)."""
+    """What the pipeline generates."""
+    painted: Bucket
+    """What of it is the picture, in the bucket's upper left: all of it, unless `fit: mask`."""
+    bypass: bool
+    """A size outside every bucket, generated uncompiled on purpose (`oversize: eager`)."""
     scaled: tuple[int, int]
-    """What the painted picture is resampled to: the bucket's own size when nothing is resampled."""
+    """What the picture is resampled to; its own size where it is not."""
     crop: Box
     """What is cut from the scaled picture: exactly `height` x `width`."""
     image_size: tuple[int, int]
@@ -62,15 +65,20 @@ class Plan:
 
     @property
     def padding(self) -> float:
-        """Share of the painted picture that is thrown away: 0 (none of it) to 1 (not reached)."""
+        """Share of the generated picture that is thrown away: 0 (none of it) to 1 (not reached)."""
         scaled_height, scaled_width = self.scaled
-        painted = scaled_height * scaled_width
-        return (painted - self.height * self.width) / painted
+        generated = scaled_height * scaled_width
+        return (generated - self.height * self.width) / generated
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether it is painted in a part of its bucket."""
+        return self.painted != self.bucket
 
     @property
     def resampled(self) -> bool:
-        """Whether the output is resampled; if not, it is cut from the painted pixels untouched."""
-        return self.scaled != (self.bucket.height, self.bucket.width)
+        """Whether the output is resampled; if not, it is cut out untouched."""
+        return self.scaled != (self.painted.height, self.painted.width)
 
 
 def plan(
@@ -81,15 +89,16 @@ def plan(
     fit: Fit,
     oversize: Oversize,
     multiple: int,
+    grid: int,
     has_image: bool,
 ) -> Plan:
     """The plan for a picture of `height` x `width` pixels.
 
     `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket
-    are rounded to it.
+    are rounded to it. `grid` is what its network halves evenly, to which `fit: mask` rounds up.
 
     Raises:
-        RequestError: no bucket covers the size, and `oversize` is `reject`.
+        NoBucket: no bucket covers the size, and `oversize` is `reject`.
         ValueError: a side is not positive, or there are no buckets.
     """
     if height < 1 or width < 1:
@@ -98,15 +107,27 @@ def plan(
         raise ValueError("no buckets to plan with")
     if fit == "resize":
         return resize_into(nearest_aspect(buckets, height, width), height, width)
-    bucket = smallest_covering(buckets, Bucket(height, width))
+    own = round_up(Bucket(height, width), grid) if fit == "mask" else None
+    bucket = smallest_covering(buckets, own or Bucket(height, width))
     if bucket is not None:
-        return pad_into(bucket, height, width, has_image=has_image)
+        return replace(pad_into(own or bucket, height, width, has_image=has_image), bucket=bucket)
     if oversize == "downscale":
-        return resize_into(nearest_aspect(buckets, height, width), height, width)
+        bucket = nearest_aspect(buckets, height, width)
+        if fit == "mask":
+            inner = Bucket(*inner_size(bucket.height, bucket.width, height, width))
+            return replace(resize_into(round_up(inner, grid), height, width), bucket=bucket)
+        return resize_into(bucket, height, width)
     if oversize == "eager":
         own = round_up(Bucket(height, width), multiple)
-        return pad_into(own, height, width, has_image=has_image, engine_hint="eager")
+        return pad_into(own, height, width, has_image=has_image, bypass=True)
     raise _too_large(height, width, buckets)
+
+
+def smaller(bucket: Bucket, grid: int) -> Bucket | None:
+    """The largest size on `grid` that does not fill the bucket; None where there is none."""
+    if bucket.height > grid:
+        return Bucket(bucket.height - grid, bucket.width)
+    return Bucket(bucket.height, bucket.width - grid) if bucket.width > grid else None
 
 
 def pad_into(
@@ -115,9 +136,9 @@ def pad_into(
     width: int,
     *,
     has_image: bool,
-    engine_hint: Literal["bucket", "eager"] = "bucket",
+    bypass: bool = False,
 ) -> Plan:
-    """The plan that paints more than asked for and cuts the surplus off, resampling nothing.
+    """The plan that generates more than asked for and cuts the surplus off, resampling nothing.
 
     An input image lies at the upper left, continued to the right and down; without one the cut is
     centred, where a model puts its subject.
@@ -134,7 +155,8 @@ def pad_into(
         height=height,
         width=width,
         bucket=bucket,
-        engine_hint=engine_hint,
+        painted=bucket,
+        bypass=bypass,
         scaled=(bucket.height, bucket.width),
         crop=Box(top, left, height, width),
         image_size=(height, width),
@@ -143,8 +165,8 @@ def pad_into(
 
 
 def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
-    """The plan that resamples the painted bucket until it just covers the size, and cuts the middle
-    out of it.
+    """The plan that resamples the generated bucket until it just covers the size, and cuts the
+    middle out of it.
     """
     scaled_height, scaled_width = cover_size(bucket.height, bucket.width, height, width)
     crop = Box((scaled_height - height) // 2, (scaled_width - width) // 2, height, width)
@@ -154,7 +176,8 @@ def resize_into(bucket: Bucket, height: int, width: int) -> Plan:
         height=height,
         width=width,
         bucket=bucket,
-        engine_hint="bucket",
+        painted=bucket,
+        bypass=False,
         scaled=(scaled_height, scaled_width),
         crop=crop,
         image_size=(image_height, image_width),
@@ -200,8 +223,8 @@ def _round_div(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
-    """The refusal, laid at the side that no bucket can hold (at the longer one, where each alone
+def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> NoBucket:
+    """The refusal, which names the side that no bucket can hold (the longer one, where each alone
     would fit).
     """
     if all(bucket.width < width for bucket in buckets):
@@ -212,11 +235,12 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
         field = "width" if width >= height else "height"
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
     nearest = nearest_aspect(buckets, height, width)
-    return RequestError(
+    return NoBucket(
         f"is too much: no bucket covers height {height} and width {width}; the nearest is "
         f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
-        "the server would paint a bucket and scale it up",
+        "the server would generate a bucket and scale it up",
         field,
+        Bucket(height, width),
     )
 
 

@@ -23,9 +23,8 @@ def fit_to(image: Image.Image, height: int, width: int) -> Image.Image:
     )
 
 
-def lay(image: Image.Image, plan: Plan) -> Image.Image:
-    """An input image of the asked size laid in its bucket, its edges continued to all sides as far
-    as needed.
+def place(image: Image.Image, plan: Plan) -> Image.Image:
+    """An input image of the asked size placed in its bucket, its edges continued as far as needed.
 
     Raises:
         ValueError: the image has not the plan's asked size.
@@ -45,23 +44,24 @@ def lay(image: Image.Image, plan: Plan) -> Image.Image:
 
 
 def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
-    """The picture asked for, from the painted bucket: (bucket height, bucket width, 3).
+    """The picture asked for, from the generated bucket: (bucket height, bucket width, 3).
 
     Raises:
         ValueError: the pixels are not a bucket of 8-bit RGB.
     """
-    bucket, crop = plan.bucket, plan.crop
+    bucket, painted, crop = plan.bucket, plan.painted, plan.crop
     if pixels.shape != (bucket.height, bucket.width, 3) or pixels.dtype != np.uint8:
         raise ValueError(
-            f"painted {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}"
+            f"generated {pixels.dtype} {pixels.shape}, the plan is for 8-bit RGB of {bucket}"
         )
+    pixels = pixels[: painted.height, : painted.width]
     if not plan.resampled:
         return Image.fromarray(
             np.ascontiguousarray(pixels[crop.top : crop.bottom, crop.left : crop.right])
         )
-    # Resampling to `scaled` and cutting `crop` in one: the cut, seen from the bucket, whose parts
-    # outside are not made.
-    (tall, wide), (high, broad) = plan.scaled, (bucket.height, bucket.width)
+    # Resampling to `scaled` and cutting `crop` in one: the cut, seen from what is painted, whose
+    # parts outside are not made.
+    (tall, wide), (high, broad) = plan.scaled, (painted.height, painted.width)
     # Multiplied before divided: exact at the far edges, past which Pillow refuses a box.
     box = (
         crop.left * broad / wide,
@@ -69,16 +69,19 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
         crop.right * broad / wide,
         crop.bottom * high / tall,
     )
-    return Image.fromarray(pixels).resize(
+    return Image.fromarray(np.ascontiguousarray(pixels)).resize(
         (plan.width, plan.height), Image.Resampling.LANCZOS, box=box
     )
 
 
 def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
-    """The picture asked for, small, from a bucket painted with a pixel per latent cell: (latent
+    """The picture asked for, small, from a bucket generated with a pixel per latent cell: (latent
     height, latent width, 3).
     """
-    (tall, wide), crop, (high, broad) = plan.scaled, plan.crop, cells.shape[:2]
+    high = max(1, len(cells) * plan.painted.height // plan.bucket.height)
+    broad = max(1, cells.shape[1] * plan.painted.width // plan.bucket.width)
+    cells = np.ascontiguousarray(cells[:high, :broad])
+    (tall, wide), crop = plan.scaled, plan.crop
     box = (
         crop.left * broad / wide,
         crop.top * high / tall,
@@ -86,7 +89,7 @@ def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
         crop.bottom * high / tall,
     )
     size = (
-        max(1, plan.width * broad // plan.bucket.width),
-        max(1, plan.height * high // plan.bucket.height),
+        max(1, plan.width * broad // plan.painted.width),
+        max(1, plan.height * high // plan.painted.height),
     )
     return Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR, box=box)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -28,9 +29,10 @@ from PIL.Image import Image
 from torch import nn
 
 from preheat.buckets import Bucket
-from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
-from preheat.errors import HubError, PipelineError, RequestError, in_one_line
+from preheat.errors import HubError, ModelError, RequestError, in_one_line
+from preheat.models.diffusion.masking.painting import MaskedPainting, Rows
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
@@ -87,8 +89,8 @@ class Row:
     seed: int
     image: Image | None = None
     mask: Image | None = None
-    index: int = 0
-    """Which of its request's pictures it is."""
+    size: Bucket | None = None
+    """What it fills of a masked batch's bucket, in pixels of the upper left; None: all."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,6 +103,8 @@ class Batch:
     num_inference_steps: int
     guidance_scale: float
     strength: float
+    masked: bool = False
+    """Its rows may be smaller than the bucket."""
 
     @property
     def num_run_steps(self) -> int:
@@ -119,7 +123,7 @@ AfterStep = Callable[[int, int, Sketch], None]
 
 
 @dataclass(frozen=True, slots=True)
-class Painted:
+class Generated:
     """What a run of the pipeline gave."""
 
     pixels: NDArray[np.uint8]
@@ -131,7 +135,7 @@ class Painted:
 
 
 class DiffusionPipeline:
-    """A loaded pipeline folder on its device, ready to paint batches at bucket size."""
+    """A loaded pipeline folder on its device, ready to generate batches at bucket size."""
 
     def __init__(self, pipe: Any, family: Family, config: PipelineConfig) -> None:
         self.family = family
@@ -154,6 +158,7 @@ class DiffusionPipeline:
         self._colours = self._fit_colours()
         self.prompts = Reader.of(pipe, self._accepted_length())
         self._num_timesteps = lru_cache(maxsize=1000)(self._count_timesteps)
+        self._masked: MaskedPainting | None = None
 
     @classmethod
     def load(
@@ -162,7 +167,7 @@ class DiffusionPipeline:
         """Load a pipeline folder (or hub id) from safetensors.
 
         Raises:
-            PipelineError: it is not a diffusers pipeline of a known family, or its weights are not
+            ModelError: it is not a diffusers pipeline of a known family, or its weights are not
                 safetensors.
             HubError: the hub does not give it.
         """
@@ -181,15 +186,13 @@ class DiffusionPipeline:
         except (OSError, ValueError) as error:
             # `from None`: the hub's client alone has 60 lines of traceback, and says nothing that
             # is not said here.
-            kind = PipelineError if Path(folder).is_dir() else HubError
+            kind = ModelError if Path(folder).is_dir() else HubError
             raise kind(
                 f"cannot load a diffusers pipeline from {folder}: {in_one_line(error)}"
             ) from None
         family = FAMILIES.get(type(pipe).__name__)
         if family is None:
-            raise PipelineError(
-                f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}"
-            )
+            raise ModelError(f"{type(pipe).__name__} is not served; known: {', '.join(FAMILIES)}")
         # a hub id's shows only now
         _refuse(folder, denoiser_refusal(getattr(pipe, family.denoiser).config))
         _replace_scheduler(pipe, config.scheduler)
@@ -226,6 +229,20 @@ class DiffusionPipeline:
         side = int(cells) * int(self._pipe.vae_scale_factor)
         return Bucket(side, side)
 
+    def mask(self) -> None:
+        """Rewrite the pipeline so that a batch may have rows of several sizes (`Batch.masked`).
+
+        Raises:
+            ConfigError: their pictures would not be those that each has alone.
+        """
+        cell = int(self._pipe.vae_scale_factor)
+        self._masked = MaskedPainting(list(self._tasks.values()), self.family.denoiser, cell)
+
+    @property
+    def shifts_by_size(self) -> bool:
+        """Whether the scheduler's steps depend on how many tokens a picture has."""
+        return bool(self._pipe.scheduler.config.get("use_dynamic_shifting"))
+
     def default_targets(self) -> tuple[str, ...]:
         return (self.family.denoiser,)
 
@@ -233,13 +250,13 @@ class DiffusionPipeline:
         """The module a target names, such as `unet` or `vae.decoder`.
 
         Raises:
-            PipelineError: this pipeline has no such module.
+            ModelError: this pipeline has no such module.
         """
         module: Any = self._pipe
         for part in name.split("."):
             module = getattr(module, part, None)
         if not isinstance(module, nn.Module):
-            raise PipelineError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
+            raise ModelError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
         return module
 
     def structure(self) -> dict[str, Any]:
@@ -300,15 +317,20 @@ class DiffusionPipeline:
         )
         return None if parameter is None else int(parameter.default)
 
-    def paint(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Painted:
+    def generate(self, batch: Batch, after_step: AfterStep = lambda *_: None) -> Generated:
         """Run one batch through diffusers; `after_step` is told of every denoising step that was
         asked for.
         """
 
+        seated: AbstractContextManager[Rows | None] = nullcontext()
+        if self._masked is not None and batch.masked:
+            sizes = [row.size or batch.bucket for row in batch.rows]
+            seated = self._masked.of(sizes, batch.bucket)
+
         def stepped(
             pipe: Any, index: int, _: Any, tensors: Mapping[str, torch.Tensor]
         ) -> dict[str, torch.Tensor]:
-            latents = tensors["latents"]
+            latents = tensors["latents"] if rows is None else rows.keep(tensors["latents"])
             # The scheduler's own steps may be more than those asked for (Heun, PNDM): then some end
             # none.
             of, calls = batch.num_run_steps, pipe.num_timesteps
@@ -317,7 +339,7 @@ class DiffusionPipeline:
                 after_step(
                     number, of, lambda row: self._sketch(latents[row : row + 1], batch.bucket)
                 )
-            return {}
+            return {"latents": latents}
 
         # In every run, whether or not somebody looks on: what is warmed is what is served.
         watched = {
@@ -325,10 +347,13 @@ class DiffusionPipeline:
             "callback_on_step_end_tensor_inputs": ["latents"],
         }
         arguments = self._arguments(batch) | watched
-        output = self._tasks[batch.task](**arguments)
+        with seated as rows:
+            if rows is not None:
+                arguments["generator"] = rows.generators([row.seed for row in batch.rows])
+            output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
-        return Painted(
+        return Generated(
             pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None)
         )
 
@@ -351,7 +376,7 @@ class DiffusionPipeline:
         if batch.task == "inpainting":
             arguments["mask_image"] = [row.mask for row in batch.rows]
         if self.family.size_conditioning:
-            # The canvas that is painted is the bucket; the crop to the asked size happens after.
+            # The canvas that is generated is the bucket; the crop to the asked size happens after.
             arguments |= {
                 "original_size": size,
                 "target_size": size,
@@ -390,7 +415,7 @@ class DiffusionPipeline:
             latents = self._pipe._unpack_latents(
                 latents, bucket.height, bucket.width, self._pipe.vae_scale_factor
             )
-        return self._colours.paint(latents[0])
+        return self._colours.generate(latents[0])
 
 
 def _as_denoised(latents: torch.Tensor, config: Any) -> torch.Tensor:
@@ -427,7 +452,7 @@ def _steady_vae(vae: Any, *, upcast: bool) -> None:
     SDXL's pipelines cast a VAE that says `force_upcast` to float32 and back in the middle of a
     call, and an exception in between leaves it half-way. Its float16 alone overflows, so there it
     is float32 for good, and tensors are cast, which nothing can undo. Slicing is also what lets a
-    batch fit that was painted but could not be decoded, and one graph serve every batch size.
+    batch fit that was generated but could not be decoded, and one graph serve every batch size.
     """
     if hasattr(vae, "use_slicing"):
         vae.enable_slicing()
@@ -445,7 +470,7 @@ def _in_float32(call: Callable[..., Any]) -> Callable[..., Any]:
 
 def _refuse(folder: str | Path, reason: str | None) -> None:
     if reason is not None:
-        raise PipelineError(f"cannot serve {str(folder)!r}: {reason}")
+        raise ModelError(f"cannot serve {str(folder)!r}: {reason}")
 
 
 _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
@@ -454,21 +479,19 @@ _GLOBAL_NOISE = ("DPMSolverSDEScheduler", "CosineDPMSolverMultistepScheduler")
 
 def _replace_scheduler(pipe: Any, name: str | None) -> None:
     if name is not None:
-        scheduler = getattr(diffusers, name, None)
-        if scheduler is None or not hasattr(scheduler, "from_config"):
-            raise PipelineError(f"pipeline.scheduler: diffusers has no scheduler {name!r}")
+        check_scheduler(name)
         if name not in _GLOBAL_NOISE:
             try:
-                pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+                pipe.scheduler = getattr(diffusers, name).from_config(pipe.scheduler.config)
             # no scipy, or a schedule that it cannot follow
             except (ImportError, TypeError, ValueError) as error:
                 reason = " ".join(str(error).split())
-                raise PipelineError(
+                raise ModelError(
                     f"pipeline.scheduler: {name} cannot replace this folder's: {reason}"
                 ) from error
     name = name or type(pipe.scheduler).__name__
     if name in _GLOBAL_NOISE:
-        raise PipelineError(
+        raise ModelError(
             f"pipeline.scheduler: {name} draws its noise from a seed of its own, so the same seed "
             "would not give the same picture; DPMSolverMultistepScheduler with algorithm_type "
             "sde-dpmsolver++ in its config is near"
@@ -477,7 +500,10 @@ def _replace_scheduler(pipe: Any, name: str | None) -> None:
 
 def _fuse_lora(pipe: Any, folder: str) -> None:
     """Add a LoRA into the weights before anything is compiled, so that it costs nothing later."""
-    pipe.load_lora_weights(folder, use_safetensors=True)
+    try:
+        pipe.load_lora_weights(folder, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"pipeline.fused_lora: {folder}: {in_one_line(error)}") from None
     pipe.fuse_lora()
     pipe.unload_lora_weights()
     logger.info("fused the LoRA in %s", folder)

@@ -50,7 +50,7 @@ class LatentColours:
         weight = torch.linalg.solve(square + ridge, spread.T @ tint)
         return cls(weight.float(), (middle - centre @ weight).float())
 
-    def paint(self, latents: torch.Tensor) -> NDArray[np.uint8]:
+    def generate(self, latents: torch.Tensor) -> NDArray[np.uint8]:
         """8-bit RGB, (height, width, 3), of one picture's latents, (channels, height, width)."""
         cells = latents.float().cpu().permute(1, 2, 0)  # (height, width, channels)
         pixels = ((cells @ self.weight + self.bias) * 255).round().clamp(0, 255).to(torch.uint8)

@@ -59,7 +59,7 @@ class ImageRequest:
     output_format: OutputFormat
     response_format: ResponseFormat
     stream: bool = False
-    """Answer with events while it is painted, not with a picture at the end."""
+    """Answer with events while it is generated, not with a picture at the end."""
     preview_every: int = 0
     """Steps from one preview to the next; 0 is never."""
 
@@ -98,7 +98,7 @@ def parse_row(
     """The request in one row of a TorchServe batch.
 
     A row is `{"body": ...}` over REST (bytes of JSON or, by its content type, of text that is the
-    prompt; either one decoded already, where TS_DECODE_INPUT_REQUEST leaves that to TorchServe),
+    prompt; either one decoded already, where decode_input_request leaves that to TorchServe),
     `{"data": JSON bytes}` over gRPC, or one entry per field (multipart, gRPC map): text as UTF-8,
     numbers as JSON writes them, images as raw files. Entries beside `body` or `data` add to its
     fields.

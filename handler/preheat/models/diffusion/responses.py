@@ -8,18 +8,22 @@ from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any
 
 from preheat.device import is_out_of_memory
-from preheat.errors import OutOfMemory
+from preheat.errors import AnswerTooLarge, OutOfMemory
 from preheat.protocol import images
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
-    from preheat.models.diffusion.runner import Answer, Job
+    from preheat.models.diffusion.job import Answer, Job
+    from preheat.models.diffusion.request import ImageRequest
 
 
-def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
+_WORDS = 1000  # bytes of JSON beside a picture, at most
+
+
+def encoded(answers: Sequence[Answer], pool: Executor, *, most: int) -> list[list[bytes]]:
     """Each answer's pictures as files, encoded side by side in the pool's threads; what does not
-    fit into memory is that answer's error.
+    fit into memory, or into a body of `most` bytes, is that answer's error.
 
     Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at
     most of the 75 that a 1024x1024 PNG takes); a JPEG, of 6 ms, holds it.
@@ -33,7 +37,23 @@ def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
         else []
         for answer in answers
     ]
-    return [_files(answer, own) for answer, own in zip(answers, tasks, strict=True)]
+    files = [_files(answer, own) for answer, own in zip(answers, tasks, strict=True)]
+    for answer, own in zip(answers, files, strict=True):
+        if (size := _body_bytes(answer.job.request, own)) > most:
+            answer.error = AnswerTooLarge(
+                f"the answer has about {size} bytes, at most {most} are allowed "
+                "(pipeline.limits.max_response_bytes); ask for fewer pictures, smaller ones, or "
+                "output_format webp or jpeg"
+            )
+    return files
+
+
+def _body_bytes(request: ImageRequest, files: Sequence[bytes]) -> int:
+    """Of the largest body that holds these files; a stream has one for each."""
+    if request.response_format == "image" and not request.stream:
+        return sum(map(len, files))
+    in_json = [4 * -(-len(file) // 3) + _WORDS for file in files]
+    return max(in_json, default=0) if request.stream else sum(in_json)
 
 
 def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
@@ -78,7 +98,7 @@ def _pictures(answer: Answer, files: Sequence[bytes]) -> list[dict[str, Any]]:
 
 
 def _facts(answer: Answer) -> dict[str, Any]:
-    """What JSON says of how an answer was painted; sizes in pixels."""
+    """What JSON says of how an answer was generated; sizes in pixels."""
     plan = answer.job.plan
     return {
         "width": plan.width,
@@ -86,6 +106,7 @@ def _facts(answer: Answer) -> dict[str, Any]:
         "bucket": [plan.bucket.height, plan.bucket.width],
         "engine": answer.engine,
         "padding": round(plan.padding, 4),
+        **({"painted": [plan.painted.height, plan.painted.width]} if plan.is_masked else {}),
         "exact": answer.exact,
         "output_format": answer.job.request.output_format,
         **_dropped(answer.job),
@@ -93,10 +114,11 @@ def _facts(answer: Answer) -> dict[str, Any]:
 
 
 def plan_headers(job: Job) -> dict[str, str]:
-    """What headers say of a request before it is painted."""
+    """What headers say of a request before it is generated."""
     plan, seed = job.plan, job.request.seed
-    facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **_dropped(job)}
-    return preheat_headers(facts)
+    painted = {"painted": plan.painted} if plan.is_masked else {}
+    facts = {"bucket": plan.bucket, "seed": seed, "padding": plan.padding, **painted}
+    return preheat_headers({**facts, **_dropped(job)})
 
 
 def _files(answer: Answer, tasks: Sequence[Future[bytes]]) -> list[bytes]:

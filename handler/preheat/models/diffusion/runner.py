@@ -1,313 +1,305 @@
-"""Serves batches of strangers: plans each request, groups what can share a run, pads rows and
-pixels, crops back.
-
-The engine knows pipelines by the small `Painter` protocol and compiled code by its routers, so
-everything here runs in tests without diffusers.
+"""Serves pictures: groups requests that can share a pipeline call, fills it up, and cuts each
+picture out of its bucket.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+import io
+import time
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
-import torch
 from PIL import Image
 
 from preheat.buckets import Bucket, round_up
-from preheat.compilation.pace import Budget, Load
-from preheat.compilation.router import Router
-from preheat.config.diffusion import LimitsConfig
-from preheat.config.pt2 import ShapesConfig
-from preheat.device import synchronize
+from preheat.compilation.pace import MARGIN, Pace, Timing
+from preheat.compilation.variants import Variant as AnyVariant
+from preheat.config.diffusion import PipelineConfig, Task
+from preheat.config.model import ModelConfig
+from preheat.device import num_cores, synchronize
 from preheat.errors import RequestError
-from preheat.models.batching import Batcher, Outcome, RunReport
-from preheat.models.diffusion import geometry, image_processor
+from preheat.models.base import ModelRunner
+from preheat.models.batching import Chunk, Execution, RunReport
+from preheat.models.diffusion import geometry, image_processor, responses
+from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
-from preheat.models.diffusion.pipeline import AfterStep, Batch, Painted, Row, Sketch
-from preheat.models.diffusion.request import ImageRequest
-from preheat.models.diffusion.streaming import Steps, emit_step
+from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
+from preheat.models.diffusion.preprocess import Planner, Sized
+from preheat.models.diffusion.prompts import Reader
+from preheat.models.diffusion.request import ImageRequest, parse_row
+from preheat.models.diffusion.streaming import emit_step
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
 from preheat.protocol import images
+from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
+from preheat.protocol.responses import Response
 
 
-class Painter(Protocol):
-    """What the engine needs of a pipeline."""
+class Pipeline(Sized, Protocol):
+    """What the runner needs of a pipeline; see `DiffusionPipeline`."""
 
-    @property
-    def multiple(self) -> int: ...
-
-    @property
-    def grid(self) -> int: ...
-
-    def paint(self, batch: Batch, after_step: AfterStep) -> Painted: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A request with its plan; `image` and `mask` are already laid in the bucket."""
-
-    request: ImageRequest
-    plan: Plan
-    image: Image.Image | None = None
-    mask: Image.Image | None = None
-    deadline: float | None = None
-    """Unix time in seconds after which nobody waits for the answer."""
-    events: EventStream | None = None
-    dropped: Mapping[str, int] = field(default_factory=dict)
-    """Tokens that no text encoder reads, by field; only of fields that were cut."""
+    prompts: Reader
+    guidance_variants: tuple[bool, ...]
 
     @property
-    def group_key(self) -> tuple[object, ...]:
-        """What has to be equal for two jobs to share a pipeline call.
-
-        Whether there is a negative prompt counts: SDXL gives "none" zeros and "" the embedding of
-        an empty text, per batch.
-        """
-        request = self.request
-        strength = request.strength if request.task != "text-to-image" else None
-        return (
-            self.plan.bucket,
-            self.plan.engine_hint,
-            request.task,
-            request.num_inference_steps,
-            request.guidance_scale,
-            strength,
-            request.negative_prompt is None,
-        )
-
-    def rows(self) -> list[Row]:
-        """One row a picture: the pictures of `num_images` take consecutive seeds."""
-        request = self.request
-        seeds = [(request.seed + index) % 2**63 for index in range(request.num_images)]
-        return [
-            Row(request.prompt, request.negative_prompt, seed, self.image, self.mask, index)
-            for index, seed in enumerate(seeds)
-        ]
-
-
-@dataclass(slots=True)
-class Answer(Outcome):
-    """What one job got. `exact` compares its pictures with those of the same request alone
-    (rounding: 1/255).
-    """
-
-    job: Job
-    pictures: list[Image.Image] = field(default_factory=list)
-    flagged: list[bool] = field(default_factory=list)
-    """Of each picture, whether the safety checker has blackened it; empty where the pipeline has no
-    checker.
-    """
-    steps: Steps = field(default_factory=Steps)
-    """How far its events have come, which no restart takes back."""
-
-    def restart(self) -> None:
-        # a class with slots is made anew by dataclass, and super() alone does not find it
-        Outcome.restart(self)
-        self.pictures.clear()
-        self.flagged.clear()
+    def tasks(self) -> Sequence[Task]: ...
 
     @property
-    def is_planned_eager(self) -> bool:
-        """Whether it ran eagerly on purpose (`oversize: eager`)."""
-        return self.job.plan.engine_hint == "eager"
+    def order(self) -> int: ...
 
-    @property
-    def bucket(self) -> str:
-        return str(self.job.plan.bucket)
+    def num_calls(self, request: ImageRequest) -> int: ...
 
-    @property
-    def num_flagged(self) -> int:
-        return sum(self.flagged)
-
-    @property
-    def num_painted(self) -> int:
-        """Pixels, of all its pictures."""
-        return len(self.pictures) * self.job.plan.scaled[0] * self.job.plan.scaled[1]
-
-    @property
-    def num_cropped(self) -> int:
-        """Of those, how many were cut off."""
-        return self.num_painted - len(self.pictures) * self.job.plan.height * self.job.plan.width
+    def generate(self, batch: Batch, after_step: AfterStep) -> Generated: ...
 
 
-class Engine(Batcher[Answer, Row]):
-    """Runs jobs through a painter.
+class DiffusionRunner(ModelRunner[Job, Answer]):
+    """A pipeline that generates.
 
     Args:
-        painter: the pipeline.
-        shapes: the strategy, buckets (resolved, not empty unless `exact`) and batch sizes.
-        doubles: whether guidance doubles the denoiser's rows.
-
-    The others are those of `Batcher`.
+        config: its shapes are resolved: with buckets, unless `exact`.
     """
 
-    def __init__(
-        self,
-        painter: Painter,
-        routers: Mapping[str, Router],
-        shapes: ShapesConfig,
-        *,
-        max_rows: int,
-        device: torch.device,
-        attention: str = "default",
-        report: Callable[[RunReport], None] = lambda _: None,
-        budget: Budget | None = None,
-        doubles: bool = True,
-    ) -> None:
-        super().__init__(
-            routers,
-            shapes,
-            max_rows=max_rows,
-            device=device,
-            attention=attention,
-            report=report,
-            budget=budget,
+    def __init__(self, execution: Execution, pipeline: Pipeline, config: ModelConfig) -> None:
+        super().__init__(execution, config.pt2.shapes.buckets)
+        self._pipeline, self._most = pipeline, config.batchSize
+        self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
+        self.planner = Planner(pipeline, self._shapes, self._own.limits)
+        # The model's own threads sleep meanwhile, so there is a core for each.
+        self._encoders = ThreadPoolExecutor(num_cores(), "encode")
+
+    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
+        every = plan_variants(
+            self.buckets,
+            batch_sizes,
+            self._pipeline.guidance_variants,
+            self._pipeline.tasks,
+            self._shapes.masks,
         )
-        self._painter, self._shapes = painter, shapes
-        self._doubles = doubles
+        return tuple(variant for variant in every if self._painted(variant) is not None)
 
-    def prepare(
-        self,
-        request: ImageRequest,
-        *,
-        limits: LimitsConfig,
-        default: Bucket,
-        deadline: float | None = None,
-    ) -> Job:
-        """Decode the request's images and plan its geometry.
+    @property
+    def _always_masked(self) -> bool:
+        return self._shapes.masks == (True,)
 
-        A side that the request leaves out comes from its image (in proportion, where the other side
-        is given), else from `default`.
+    def _painted(self, variant: Variant) -> Bucket | None:
+        """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
+        if not variant.masked or self._always_masked:
+            return variant.bucket
+        return geometry.smaller(variant.bucket, self._pipeline.grid)
 
-        Raises:
-            RequestError: an image that cannot be read, or a size that no bucket covers under
-                `oversize: reject`.
+    def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
+        return covering(own(variants))
+
+    def extremes(self, variants: Sequence[AnyVariant]) -> list[Variant]:
+        every = own(variants)
+        largest, smallest = every[0], every[-1]
+        if self._shapes.strategy == "dynamic":
+            sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
+            return [largest, *sizes.values(), self._between(largest)]
+        if self._shapes.batch_sizes == "dynamic":
+            # with masks where there are any: the other graphs' inputs are among theirs
+            masked = any(v.masked for v in every)
+            kind = smallest.bucket, smallest.task, masked
+            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
+            return [guided[0], guided[-1]]
+        return []
+
+    def between(self, variants: Sequence[AnyVariant]) -> list[Variant]:
+        if self._shapes.strategy != "dynamic":
+            return []
+        return list({self._between(variant): None for variant in own(variants)})
+
+    def _between(self, variant: Variant) -> Variant:
+        """The variant at about half its size: what `strategy: dynamic` has to serve beside the
+        buckets themselves.
         """
-        image = mask = None
-        if request.image is not None:
-            image = images.decode(request.image, field="image", max_pixels=limits.max_image_pixels)
-        if request.mask_image is not None:
-            mask = images.decode_mask(
-                request.mask_image, field="mask_image", max_pixels=limits.max_image_pixels
+        grid, bucket = self._pipeline.grid, variant.bucket
+        half = round_up(
+            Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid
+        )
+        return replace(variant, bucket=half)
+
+    def run_variant(self, variant: AnyVariant) -> Timing:
+        """Run one variant as requests would: every limit, image decoder and encoder on the way is
+        met too.
+        """
+        (meant,) = own([variant])
+        samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
+        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
+        ended: list[float] = []  # of each of its steps
+        events = EventStream(lambda _: ended.append(time.perf_counter()), {})
+        jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
+        answers, _ = self.batches.timed(jobs)
+        for job, answer in zip(jobs, answers, strict=True):
+            for picture in answer.pictures:
+                images.encode(picture, job.request.output_format)
+        return _timing(time.perf_counter() - began, ended, self._pipeline.order)
+
+    def _fitted(self, job: Job, variant: Variant) -> Job:
+        """The variant's job, whose picture fills as much of the bucket as the variant's do."""
+        painted = self._painted(variant)
+        if painted is None or painted == job.plan.painted:
+            return job
+        shift = painted.volume if job.shift else 0
+        return replace(job, plan=replace(job.plan, painted=painted), shift=shift)
+
+    def _sample(self, variant: Variant, seed: int) -> ImageRequest:
+        """A request that meets exactly this variant, in as few steps as the schedulers take."""
+        defaults = self._own.defaults
+        with_image, with_mask = variant.task != "text-to-image", variant.task == "inpainting"
+        return ImageRequest(
+            prompt="a picture",
+            negative_prompt=None,
+            height=variant.bucket.height,
+            width=variant.bucket.width,
+            num_inference_steps=2,
+            guidance_scale=max(2.0, defaults.guidance_scale) if variant.guidance else 0.0,
+            seed=seed,
+            image=_blank(variant.bucket, "RGB") if with_image else None,
+            mask_image=_blank(variant.bucket, "L") if with_mask else None,
+            strength=1.0,
+            num_images=1,
+            output_format=defaults.output_format,
+            response_format="image",
+        )
+
+    def overload(self, pace: Pace, timeout: float) -> str | None:
+        limits, most = self._own.limits, max(bucket.volume for bucket in self.buckets)
+        cost = limits.max_cost or most * limits.max_steps * limits.max_images
+        per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
+        seconds = self._most * cost * per_cost
+        if seconds <= timeout:
+            return None
+        fitting = int(timeout / MARGIN / (self._most * per_cost))
+        return (
+            f"{self._most} legal requests can take {seconds:.0f} s, responseTimeout is "
+            f"{timeout:.0f}: some will be told to come again (503); pipeline.limits.max_cost "
+            f"{fitting} would fit"
+        )
+
+    def preprocess(self, call: Call) -> Job:
+        pipeline = self._own
+        request = parse_row(
+            call.row,
+            content_type=call.headers.get("content-type"),
+            limits=pipeline.limits,
+            defaults=pipeline.defaults,
+            guidance=pipeline.guidance,
+            tasks=pipeline.tasks,
+        )
+        family = self._pipeline.family
+        if request.negative_prompt is not None and family.guidance == "embedded":
+            raise RequestError(
+                f"is not taken by {family.name} models, which are guided without one",
+                "negative_prompt",
             )
-        height, width = _asked_size(request, image, default)
-        _check_sides(height, width, limits)
-        plan = self.plan(height, width, has_image=image is not None)
-        if image is not None:
-            image = image_processor.lay(image_processor.fit_to(image, height, width), plan)
-        if mask is not None:
-            mask = image_processor.lay(image_processor.fit_to(mask, height, width), plan)
-        return Job(request, plan, image, mask, deadline)
-
-    def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
-        """The geometry of one request; sizes in pixels."""
-        shapes = self._shapes
-        if shapes.strategy in ("dynamic", "exact"):
-            own = self._own_size(height, width)
-            if shapes.strategy == "exact" or any(bucket.covers(own) for bucket in shapes.buckets):
-                return geometry.pad_into(own, height, width, has_image=has_image)
-        return geometry.plan(
-            height,
-            width,
-            buckets=shapes.buckets,
-            fit=shapes.fit,
-            oversize=shapes.oversize,
-            multiple=self._painter.multiple,
-            has_image=has_image,
+        dropped = self._dropped(request)
+        job = replace(self.planner.prepare(request, call.deadline), dropped=dropped)
+        steps = self._pipeline.num_calls(request)
+        least_area = min(bucket.volume for bucket in self.buckets)
+        check_cost(
+            request,
+            job.plan.bucket,
+            steps=steps,
+            least_area=least_area,
+            max_cost=pipeline.limits.max_cost,
         )
+        timeout = self.execution.budget.timeout
+        if timeout is not None:
+            seconds = self.batches.seconds([job], generous=True)
+            check_time(request, job.plan.bucket, seconds, timeout)
+        if not request.stream:
+            return job
+        return replace(job, events=EventStream(call.send, responses.plan_headers(job)))
 
-    def _own_size(self, height: int, width: int) -> Bucket:
-        """The asked size rounded up to what the pipeline can paint; two grid cells a side keep a
-        dynamic graph off size 1.
-        """
-        if self._shapes.strategy == "exact":
-            return round_up(Bucket(height, width), self._painter.multiple)
-        grid = self._painter.grid
-        return round_up(Bucket(max(height, 2 * grid), max(width, 2 * grid)), grid)
+    def _dropped(self, request: ImageRequest) -> dict[str, int]:
+        """Tokens that are cut off, by the field that they stand in."""
+        texts = {"prompt": request.prompt, "negative_prompt": request.negative_prompt}
+        counted = {
+            field: self._pipeline.prompts.num_dropped(text, field)
+            for field, text in texts.items()
+            if text
+        }
+        dropped = {field: number for field, number in counted.items() if number}
+        if dropped and self._own.limits.long_prompts == "reject":
+            field, number = next(iter(dropped.items()))
+            raise RequestError(
+                f"is too long: the text encoders would not read its last {number} tokens", field
+            )
+        return dropped
 
-    def run(self, jobs: Sequence[Job], *, retry: bool = True) -> list[Answer]:
-        """Answers in the order of the jobs; for `retry` see `Batcher.answer`."""
+    def result(self, job: Job) -> Answer:
+        return Answer(job, exact="bitwise" if self._shapes.invariant else "rounding")
+
+    def inference(self, jobs: Sequence[Job]) -> list[Answer]:
         for job in jobs:
             if job.events is not None:
                 job.events.emit("queued")
-        answers = [
-            Answer(job, exact="bitwise" if self._shapes.invariant else "rounding") for job in jobs
-        ]
-        self.answer(answers, retry=retry)
-        return answers
+        return self.batches.run(jobs)
 
-    def _job(self, answer: Answer) -> Job:
-        return answer.job
-
-    def _grouped(self, answers: Sequence[Answer]) -> Iterator[list[Answer]]:
-        groups: dict[tuple[object, ...], list[Answer]] = {}
-        for answer in answers:
-            groups.setdefault(answer.job.group_key, []).append(answer)
-        yield from groups.values()
-
-    def _rows(self, answer: Answer) -> list[Row]:
-        return answer.job.rows()
-
-    def _kind(self, answer: Answer) -> str:
-        # Not the task: with one picture at a time in the VAE it is no more than a picture's worth.
-        plan, request = answer.job.plan, answer.job.request
-        guidance = "guidance" if request.guidance_scale > 1 else "no guidance"
-        eager = ["eager"] if plan.engine_hint == "eager" else []
-        return ", ".join([str(plan.bucket), guidance, *eager])
-
-    def _load(self, answer: Answer, size: int) -> Load:
-        request = answer.job.request
-        rows = size * (2 if self._doubles and request.guidance_scale > 1 else 1)
-        return Load(answer.job.plan.bucket.volume, rows, size, request.num_run_steps)
-
-    def _identity(self, answer: Answer) -> int:
-        # a seed that the client left out is drawn anew
-        return hash(replace(answer.job.request, seed=0))
-
-    def _too_large(self, answer: Answer) -> str:
-        return f"painting {answer.job.plan.bucket} does not fit into memory"
-
-    def _run_chunk(self, chunk: Sequence[tuple[Answer, Row]], size: int) -> None:
-        job, rows = chunk[0][0].job, [row for _, row in chunk]
-        batch = _batch(job.request, job.plan.bucket, rows, size)
-        painted, run = self._called(
-            lambda: self._painter.paint(batch, partial(self._emit_step, chunk)),
+    def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
+        job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
+        masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
+        batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
+        generated, run = self.execution.run(
+            lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
             num_real_rows=len(rows),
-            planned_eager=job.plan.engine_hint == "eager",
+            bypass=job.bypass,
         )
-        # All before any is kept: a run that fails here is painted again. The filler's pictures are
-        # dropped.
+        # All before any is kept: a run that fails here is repeated. The filler's are dropped.
         finished = [
             image_processor.finish(pixels, answer.job.plan)
-            for (answer, _), pixels in zip(chunk, painted.pixels, strict=False)
+            for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
-            answer.note(run, first=not answer.pictures)
             answer.pictures.append(picture)
-            if painted.flagged is not None:
-                answer.flagged.append(bool(painted.flagged[index]))
+            if generated.flagged is not None:
+                answer.flagged.append(bool(generated.flagged[index]))
+        return run
 
-    def _emit_step(
-        self, chunk: Sequence[tuple[Answer, Row]], step: int, of: int, sketch: Sketch
-    ) -> None:
+    def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:
         """Tell a run's step to the jobs that are streamed; the filler's rows come last and are
         nobody's.
         """
         if any(answer.job.events for answer, _ in chunk):
-            synchronize(self._device)  # a GPU is given steps faster than it does them
+            synchronize(self.execution.device)  # a GPU is given steps faster than it does them
         for position, (answer, row) in enumerate(chunk):
             preview = partial(_preview, sketch, position, answer.job.plan)
-            emit_step(answer, row.index, step, of, preview)
+            emit_step(answer, row, step, of, preview)
+
+    def postprocess(self, results: Sequence[Answer]) -> list[Response]:
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
+        return [
+            responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
+        ]
+
+    def close(self) -> None:
+        self._encoders.shutdown()
+
+
+def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:
+    """Of a run that took `seconds` and whose steps ended then; the last step counts, what is first
+    about the first one does not.
+    """
+    if len(ended) < 2:
+        return Timing(seconds, 0.0)
+    per_step = order * (ended[-1] - ended[-2])  # the last one is a single call, whatever the order
+    return Timing(max(0.0, seconds - per_step * len(ended)), per_step)
 
 
 def _preview(sketch: Sketch, position: int, plan: Plan) -> Image.Image:
     return image_processor.preview(sketch(position), plan)
 
 
-def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) -> Batch:
+def _batch(
+    request: ImageRequest, bucket: Bucket, rows: list[Row], size: int, *, masked: bool
+) -> Batch:
     """Real rows, filled up to `size`."""
     # The filler repeats nobody's text; its images are dropped with its pictures.
     filler = replace(
@@ -320,34 +312,11 @@ def _batch(request: ImageRequest, bucket: Bucket, rows: list[Row], size: int) ->
         num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
         strength=request.strength,
+        masked=masked,
     )
 
 
-def _asked_size(
-    request: ImageRequest, image: Image.Image | None, default: Bucket
-) -> tuple[int, int]:
-    """(height, width) in pixels, with what the request leaves out filled in."""
-    if image is None:
-        return request.height or default.height, request.width or default.width
-    if request.height is None and request.width is not None:
-        return _in_proportion(image.height, request.width, image.width), request.width
-    if request.width is None and request.height is not None:
-        return request.height, _in_proportion(image.width, request.height, image.height)
-    return request.height or image.height, request.width or image.width
-
-
-def _in_proportion(side: int, part: int, whole: int) -> int:
-    """`side` x `part` / `whole`, rounded to the nearest pixel, at least one."""
-    return max(1, (2 * side * part + whole) // (2 * whole))
-
-
-def _check_sides(height: int, width: int, limits: LimitsConfig) -> None:
-    """Sides that come from an image are held to the limits of those that a request names (buckets
-    always meet them).
-    """
-    for field_name, side in (("height", height), ("width", width)):
-        if not limits.min_side <= side <= limits.max_side:
-            span = f"{limits.min_side} to {limits.max_side}"
-            raise RequestError(
-                f"would be {side} pixels by the image; name a size of {span}", field_name
-            )
+def _blank(bucket: Bucket, mode: str) -> bytes:
+    buffer = io.BytesIO()
+    Image.new(mode, (bucket.width, bucket.height), "white").save(buffer, "png")
+    return buffer.getvalue()

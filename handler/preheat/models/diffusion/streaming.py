@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 if TYPE_CHECKING:
-    from preheat.models.diffusion.runner import Answer
+    from preheat.models.diffusion.job import Answer
 
 _JPEG_QUALITY = 80
 
@@ -31,13 +31,13 @@ class Steps:
 
     A step counts for the job when all its pictures are through it, on the average: those of
     `num_images` may take several runs, one after the other, and then the count goes on from one to
-    the next. It never goes back: what an out-of-memory split paints again is told when it comes
+    the next. It never goes back: what an out-of-memory split repeats is reported when it comes
     further than before.
     """
 
     through: Counter[int] = field(default_factory=Counter)
     """Of each picture."""
-    told: int = 0
+    reported: int = 0
 
 
 def emit_step(
@@ -52,8 +52,8 @@ def emit_step(
     steps.through[index] = step
     count = steps.through.total() // request.num_images
     sketched = request.preview_every > 0 and step % request.preview_every == 0
-    if count > steps.told or sketched:
-        steps.told = count
+    if count > steps.reported or sketched:
+        steps.reported = count
         preview = {"index": index, "preview": _jpeg(sketch())} if sketched else {}
         events.emit("step", step=count, of=of, **preview)
 

@@ -103,7 +103,7 @@ def folder_refusal(folder: Path, families: Collection[str]) -> str | None:
 
 
 def denoiser_refusal(config: Mapping[str, Any]) -> str | None:
-    """Why a UNet or transformer of this config cannot paint from noise and text alone."""
+    """Why a UNet or transformer of this config cannot generate from noise and text alone."""
     if "ip_image_proj" in (config.get("encoder_hid_dim_type"), config.get("addition_embed_type")):
         return f"this UNet was saved with an IP-Adapter, which is not served; {_BASES}"
     channels, out = config.get("in_channels"), config.get("out_channels")

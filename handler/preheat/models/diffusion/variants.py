@@ -15,10 +15,13 @@ from preheat.compilation.pace import Load
 
 @dataclass(frozen=True, slots=True)
 class Variant(variants.Variant):
-    """A pipeline's. `guidance` doubles the denoiser's batch."""
+    """A pipeline's. `guidance` doubles the denoiser's batch; `masked` has rows that do not fill the
+    bucket.
+    """
 
     guidance: bool
     task: str
+    masked: bool = False
 
     @property
     def load(self) -> Load:
@@ -27,7 +30,14 @@ class Variant(variants.Variant):
 
     @property
     def details(self) -> str:
-        return f"batch {self.batch_size}, guidance {'on' if self.guidance else 'off'}, {self.task}"
+        masked = ", masked" if self.masked else ""
+        guidance = "on" if self.guidance else "off"
+        return f"batch {self.batch_size}, guidance {guidance}, {self.task}{masked}"
+
+
+def own(every: Sequence[variants.Variant]) -> list[Variant]:
+    """As the pipeline's, which `plan_variants` made and warm-up hands back."""
+    return [variant for variant in every if isinstance(variant, Variant)]
 
 
 def plan_variants(
@@ -35,11 +45,12 @@ def plan_variants(
     batch_sizes: Iterable[int],
     guidance: Iterable[bool],
     tasks: Sequence[str],
+    masks: Iterable[bool] = (False,),
 ) -> tuple[Variant, ...]:
     """Every variant, largest first: a bucket that does not fit into memory shows at once, and
     memory pools grow once.
     """
-    every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks))
+    every = (Variant(*choice) for choice in product(buckets, batch_sizes, guidance, tasks, masks))
     return tuple(
         sorted(
             every,
@@ -49,6 +60,7 @@ def plan_variants(
                 -v.batch_size,
                 not v.guidance,
                 tasks.index(v.task),
+                not v.masked,
             ),
         )
     )
@@ -61,7 +73,11 @@ def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
 
     def met(variant: Variant) -> set[tuple[object, ...]]:
         rows = variant.batch_size * (2 if variant.guidance else 1)
-        facts = {("rows", rows), ("task", variant.task), ("pictures", variant.batch_size)}
+        facts: set[tuple[object, ...]] = {
+            ("rows", rows, variant.masked),
+            ("task", variant.task),
+            ("pictures", variant.batch_size),
+        }
         if variant.task != "text-to-image":
             facts.add(("images", variant.batch_size))
         return {(variant.bucket, *fact) for fact in facts}

@@ -18,11 +18,11 @@ import safetensors.torch
 import torch
 from torch import nn
 
+from preheat.config.family import Manifest
 from preheat.config.module import ModuleConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
-from preheat.errors import ConfigError, HubError, ModuleError, in_one_line
-from preheat.models.base import Manifest
+from preheat.errors import ConfigError, HubError, ModelError, in_one_line
 from preheat.user_code import load_file, make_importable
 
 logger = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
 
     Raises:
         ConfigError: the YAML names something that is not there.
-        ModuleError: it cannot be loaded.
+        ModelError: it cannot be loaded.
         HubError: the hub does not give it.
     """
     model = manifest.get("model", {})
@@ -46,7 +46,7 @@ def load(config: ModuleConfig, folder: Path, manifest: Manifest, device: torch.d
     elif model.get("modelFile"):
         module = _from_model_file(model["modelFile"], folder)
     else:
-        raise ModuleError(
+        raise ModelError(
             "no module is named: give module.path or module.factory in the YAML, or --model-file "
             "to torch-model-archiver (TorchScript and compiled libraries are not served)"
         )
@@ -81,7 +81,7 @@ def _from_transformers(config: ModuleConfig, place: str | Path) -> nn.Module:
     try:
         module = loader.from_pretrained(place, use_safetensors=True, local_files_only=local)
     except (OSError, ValueError) as error:
-        kind = ModuleError if local else HubError
+        kind = ModelError if local else HubError
         raise kind(f"cannot load {config.auto_class} from {place}: {in_one_line(error)}") from None
     if not isinstance(module, nn.Module):
         raise ConfigError(
@@ -129,7 +129,7 @@ def _from_model_file(name: str, folder: Path) -> nn.Module:
     ]
     if len(classes) != 1:
         found = ", ".join(each.__name__ for each in classes) or "none"
-        raise ModuleError(f"{name} must define exactly one nn.Module, found {found}")
+        raise ModelError(f"{name} must define exactly one nn.Module, found {found}")
     made: nn.Module = classes[0]()
     return made
 
@@ -142,12 +142,12 @@ def _load_weights(module: nn.Module, file: Path) -> None:
         else:
             state = torch.load(file, map_location="cpu", weights_only=True)
     except (OSError, pickle.UnpicklingError, RuntimeError, safetensors.SafetensorError) as error:
-        raise ModuleError(
+        raise ModelError(
             f"{file.name} holds no state dict that can be read safely: {error}"
         ) from error
     if not isinstance(state, Mapping):
-        raise ModuleError(f"{file.name} holds a {type(state).__name__}, not a state dict")
+        raise ModelError(f"{file.name} holds a {type(state).__name__}, not a state dict")
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
-        raise ModuleError(f"{file.name} is not of this module: {error}") from error
+        raise ModelError(f"{file.name} is not of this module: {error}") from error

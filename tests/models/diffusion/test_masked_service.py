@@ -1,0 +1,203 @@
+"""`fit: mask` through the whole worker: every picture is the one that diffusers alone paints."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from plain_diffusers import Plain
+from preheat.compilation.watch import CompileWatch
+from preheat.config.model import ModelConfig
+from preheat.errors import ConfigError
+from preheat.models import tiny
+from preheat.models.diffusion.job import Answer
+from preheat.protocol import responses
+from preheat.status import StatusFile
+from preheat.worker.worker import Worker
+
+GRID = {"sdxl": 16, "sd15": 16, "sd3": 16, "flux": 16}
+"""Pixels that two levels can halve, or that a token has."""
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("models")
+    for family in GRID:
+        tiny.build(family, root / family / "model")
+    return root
+
+
+def start(folder: Path, **keys: Any) -> Worker[Any, Any]:
+    shapes = {"buckets": [[64, 64], [96, 48]], "batch_sizes": [1, 4], "fit": "mask"}
+    pt2 = {
+        "compile": {"enable": True, "backend": keys.pop("backend", "eager")},
+        "shapes": shapes | keys.pop("shapes", {}),
+    } | keys.pop("pt2", {})
+    pipeline = {"path": "model", "defaults": {"num_inference_steps": 2}} | keys.pop("pipeline", {})
+    config = ModelConfig.parse({"batchSize": 4, "pt2": pt2, "pipeline": pipeline} | keys)
+    return Worker[Any, Any](config, folder, torch.device("cpu"), status=StatusFile(None, "tiny"))
+
+
+@pytest.fixture
+def closed() -> Iterator[list[Worker[Any, Any]]]:
+    """Those in here are closed in the end."""
+    workers: list[Worker[Any, Any]] = []
+    yield workers
+    for worker in workers:
+        worker.close()
+
+
+def ask(service: Worker[Any, Any], *requests: dict[str, Any]) -> list[Answer]:
+    answers = service.run([service.parse({"body": dict(request)}) for request in requests])
+    for answer in answers:
+        answer.raise_if_failed()
+    return answers
+
+
+def off(answer: Answer, expected: Any) -> int:
+    """By how many of 255 the picture is off."""
+    return int(np.abs(np.asarray(answer.pictures[0]).astype(int) - expected).max())
+
+
+def image(mode: str, height: int, width: int, seed: int) -> str:
+    noise = np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    buffer = io.BytesIO()
+    Image.fromarray(noise).convert(mode).save(buffer, "png")
+    return base64.b64encode(buffer.getvalue()).decode()
+
+
+STRANGERS: list[dict[str, Any]] = [
+    {"prompt": "a cat", "height": 64, "width": 64, "seed": 1},
+    {"prompt": "a dog", "height": 41, "width": 30, "seed": 2},
+    {"prompt": "a house by the sea", "height": 16, "width": 50, "seed": 3},
+    {"prompt": "", "height": 33, "width": 64, "seed": 4},
+]
+BY_TASK = {
+    "text-to-image": STRANGERS,
+    "image-to-image": [
+        one | {"image": image("RGB", one["height"], one["width"], one["seed"]), "strength": 0.7}
+        for one in STRANGERS
+    ],
+    "inpainting": [
+        one
+        | {
+            "image": image("RGB", one["height"], one["width"], one["seed"]),
+            "mask_image": image("L", one["height"], one["width"], one["seed"] + 10),
+            "strength": 1.0,
+        }
+        for one in STRANGERS
+    ],
+}
+
+
+@pytest.mark.parametrize("family", GRID)
+def test_strangers_of_all_sizes_share_runs_and_get_their_own_pictures(
+    family: str, folders: Path, watch: CompileWatch, closed: list[Worker[Any, Any]]
+) -> None:
+    service = start(
+        folders / family,
+        shapes={"buckets": [[64, 64]], "batch_sizes": [4]},
+        pt2={} if family == "sdxl" else {"compile": {"enable": False}},
+    )
+    closed.append(service)
+    plain = Plain(folders / family / "model", GRID[family])
+    events = watch.num_events
+    for requests in BY_TASK.values():
+        for more in ({"guidance_scale": 4.0}, {"guidance_scale": 0.0}):
+            asked = [one | more | {"num_inference_steps": 3} for one in requests]
+            answers = ask(service, *asked)
+            expected = "compiled" if family == "sdxl" else "eager"
+            assert {answer.engine for answer in answers} == {expected}
+            for answer, request in zip(answers, asked, strict=True):
+                assert off(answer, plain.picture(request)) <= 1
+    assert watch.num_events == events
+    assert service.state.incidents == service.state.compiles_since_ready == 0
+
+
+def test_padding_paints_another_picture(
+    folders: Path, watch: CompileWatch, closed: list[Worker[Any, Any]]
+) -> None:
+    """So the test above can fail."""
+    service = start(folders / "sdxl", shapes={"fit": "pad", "batch_sizes": [4]})
+    closed.append(service)
+    request = STRANGERS[1] | {"guidance_scale": 4.0, "num_inference_steps": 2}
+    (answer,) = ask(service, request)
+    assert off(answer, Plain(folders / "sdxl" / "model", 16).picture(request)) > 20
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
+)
+def test_noise_that_a_scheduler_draws_in_its_steps_has_the_size_of_the_picture(
+    scheduler: str, folders: Path, watch: CompileWatch, closed: list[Worker[Any, Any]]
+) -> None:
+    service = start(
+        folders / "sdxl",
+        pt2={"compile": {"enable": False}},
+        shapes={"buckets": [[64, 64]], "batch_sizes": [4]},
+        pipeline={"scheduler": scheduler, "tasks": ["text-to-image"]},
+    )
+    closed.append(service)
+    plain = Plain(folders / "sdxl" / "model", 16, getattr(diffusers, scheduler))
+    asked = [one | {"guidance_scale": 4.0, "num_inference_steps": 4} for one in STRANGERS]
+    for answer, request in zip(ask(service, *asked), asked, strict=True):
+        assert off(answer, plain.picture(request)) <= 1
+
+
+def test_a_picture_says_what_was_painted(
+    folders: Path, watch: CompileWatch, closed: list[Worker[Any, Any]]
+) -> None:
+    service = start(
+        folders / "sdxl",
+        pt2={"compile": {"enable": False}},
+        pipeline={"tasks": ["text-to-image"]},
+    )
+    closed.append(service)
+    headers = []
+    for size in ((41, 30), (64, 64)):
+        job = service.parse({"body": {"prompt": "a cat", "height": size[0], "width": size[1]}})
+        (response,) = service.runner.postprocess(service.run([job]))
+        assert isinstance(response, responses.Response)
+        headers.append(response.headers)
+    assert headers[0]["x-preheat-bucket"] == "64x64"
+    assert headers[0]["x-preheat-painted"] == "48x32"
+    assert "x-preheat-painted" not in headers[1]
+
+
+@pytest.mark.parametrize(
+    ("keys", "path"),
+    [
+        ({"shapes": {"buckets": [[64, 56]]}}, "pt2.shapes.buckets[0][1]"),
+        ({"pt2": {"targets": ["vae.decoder"]}}, "pt2.targets[0]"),
+        ({"pt2": {"export": {"aot_compile": True}}}, "pt2.export.aot_compile"),
+        ({"shapes": {"fit": "pad", "mask_only": True}}, "pt2.shapes.mask_only"),
+        ({"shapes": {"strategy": "fixed", "buckets": [[64, 64]]}}, "pt2.shapes.fit"),
+    ],
+)
+def test_what_cannot_be_exact_is_refused(keys: dict[str, Any], path: str, folders: Path) -> None:
+    with pytest.raises(ConfigError) as refused:
+        start(folders / "sdxl", **keys)
+    assert refused.value.path == path
+
+
+def test_a_scheduler_that_looks_at_the_whole_canvas_is_refused(
+    folders: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(folders / "sdxl" / "model", folder)
+    settings = folder / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "thresholding": True}))
+    with pytest.raises(ConfigError, match="DDIMScheduler with thresholding"):
+        start(tmp_path, pipeline={"scheduler": "DDIMScheduler"})
