@@ -20,6 +20,7 @@ CSV ?=
 COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
+PLAN_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -30,10 +31,14 @@ GRPC_MANAGEMENT_PORT ?= 7071
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
 
-# The servers of the end-to-end tests come first and stay in one process; the other one works through the rest.
+# Longest first, and the servers of the end-to-end tests in one process: tests/by_server.py.
 TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
-UNIT_FOLDERS := $(filter-out tests/e2e/ tests/gpu/ tests/__pycache__/,$(wildcard tests/*/))
+# What torch 2.8 can change, and IPEX itself: not YAML, bytes, processes, commands and documents.
+IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
+	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
+	$(filter-out $(foreach folder,benchmarks cli config e2e gpu protocol torchserve __pycache__,tests/$(folder)/), \
+	$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
@@ -42,7 +47,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -68,12 +73,12 @@ test: lint ## lint, types and every test
 lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy --strict handler tests bench
+	$(BIN)/mypy --strict handler tests bench examples
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
-test-ipex: $(IPEX_STAMP) ## the CPU tests on torch 2.8, and IPEX inside a real TorchServe
-	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) tests/test_*.py $(UNIT_FOLDERS) tests/e2e/test_cpu_roads.py
+test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
+	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
@@ -95,6 +100,9 @@ stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 
 archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
 	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+
+plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
+	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)
 
 bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)

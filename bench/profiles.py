@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from preheat.cli.demo import build_tiny
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 
-STRATEGIES = ("eager", "buckets", "fixed", "dynamic", "exact")
+STRATEGIES = ("eager", "buckets", "planned", "fixed", "dynamic", "exact")
 """In the order they run: what the others are compared with comes first, what takes the longest
-last.
+last. `planned` is `buckets` with those that `preheat plan` chooses for the traffic.
 """
 LOAD = (
     "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
@@ -35,6 +35,8 @@ class Profile:
     name: str
     """The stem of the model YAML that the served ones are made from."""
     buckets: tuple[Bucket, ...]
+    max_planned: int
+    """Of the strategy `planned`: each is a cold compile."""
     canonical: Bucket
     """The one size of the strategy `fixed`."""
     num_requests: int
@@ -53,7 +55,13 @@ class Profile:
     """
 
 
-def model_yaml(profile: Profile, strategy: str, *, backend: str = "inductor") -> dict[str, Any]:
+def model_yaml(
+    profile: Profile,
+    strategy: str,
+    *,
+    backend: str = "inductor",
+    planned: Sequence[Bucket] = (),
+) -> dict[str, Any]:
     """The model YAML, as data, that `strategy` is served with.
 
     All are alike but for `pt2`: batches of one, text to image with guidance. `eager` is `exact`
@@ -66,9 +74,9 @@ def model_yaml(profile: Profile, strategy: str, *, backend: str = "inductor") ->
     compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
     if strategy not in ("eager", "exact"):
         compiled["dynamic"] = False
-    buckets = [profile.canonical] if strategy == "fixed" else profile.buckets
+    buckets = {"fixed": [profile.canonical], "planned": planned}.get(strategy, profile.buckets)
     shapes = {
-        "strategy": "exact" if strategy == "eager" else strategy,
+        "strategy": {"eager": "exact", "planned": "buckets"}.get(strategy, strategy),
         "buckets": [[bucket.height, bucket.width] for bucket in buckets],
         "batch_sizes": [1],
         "oversize": "downscale",  # a log may hold sizes that no bucket covers
@@ -122,6 +130,7 @@ PROFILES: Mapping[str, Profile] = {
     "tiny": Profile(
         name="tiny-sdxl",
         buckets=(Bucket(256, 256), Bucket(320, 192), Bucket(192, 320)),
+        max_planned=8,
         canonical=Bucket(256, 256),
         num_requests=150,
         num_distinct=30,
@@ -134,6 +143,7 @@ PROFILES: Mapping[str, Profile] = {
     "sdxl": Profile(
         name="sdxl",
         buckets=(Bucket(1152, 896), Bucket(896, 1152)),
+        max_planned=2,
         canonical=Bucket(1024, 1024),
         num_requests=12,
         num_distinct=6,

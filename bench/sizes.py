@@ -17,7 +17,6 @@ same seed is the same list in the same order.
 
 from __future__ import annotations
 
-import csv
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pathlib import Path
 from preheat.buckets import Bucket, smallest_covering
 from preheat.errors import PreheatError
 from preheat.models.diffusion.geometry import inner_size
+from preheat.planning.demand import COUNT, PICTURE, csv_rows, whole
 
 LEAST_SIDE = 16
 """Pixels; the default `pipeline.limits.min_side`."""
@@ -138,19 +138,24 @@ def read_log(path: Path, *, least: int, most: int, scale: float = 1.0, seed: int
     (pixels) are what the model allows for a side.
 
     Raises:
-        TrafficError: the file cannot be read or a row cannot be used; names the line.
+        TrafficError, LogError: the file cannot be read or a row cannot be used; names the line.
     """
     if not scale > 0:
         raise TrafficError(f"the scale must be positive, got {scale}")
-    rows, counted = _rows(path)
-    sizes = []
+    names, rows = csv_rows(path)
+    missing = [name for name in PICTURE if name not in names]
+    if missing:
+        raise TrafficError(
+            f"{path} has no column {' and no column '.join(missing)}: its first line must name the "
+            f"columns height,width[,count], got {','.join(names) or 'nothing'!r}"
+        )
+    counted, sizes = COUNT in names, []
     for line, row in rows:
         where = f"{path}, line {line}"
         height, width = (
-            _side(row, name, where, least=least, most=most, scale=scale)
-            for name in ("height", "width")
+            _side(row, name, where, least=least, most=most, scale=scale) for name in PICTURE
         )
-        sizes += [Size(height, width, "log")] * (_whole(row, "count", where) if counted else 1)
+        sizes += [Size(height, width, "log")] * (whole(row, COUNT, where) if counted else 1)
     if not sizes:
         raise TrafficError(f"{path} holds no sizes")
     if counted:
@@ -224,35 +229,10 @@ def _pool(
     return pool
 
 
-def _rows(path: Path) -> tuple[list[tuple[int, dict[str, str]]], bool]:
-    """The rows with their line numbers, by lower-case column names, and whether there is a column
-    of counts.
-    """
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey="", restval="", skipinitialspace=True)
-            names = [(name or "").strip().lower() for name in reader.fieldnames or ()]
-            reader.fieldnames = names
-            missing = [name for name in ("height", "width") if name not in names]
-            if missing:
-                raise TrafficError(
-                    f"{path} has no column {' and no column '.join(missing)}: its first line must "
-                    f"name the columns height,width[,count], got {','.join(names) or 'nothing'!r}"
-                )
-            rows = [(reader.line_num, row) for row in reader]
-    except OSError as error:
-        raise TrafficError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise TrafficError(f"{path} is not UTF-8 (byte {error.start})") from error
-    except csv.Error as error:
-        raise TrafficError(f"{path} is no CSV: {error}") from error
-    return rows, "count" in names
-
-
 def _side(
     row: Mapping[str, str], name: str, where: str, *, least: int, most: int, scale: float
 ) -> int:
-    side = round(_whole(row, name, where) * scale)
+    side = round(whole(row, name, where) * scale)
     if not least <= side <= most:
         scaled = "" if scale == 1 else f" after scaling by {scale}"
         raise TrafficError(
@@ -260,10 +240,3 @@ def _side(
             "pixels"
         )
     return side
-
-
-def _whole(row: Mapping[str, str], name: str, where: str) -> int:
-    text = row[name].strip()
-    if not (text.isascii() and text.isdigit() and len(text) <= 9 and int(text) > 0):
-        raise TrafficError(f"{where}: {name} must be a whole number above 0, got {text[:20]!r}")
-    return int(text)

@@ -15,6 +15,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +34,9 @@ from bench.sizes import Size, TrafficError
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError, ServerError
+from preheat.planning.cost import Curve
+from preheat.planning.demand import PICTURE, Demand
+from preheat.planning.plan import Choice, Wanted, plan
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client, Reply
@@ -40,6 +44,8 @@ from preheat.torchserve.client import Client, Reply
 STATE = server.ROOT / ".preheat"
 RESULTS = server.ROOT / "bench" / "results"
 READY_SECONDS = 1800
+WASTE = 0.15
+"""Share of the computed pixels that planned buckets may compute in vain."""
 PROMPTS = (
     "a lighthouse above a stormy sea",
     "portrait of an old fisherman, oil on canvas",
@@ -180,6 +186,12 @@ def bench(
     strategies = _strategies(strategy)
     traffic = _traffic(chosen, csv, scale=scale, num_requests=requests, seed=seed)
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    planned = plan_buckets(traffic, chosen.max_planned) if "planned" in strategies else None
+    if planned is not None:
+        console.print(
+            f"planned: {', '.join(map(str, planned.buckets))}; {planned.usage.waste:.1%} of the "
+            f"cells in vain, at most {planned.gap:.2%} from the best"
+        )
     begun = time.monotonic()
     document: dict[str, Any] = {
         "profile": profile,
@@ -205,7 +217,9 @@ def bench(
         measurements: dict[str, Measured] = {}
         for name in strategies:
             console.print(f"{name}: starting a server, cold ...")
-            config = model_yaml(chosen, name, backend=backend)
+            config = model_yaml(
+                chosen, name, backend=backend, planned=planned.buckets if planned else ()
+            )
             try:
                 measurements[name] = measure(
                     chosen.name,
@@ -269,6 +283,19 @@ def _traffic(
         csv, least=limits.min_side, most=limits.max_side, scale=scale, seed=seed
     )
     return logged if num_requests is None else sizes.sample(logged, num_requests, seed)
+
+
+def plan_buckets(traffic: Sequence[Size], most: int) -> Choice:
+    """The fewest buckets for these sizes that compute at most `WASTE` in vain; `most` where that
+    takes more.
+    """
+    demand = Demand(PICTURE, Counter((size.height, size.width) for size in traffic))
+    choices = []
+    for choice in plan(demand, Curve(), Wanted(most)):
+        choices.append(choice)
+        if choice.usage.waste <= WASTE:
+            break
+    return choices[-1]
 
 
 def _line(row: Mapping[str, Any]) -> str:

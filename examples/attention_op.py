@@ -55,7 +55,7 @@ class OpaqueProcessor:
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
 
         def split(projected: torch.Tensor) -> torch.Tensor:
-            return projected.unflatten(-1, (layer.heads, -1)).transpose(1, 2)
+            return projected.reshape(*projected.shape[:2], layer.heads, -1).transpose(1, 2)
 
         query, key, value = (
             split(layer.to_q(hidden_states)),
@@ -63,13 +63,15 @@ class OpaqueProcessor:
             split(layer.to_v(context)),
         )
         mixed = attention(query, key, value, attention_mask).transpose(1, 2).flatten(2)
-        return layer.to_out[1](layer.to_out[0](mixed))
+        out: torch.Tensor = layer.to_out[1](layer.to_out[0](mixed))
+        return out
 
 
 def install(target: nn.Module) -> None:
     """Preheat calls this with every target before it is compiled."""
+    known: Any = target
     if hasattr(target, "set_attn_processor"):  # diffusers
-        target.set_attn_processor(OpaqueProcessor())
+        known.set_attn_processor(OpaqueProcessor())
     elif hasattr(target, "set_attn_implementation"):  # transformers
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -83,4 +85,4 @@ def install(target: nn.Module) -> None:
 
         AttentionInterface.register(NAME, forward)
         AttentionMaskInterface.register(NAME, sdpa_mask)
-        target.set_attn_implementation(NAME)
+        known.set_attn_implementation(NAME)

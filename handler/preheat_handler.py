@@ -108,14 +108,14 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             self._head(index, response)
             # Without this header TorchServe 0.12 takes an answer over gRPC for a part of a stream,
             # and the worker dies.
-            if self._is_grpc(index):
+            if self.is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
         self.metrics.left(self._arrivals, answered)
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:
         """What `GET /models/{name}?customized=true` shows under `customizedMetadata`."""
-        return {"preheat": self.worker.document()}
+        return {"preheat": self.worker.description()}
 
     def _config(self) -> ModelConfig:
         """The YAML as it was written where it is one of ours: of a key that stands twice TorchServe
@@ -149,7 +149,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         sent = self.context.get_all_request_header(index)
         return {name.lower(): value for name, value in sent.items() if isinstance(value, str)}
 
-    def _is_grpc(self, index: int) -> bool:
+    def is_grpc(self, index: int) -> bool:
         """Whether neither HTTP/1.1's own header is there nor the one that /predictions adds; gRPC
         has no way to send them. An HTTP client who is taken for gRPC would wait for ever.
         """
@@ -159,7 +159,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
         """What sends a part of one row's answer at once; None over gRPC, but where the YAML says
         that every client can stand it.
         """
-        live = not self._is_grpc(index) or self.worker.config.family.streams_over_grpc
+        live = not self.is_grpc(index) or self.worker.config.family.streams_over_grpc
         return partial(self._send, index) if live else None
 
     def _send(self, index: int, part: Response) -> None:

@@ -13,8 +13,27 @@ ALONE = (
     "production_config",
     "shared_cache",
     "stock_archive",
+    "true_readiness",
 )
 """End-to-end tests whose servers share nothing with other files."""
+LONG = (
+    "compilation/test_aot",
+    "worker/test_service",
+    "cache/test_cache",
+    "models/diffusion/test_faults",
+    "compilation/test_openvino",
+)
+"""Other files of a minute and more."""
+
+
+def turn(nodeid: str) -> int:
+    """When a test is dealt out: what takes longest first, so that no process waits for the other in
+    the end.
+    """
+    scope = ByServer.scope(nodeid)
+    if scope.startswith("tests/e2e"):
+        return 0 if scope == "tests/e2e" else 1
+    return 2 if scope.startswith(tuple(f"tests/{name}" for name in LONG)) else 3
 
 
 class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives its bases no types
@@ -23,6 +42,11 @@ class ByServer(LoadScopeScheduling):  # type: ignore[misc]  # pytest-xdist gives
     """
 
     def _split_scope(self, nodeid: str) -> str:
+        return self.scope(nodeid)
+
+    @staticmethod
+    def scope(nodeid: str) -> str:
+        """The tests of one name run in one process."""
         file = nodeid.partition("::")[0]
         shares = file.startswith("tests/e2e/") and not file.endswith(
             tuple(f"/test_{name}.py" for name in ALONE)

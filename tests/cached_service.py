@@ -1,32 +1,44 @@
-"""A whole worker with a shared cache and the counted compiler; run as a program, one that is killed
-while it writes, or serves and prints what its cache was.
+"""A whole worker with a shared cache and the counted compiler; run as a program, workers that are
+killed while they write, and one that serves what the last of them left.
 
-python cached_service.py MODEL_FOLDER SHARED compiling|second|packing|renaming|published|serving
+    python cached_service.py MODEL_FOLDER FOLDER
+
+Each has a share of its own in FOLDER, under the name of the point where it dies, and is a fork of
+one process: the imports take longer than all of them.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
+import stat
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import counted_compiler
-from preheat.cache import bundle, store
+from preheat.cache import bundle
 from preheat.cache.shared import CacheUse
 from preheat.config.model import ModelConfig
 from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
+POINTS = ("compiling", "second", "packing", "renaming", "published")
+"""Where a writer dies: in a compile, in the one after a bucket was kept for whoever takes over,
+with half a bundle on the share, before it has its name, and right after.
+"""
+
 
 def start(model: Path, shared: Path, num_buckets: int = 1, **cache: Any) -> Worker[Any, Any]:
     """A hot worker: one variant a bucket, so one compile where there is no bundle."""
     counted_compiler.register()
-    torch._dynamo.reset()
+    torch.compiler.reset()
     torch.compiler.set_stance("default")
     config = {
         "startupTimeout": 60,
@@ -87,7 +99,14 @@ def _die_at(point: str) -> None:
     elif point == "renaming":
         Path.replace = _die  # type: ignore[assignment]
     else:
-        store._sync_folder = _die  # type: ignore[assignment]
+        os.fsync = _synced_or_dead  # type: ignore[assignment]
+
+
+def _synced_or_dead(descriptor: int, /, sync: Callable[[int], None] = os.fsync) -> None:
+    """Files reach the disk; the folder, which is synced once the bundle is in it, does not."""
+    if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+        _die()
+    sync(descriptor)
 
 
 def _serve_then_die(point: str) -> Any:
@@ -108,12 +127,26 @@ def _serve_then_die(point: str) -> Any:
     return run
 
 
+def _forked(model: Path, shared: Path, point: str) -> str:
+    """How a worker ended that dies at `point`, or serves where there is none: the signal's name, or
+    what its cache was.
+    """
+    told = shared.with_suffix(".told")
+    child = os.fork()
+    if child == 0:
+        if point:
+            _die_at(point)
+        service = start(model, shared, num_buckets=2 if point == "second" else 1)
+        assert is_hot_and_serves(service)
+        told.write_text(" ".join(caches(service)))
+        sys.exit()
+    _, status = os.waitpid(child, 0)
+    return signal.Signals(os.WTERMSIG(status)).name if os.WIFSIGNALED(status) else told.read_text()
+
+
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    if sys.argv[3] != "serving":
-        _die_at(sys.argv[3])
-    service = start(
-        Path(sys.argv[1]), Path(sys.argv[2]), num_buckets=2 if sys.argv[3] == "second" else 1
-    )
-    assert is_hot_and_serves(service)
-    print(*caches(service))
+    model, folder = Path(sys.argv[1]), Path(sys.argv[2])
+    ends = {point: _forked(model, folder / point, point) for point in POINTS}
+    served = shutil.copytree(folder / "published", folder / "served")
+    print(json.dumps(ends | {"served": _forked(model, served, "")}))

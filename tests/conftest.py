@@ -1,16 +1,24 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch._dynamo import eval_frame
 
 from preheat.compilation.watch import CompileWatch
 
+# In every new cache folder Inductor tries each of the CPU's instruction sets with the C++ compiler
+# (7 s): here those that /proc/cpuinfo lists are believed. Servers inherit it.
+os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+
 # Tiny models gain nothing from a second thread, and lose much where test servers compete for the
-# cores.
-torch.set_num_threads(1)
+# cores. Tests that are about threads run some others with two, in a process of their own.
+NUM_THREADS = int(os.environ.get("PREHEAT_TEST_THREADS", "1"))
+torch.set_num_threads(NUM_THREADS)
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -20,15 +28,67 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     return ByServer(config, log)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if hasattr(config, "workerinput"):  # one of several processes: a folder alone keeps its order
+        from by_server import turn
+
+        items.sort(key=lambda item: turn(item.nodeid))
+
+
+@pytest.fixture(autouse=True)
+def workers_are_closed() -> Iterator[None]:
+    """A worker ends with the test that started it: while it is READY, nothing may compile. What it
+    set in its environment goes too. Those of wider fixtures were there before.
+    """
+    before, environment = _workers(), dict(os.environ)
+    yield
+    for worker in _workers() - before:
+        worker.close()
+    for name in os.environ.keys() - environment.keys():
+        del os.environ[name]
+    os.environ.update(environment)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """No test depends on which files ran before it in its process."""
+    before = _process()
+    yield
+    assert _process() == before, "this file's fixtures leave something behind"
+
+
+def _workers() -> set[Any]:
+    """Those of this process that are READY."""
+    module = sys.modules.get("preheat.worker.worker")  # whoever has not imported it has none
+    return set(module.Worker.alive) if module else set()
+
+
+def _process() -> dict[str, Any]:
+    """What every test of a process shares."""
+    environment = dict(os.environ)
+    environment.pop("PYTEST_CURRENT_TEST", None)
+    return {
+        "environment": environment,
+        "working folder": os.getcwd(),
+        "READY workers": _workers(),
+        "stance": eval_frame._stance.stance,  # torch has no door to it
+        "threads": torch.get_num_threads(),
+        "dtype": torch.get_default_dtype(),
+        "precision": torch.get_float32_matmul_precision(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "gradients": torch.is_grad_enabled(),
+    }
+
+
 @pytest.fixture
 def watch() -> Iterator[CompileWatch]:
     """A watch on a process that has compiled nothing, with compiling allowed again afterwards."""
-    torch._dynamo.reset()
+    torch.compiler.reset()
     watch = CompileWatch()
     yield watch
     watch.close()
     torch.compiler.set_stance("default")
-    torch._dynamo.reset()
+    torch.compiler.reset()
 
 
 @pytest.fixture

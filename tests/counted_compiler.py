@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._dynamo import register_backend
 from torch._dynamo.utils import counters
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 
@@ -40,5 +41,5 @@ def counted(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[...,
 
 
 def register() -> None:
-    if NAME not in torch._dynamo.list_backends(exclude_tags=()):
-        torch._dynamo.register_backend(counted, name=NAME)
+    if NAME not in torch.compiler.list_backends(exclude_tags=()):
+        register_backend(counted, name=NAME)

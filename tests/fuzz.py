@@ -51,6 +51,7 @@ FRONT_END = ("ErrorDataDecoderException", "StringIndexOutOfBoundsException")
 (an unknown charset or transfer encoding, an empty boundary or name). No worker hears of it, and no
 setting changes it; so it is counted apart."""
 NUM_CLIENTS = 8
+NUM_THREADS = 2  # of the worker, whatever the machine has
 TIMEOUT = 60  # seconds
 PROBE_EVERY = 10
 PROBES: tuple[Mapping[str, Any], ...] = tuple(
@@ -437,7 +438,14 @@ def tiny_server() -> Iterator[server.TorchServe]:
         model = build_tiny("sdxl", Path(folder, "model"))
         archive = build_archive(config, model, output=Path(folder))
         limits = {"max_request_size": str(MAX_REQUEST_BYTES)}
-        running = server.start([archive], run_dir, ports=server.Ports.free(), properties=limits)
+        running = server.start(
+            [archive],
+            run_dir,
+            ports=server.Ports.free(),
+            properties=limits,
+            # On one thread torch's kernels raise what ends a process on two.
+            env={"OMP_NUM_THREADS": str(NUM_THREADS)},
+        )
         try:
             running.wait_ready(600)
             yield running
@@ -489,15 +497,16 @@ def main(
         f"  legal requests in between: {tally.num_probes}, answered wrong: {tally.num_wrong_probes}"
     )
     print(
-        f"  same worker throughout: {same_worker}; compiles since READY: "
-        f"{state['compiles_since_ready']}"
+        f"  same worker throughout: {same_worker}, of {state['num_threads']} threads; compiles "
+        f"since READY: {state['compiles_since_ready']}"
     )
     print(f"  findings: {len(tally.findings)}")
     for finding, again in zip(smallest(tally.findings), alone, strict=True):
         print(f"{finding}\n  alone afterwards: {again.got.status} {_short(again.got.body)}")
     if tally.num_sent < count:
         print(f"  given up after {tally.num_sent}: the server no longer answers")
-    if tally.num_sent < count or tally.findings or not same_worker or state["compiles_since_ready"]:
+    as_meant = same_worker and state["num_threads"] == NUM_THREADS
+    if tally.num_sent < count or tally.findings or not as_meant or state["compiles_since_ready"]:
         sys.exit(1)
 
 

@@ -27,6 +27,11 @@ BUCKETS = [
     tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]
 ]
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
+ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+"""For servers of the demo's model, which find each other's graphs in CACHE: with another number of
+threads they are others. A tiny model's pictures cost a third more on two. test_aot_archive and
+test_modules serve on two.
+"""
 
 
 def blocks(language: str, document: str = "README.md") -> list[str]:

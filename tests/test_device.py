@@ -317,7 +317,7 @@ def simulated_gpus(
         return num_gpus if visible[0] is None else len(visible[0].split(",")) if visible[0] else 0
 
     monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
-    monkeypatch.setattr(torch._C, "_cuda_getDeviceCount", count, raising=False)
+    monkeypatch.setattr("torch._C._cuda_getDeviceCount", count, raising=False)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,9 @@ from preheat.errors import ArchiveError, ConfigError, PreheatError, RequestError
 
 def drawn(kind: type[PreheatError], before: str = "") -> list[str]:
     """The tree below `kind` as lines, without what stands beside the names."""
-    lines, below = [], kind.__subclasses__()
+    # benches have errors of their own
+    below = [each for each in kind.__subclasses__() if each.__module__ == errors.__name__]
+    lines = []
     for each in below:
         last = each is below[-1]
         lines.append(f"{before}{'└' if last else '├'}── {each.__name__}")

@@ -136,4 +136,4 @@ def test_a_request_is_known_for_rest_or_grpc_by_what_its_client_could_not_send_o
     handler = PreheatHandler()
     handler.context = Context("m", ".", {}, 1, None, "0.12.0")
     handler.context.request_processor = [RequestProcessor(headers)]
-    assert handler._is_grpc(0) == grpc
+    assert handler.is_grpc(0) == grpc

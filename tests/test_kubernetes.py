@@ -195,7 +195,7 @@ def test_the_image_has_the_environment_that_preheat_serve_gives(
     monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     monkeypatch.setattr(subprocess, "run", run)
     with pytest.raises(ServerError):
-        server._launch(tmp_path, tmp_path, None, {})
+        server.launch(tmp_path, tmp_path, None, {})
     (environment,) = given
     assert image["GOMP_SPINCOUNT"] == environment["GOMP_SPINCOUNT"]
 

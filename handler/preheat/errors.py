@@ -3,11 +3,14 @@
     PreheatError
     ├── ConfigError      the model YAML says something that cannot be done; names the YAML path
     ├── RequestError     a client asked for something that cannot be done; becomes a 4xx answer
+    │   └── NoBucket         it is larger than every bucket, under `oversize: reject`
     ├── RunError         a legal request that could not be generated; becomes a 5xx answer
     │   ├── DeadlinePassed   504: it waited longer than its client would
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
+    │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   └── PipelineFailure  500: the model raised
+    ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
     ├── WarmupError      a variant could not be warmed where the config insists on it
@@ -21,6 +24,11 @@ wing, such as `NoCode`, are not drawn.
 """
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from preheat.buckets import Bucket
 
 
 class PreheatError(Exception):
@@ -82,6 +90,14 @@ class RequestError(PreheatError):
         }
 
 
+class NoBucket(RequestError):
+    """A size that no bucket covers; `asked` is it, where the request says all of it."""
+
+    def __init__(self, message: str, field: str | None, asked: Bucket | None) -> None:
+        super().__init__(message, field)
+        self.asked = asked
+
+
 class RunError(PreheatError):
     """A legal request that got no picture; `code` is the answer's HTTP status."""
 
@@ -99,18 +115,23 @@ class DeadlinePassed(RunError):
 
 
 class PutOff(RunError):
-    """Its batch has no time left for it, so it was not begun; it may be sent again after
-    `retry_after` seconds.
+    """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
+    seconds there is time for it; None: nobody knows when.
     """
 
     code = 503
+    retry_after: int | None = None
 
-    def __init__(self, retry_after: int) -> None:
-        super().__init__(
-            "not begun: with the requests before it the answer would take longer than "
-            f"responseTimeout; send it again after {retry_after} s"
+    def __str__(self) -> str:
+        again = (
+            "send it again later"
+            if self.retry_after is None
+            else f"send it again after {self.retry_after} s, and its turn is kept"
         )
-        self.retry_after = retry_after
+        return (
+            "not begun: with the requests before it the answer would take longer than "
+            f"responseTimeout; {again}"
+        )
 
 
 class OutOfMemory(RunError):
@@ -119,8 +140,18 @@ class OutOfMemory(RunError):
     code = 507
 
 
+class AnswerTooLarge(RunError):
+    """The request was served, and TorchServe would end the worker that answers with so much."""
+
+    code = 413
+
+
 class PipelineFailure(RunError):
     """The pipeline raised on this request's group; the log has the traceback."""
+
+
+class LogError(PreheatError):
+    """Asked sizes that cannot be read."""
 
 
 class ArchiveError(PreheatError):

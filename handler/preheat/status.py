@@ -16,6 +16,10 @@ from typing import Any, Literal, NamedTuple
 STATUS_DIR_VARIABLE = "PREHEAT_STATUS_DIR"
 INTERVAL = 0.5
 """Seconds between what a worker that serves writes: a busy disk took 10 ms for one."""
+SIZES_INTERVAL = 30.0
+"""Seconds between what it writes of asked sizes, which may be 200 kB; the first are written after
+`INTERVAL`."""
+SIZES_SUFFIX = ".sizes"
 
 
 class StatusFile:
@@ -35,6 +39,8 @@ class StatusFile:
         }
         self._buckets: dict[str, dict[str, Any]] = {}
         self._timer: threading.Timer | None = None
+        self._sizes_timer: threading.Timer | None = None
+        self._sizes_interval = 0.0  # of the next one
         self._served: Callable[[], Mapping[str, Any]] | None = None
 
     @classmethod
@@ -85,6 +91,24 @@ class StatusFile:
         self._document["served"] = served
         self.write(served["state"])
 
+    def keep_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
+        """A size was asked for: what `document` then gives is written soon, to a file of its own.
+        No request waits for the disk.
+        """
+        if self._path is None or self._sizes_timer is not None:
+            return
+        seconds = self._sizes_interval or INTERVAL
+        self._sizes_interval = SIZES_INTERVAL
+        self._sizes_timer = threading.Timer(seconds, self._write_sizes, (document,))
+        self._sizes_timer.daemon = True
+        self._sizes_timer.start()
+
+    def _write_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
+        self._sizes_timer = None  # what is counted from now on is written by the next one
+        if self._path is not None:
+            sizes = {"model": self._document["model"], **document()}
+            _replace(self._path.with_suffix(SIZES_SUFFIX), sizes)
+
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())
         self._document |= {
@@ -94,12 +118,26 @@ class StatusFile:
             "buckets": rows,
             "message": message,
         }
-        if self._path is None:
-            return
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        scratch = self._path.with_suffix(".tmp")
-        scratch.write_text(json.dumps(self._document))
-        scratch.replace(self._path)
+        if self._path is not None:
+            _replace(self._path, self._document)
+
+
+def padding_warning(padding: Mapping[str, Any]) -> str | None:
+    """What a module's `padding`, as its state has it, means for who asks it; None where padding
+    changes no more than rounding, or nothing was measured.
+    """
+    if padding.get("exact") != "padded":
+        return None
+    share = padding["max_share"]
+    how_far = (
+        f"by up to {share:.2g} of the largest magnitude"
+        if isinstance(share, float)
+        else "into what is not finite"
+    )
+    return (
+        f"padding changes answers {how_far}; a mask input with default: 1, padded with 0, would "
+        "let the module see it"
+    )
 
 
 Phase = Literal["loading", "warming", "hot", "cold", "failed"]
@@ -150,6 +188,27 @@ def read_statuses(folder: Path) -> list[Status]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError):
             continue  # gone meanwhile, or not a worker's
     return sorted(statuses, key=lambda status: status.written)
+
+
+def read_sizes(folder: Path) -> dict[str, list[Mapping[str, Any]]]:
+    """What the workers in `folder` were asked for, those that are gone included, by model; in the
+    form of the state's `asked_sizes`.
+    """
+    found: dict[str, list[Mapping[str, Any]]] = {}
+    for path in sorted(folder.glob(f"*{SIZES_SUFFIX}")):
+        try:
+            document = json.loads(path.read_bytes())
+            found.setdefault(str(document["model"]), []).append(document)
+        except (OSError, ValueError, LookupError, TypeError):
+            continue  # gone meanwhile, or not a worker's
+    return found
+
+
+def _replace(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_name(f"{path.name}.tmp")
+    scratch.write_text(json.dumps(document))
+    scratch.replace(path)
 
 
 def _status(data: Mapping[str, Any], written: float) -> Status:

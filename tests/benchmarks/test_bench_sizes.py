@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,13 @@ from bench.machine import machine, versions
 from bench.profiles import PROFILES, STRATEGIES, model_yaml
 from bench.report import Answer, Measured
 from bench.sizes import LEAST_SIDE, Size, TrafficError
+from bench.traffic import plan_buckets
 from preheat.buckets import Bucket, smallest_covering
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
+from preheat.errors import LogError
+from preheat.planning.demand import PICTURE, Demand
+from preheat.planning.plan import usage
 
 TINY = PROFILES["tiny"].buckets
 LIMITS = {"least": 16, "most": 2048}
@@ -145,12 +150,12 @@ def test_what_no_bucket_covers_is_counted(tmp_path: Path) -> None:
 def test_a_log_that_cannot_be_used_says_where_and_why(
     tmp_path: Path, text: str | bytes, said: str
 ) -> None:
-    with pytest.raises(TrafficError, match=said):
+    with pytest.raises((TrafficError, LogError), match=said):
         sizes.read_log(log(tmp_path, text), **LIMITS)
 
 
 def test_a_log_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(TrafficError, match=r"cannot read .*No such file"):
+    with pytest.raises(LogError, match=r"cannot read .*No such file"):
         sizes.read_log(tmp_path / "none.csv", **LIMITS)
 
 
@@ -167,8 +172,11 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
 def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     profile: Any, strategy: str
 ) -> None:
-    config = ModelConfig.parse(model_yaml(profile, strategy))
-    assert config.pt2.shapes.strategy == ("exact" if strategy == "eager" else strategy)
+    planned = [Bucket(64, 64)]
+    config = ModelConfig.parse(model_yaml(profile, strategy, planned=planned))
+    served = {"eager": "exact", "planned": "buckets"}.get(strategy, strategy)
+    assert config.pt2.shapes.strategy == served
+    assert (config.pt2.shapes.buckets == (Bucket(64, 64),)) == (strategy == "planned")
     assert config.pt2.compile.enable == (strategy != "eager")
     # Plain torch.compile decides on its own when sizes become dynamic.
     assert ("dynamic" in config.pt2.compile.kwargs) == (strategy not in ("eager", "exact"))
@@ -176,6 +184,17 @@ def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
         config.section(PipelineConfig).tasks == ("text-to-image",)
         and config.section(PipelineConfig).guidance == "on"
     )
+
+
+def test_planned_buckets_compute_at_most_15_percent_in_vain_where_the_hand_made_compute_33() -> (
+    None
+):
+    profile, made = PROFILES["tiny"], generated()
+    demand = Demand(PICTURE, Counter((size.height, size.width) for size in made))
+    choice = plan_buckets(made, profile.max_planned)
+    assert usage(demand, profile.buckets).waste == pytest.approx(0.328, abs=0.001)
+    assert choice.usage.waste <= 0.15 and choice.usage.left == 0 and choice.gap <= 0.02
+    assert len(plan_buckets(made, 1).buckets) == 1, "no more than are allowed"
 
 
 def test_percentiles_lie_between_the_nearest_ranks() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -17,18 +18,22 @@ from preheat.cache.fingerprint import fingerprint, settled
 
 CPU = torch.device("cpu")
 PRINT = """
-import sys
+import json, sys
+from pathlib import Path
 import torch
-from preheat.config.diffusion import PipelineConfig
 from preheat.cache.fingerprint import fingerprint
+from preheat.cache.shared import SharedCache
+from preheat.cache.trust import Trust
+from preheat.config.diffusion import PipelineConfig
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 cpu = torch.device("cpu")
 structure = DiffusionPipeline.load(sys.argv[1], PipelineConfig(), cpu).structure()
-print(fingerprint(cpu, {}, structure))
+place = SharedCache(Path("/nowhere"), Trust("owner")).share("key").path
+print(json.dumps({"fingerprint": fingerprint(cpu, {}, structure), "place": str(place)}))
 """
 
 
-def printed(folder: Path, seed: int) -> str:
+def printed(folder: Path, seed: int) -> dict[str, str]:
     done = subprocess.run(
         [sys.executable, "-c", PRINT, str(folder)],
         env={
@@ -40,17 +45,27 @@ def printed(folder: Path, seed: int) -> str:
         text=True,
         check=True,
     )
-    return done.stdout.split()[-1]
+    said: dict[str, str] = json.loads(done.stdout.splitlines()[-1])
+    return said
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, str]]:
+    """What two processes say that iterate over sets in other orders, each with an older folder of
+    its own: diffusers lists the keys that its config.json lack in the order of a set of strings.
+    """
+    folders = [old_folders.sdxl(tmp_path_factory.mktemp("old") / name) for name in ("one", "other")]
+    return [printed(folder, seed) for seed, folder in enumerate(folders, start=1)]
 
 
 def test_an_older_folder_has_one_fingerprint_in_all_processes_wherever_it_lies(
-    tmp_path: Path,
+    said: list[dict[str, str]],
 ) -> None:
-    """diffusers lists the keys that such a folder's config.json lack in the order of a set of
-    strings.
-    """
-    folders = [old_folders.sdxl(tmp_path / name) for name in ("one", "other")]
-    assert len({printed(folder, seed) for seed, folder in enumerate(folders, start=1)}) == 1
+    assert len({each["fingerprint"] for each in said}) == 1
+
+
+def test_every_process_finds_the_same_place_in_the_share(said: list[dict[str, str]]) -> None:
+    assert len({each["place"] for each in said}) == 1
 
 
 def test_another_version_of_preheat_has_another_fingerprint(
@@ -140,21 +155,3 @@ def test_so_it_is_on_arm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
     assert machine(monkeypatch, tmp_path, old, "Features") != machine(
         monkeypatch, tmp_path, without, "Features"
     )
-
-
-PLACE = """
-from pathlib import Path
-from preheat.cache.shared import SharedCache
-from preheat.cache.trust import Trust
-
-print(SharedCache(Path("/nowhere"), Trust("owner")).share("key").path)
-"""
-
-
-def test_every_process_finds_the_same_place_in_the_share() -> None:
-    environments = ({**os.environ, "PYTHONHASHSEED": seed} for seed in ("1", "2"))
-    places = {
-        subprocess.check_output([sys.executable, "-c", PLACE], env=environment)
-        for environment in environments
-    }
-    assert len(places) == 1

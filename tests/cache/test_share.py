@@ -112,11 +112,11 @@ def test_a_mark_is_only_text_whatever_it_says(tmp_path: Path) -> None:
     lock, _ = place.lock()
     deep, endless = b"[" * 5000, b'{"pid": Infinity, "host": ""}'
     for content in (b"", b"[]", b"\xff" * 5000, b'{"pid": "x", "host": 1}', deep, endless):
-        place._beside(".writer").write_bytes(content)
+        place.path.with_suffix(".writer").write_bytes(content)
         with pytest.raises(NotShared, match="another worker"):
             place.lock()
     place.unmark()
-    os.mkfifo(place._beside(".writer"))
+    os.mkfifo(place.path.with_suffix(".writer"))
     with pytest.raises(NotShared, match="another worker"):
         place.lock()
     lock.release()
@@ -126,7 +126,7 @@ def test_half_written_files_of_the_dead_are_swept_and_those_of_the_living_stay(
     tmp_path: Path, local: Path
 ) -> None:
     mine, dead, living = (share(tmp_path / "shared", name) for name in ("mine", "dead", "living"))
-    halves = [place.folder / f"{place._stem}.abc.tmp" for place in (mine, dead, living)]
+    halves = [place.path.with_suffix(".abc.tmp") for place in (mine, dead, living)]
     for half in halves:
         half.write_bytes(b"half")
     lock, _ = living.lock()
@@ -204,7 +204,7 @@ def test_a_read_only_share_is_read(
 def test_a_lock_file_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
     place, victim = share(tmp_path / "shared"), tmp_path / "victim"
     victim.write_text("precious")
-    (place.folder / f"{place._stem}.lock").symlink_to(victim)
+    place.path.with_suffix(".lock").symlink_to(victim)
     with pytest.raises(OSError):
         place.lock()
     assert victim.read_text() == "precious"
@@ -230,7 +230,7 @@ def test_what_is_not_named_as_ours_is_left_alone(tmp_path: Path, local: Path) ->
 def test_the_lock_is_the_kernels(tmp_path: Path) -> None:
     """flock(2) and nothing else: a lock file that merely lies there holds nobody up."""
     place = share(tmp_path / "shared")
-    (place.folder / f"{place._stem}.lock").write_text("of a dead worker")
+    place.path.with_suffix(".lock").write_text("of a dead worker")
     lock, waited = place.lock()
     assert type(lock) is FileLock and not waited
     lock.release()

@@ -69,7 +69,7 @@ def test_what_is_shipped_to_try_needs_no_model_under_any_name(
 ) -> None:
     copy = tmp_path / "lighthouse.yaml"
     copy.write_text((ROOT / "model-config" / f"{name}.yaml").read_text())
-    first, again = app._model(copy, None), app._model(copy, None)
+    first, again = app.place_of_model(copy, None), app.place_of_model(copy, None)
     assert first == again and built == [name.removeprefix("tiny-")], (
         "made once, for the next serve too"
     )
@@ -95,7 +95,7 @@ def test_a_yaml_without_a_model_names_both_ways(
     config: Callable[[str], Path], text: str, words: str
 ) -> None:
     with pytest.raises(PreheatError, match=words):
-        app._model(config(text), None)
+        app.place_of_model(config(text), None)
 
 
 def test_a_folder_that_is_not_there_is_refused_before_a_server_starts(
@@ -119,14 +119,18 @@ def test_a_path_is_seen_from_the_yaml_and_a_model_from_where_one_is(
     for folder in (beside.parent / "sdxl", here / "mine"):
         folder.mkdir()
         (folder / "model_index.json").write_text("{}")
-    assert app._model(beside, None) == str(beside.parent / "sdxl")
-    assert app._model(beside, "mine") == app._model(beside, "./mine") == str(here / "mine")
+    assert app.place_of_model(beside, None) == str(beside.parent / "sdxl")
+    assert (
+        app.place_of_model(beside, "mine")
+        == app.place_of_model(beside, "./mine")
+        == str(here / "mine")
+    )
 
 
 def test_a_hub_id_is_passed_on_and_said(
     config: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert app._model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
+    assert app.place_of_model(config("pipeline: {path: org/sdxl}"), None) == "org/sdxl"
     assert "org/sdxl: no folder here, so it is taken for a hub id" in capsys.readouterr().err
 
 

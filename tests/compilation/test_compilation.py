@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo import config as dynamo_config
 from transformers.modeling_outputs import BaseModelOutput
 
 from preheat.compilation.backends.inductor import TorchCompile
@@ -396,7 +397,7 @@ def test_past_the_recompile_limit_a_shape_is_eager_and_counted_while_earlier_one
     module, router = compiled(
         watch, compile={"enable": True, "kwargs": {"backend": "eager", "dynamic": False}}
     )
-    with torch._dynamo.config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
+    with dynamo_config.patch(recompile_limit=3, fail_on_recompile_limit_hit=False):
         raise_recompile_limits(0)
         router.open()
         ran = []

@@ -354,6 +354,9 @@ def test_a_contract_that_is_not_asked_for_may_be_named() -> None:
             "pt2: {compile: {enable: true, backend: nonsense}}",
             "pt2.compile.backend: 'nonsense' is not a backend",
         ),
+        ("startupTimeout: 300", "maxRetryTimeoutInSec: TorchServe's 300 must exceed"),
+        ("startupTimeout: 299", None),
+        ("startupTimeout: 900\nmaxRetryTimeoutInSec: 901", None),
     ],
 )
 def test_what_loads_and_is_hardly_meant_is_said(text: str, warned: str | None) -> None:

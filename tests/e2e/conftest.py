@@ -12,7 +12,7 @@ import pytest
 import old_folders
 from preheat.models import tiny
 from preheat.torchserve.archive import build_archive
-from served import CACHE, CONFIG, Served, serving
+from served import CACHE, CONFIG, ONE_THREAD, Served, serving
 
 
 @pytest.fixture(scope="session")
@@ -32,5 +32,5 @@ def served(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """What `make demo` serves, warm."""
     work = tmp_path_factory.mktemp("served")
     archive = build_archive(CONFIG, tiny_sdxl, output=work / "archives")
-    with serving(archive, work, cache=CACHE) as warm:
+    with serving(archive, work, cache=CACHE, env=ONE_THREAD) as warm:
         yield warm

@@ -137,7 +137,7 @@ def test_an_archive_from_another_machine_is_compiled_and_says_why(
     data["pt2"]["compile"]["backend"] = "eager"
     data["pt2"]["shapes"]["buckets"] = BUCKETS[:1]
     config = ModelConfig.parse(data)
-    torch._dynamo.reset()
+    torch.compiler.reset()
     service = Worker[Any, Any](
         config, archive, torch.device("cpu"), status=StatusFile(None, "other")
     )

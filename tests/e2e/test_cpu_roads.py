@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,19 +115,22 @@ def road(running: server.TorchServe, engine: str, dtype: str) -> Iterator[Served
 
 
 @pytest.fixture(scope="module")
-def eager(tiny_sdxl: Path) -> Mapping[str, Worker[Any, Any]]:
+def eager(tiny_sdxl: Path) -> Iterator[Mapping[str, Worker[Any, Any]]]:
     """The same pipeline in each dtype, eager, in this process: torch 2.8 draws other noise in
     bfloat16 than in float32.
     """
-    return {
-        dtype: Worker[Any, Any](
-            ModelConfig.parse(config("eager", dtype)),
-            tiny_sdxl.parent,
-            torch.device("cpu"),
-            status=StatusFile(None, "eager"),
-        )
-        for dtype in ("float32", "bfloat16")
-    }
+    with ExitStack() as stack:
+        yield {
+            dtype: stack.enter_context(
+                Worker[Any, Any](
+                    ModelConfig.parse(config("eager", dtype)),
+                    tiny_sdxl.parent,
+                    torch.device("cpu"),
+                    status=StatusFile(None, "eager"),
+                )
+            )
+            for dtype in ("float32", "bfloat16")
+        }
 
 
 def test_every_row_names_the_engine_and_nothing_was_compiled(road: Served, engine: str) -> None:

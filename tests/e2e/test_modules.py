@@ -96,7 +96,10 @@ def modules(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Modules]:
         tiny.build(name, work / name)
         (work / f"{name}.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         archives.append(build_archive(work / f"{name}.yaml", work / name, output=work / "archives"))
-    with started(archives, work, cache=CACHE) as warm, ExitStack() as stack:
+    with (
+        started(archives, work, cache=CACHE, env={"OMP_NUM_THREADS": "2"}) as warm,
+        ExitStack() as stack,
+    ):
         names = ("bert", "resnet", "plain")
         yield Modules(
             warm, {name: stack.enter_context(Client.to(warm, name)) for name in names}, work

@@ -5,7 +5,6 @@ when a prompt says so.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -19,7 +18,19 @@ import yaml
 
 from preheat.torchserve import archive as archiving
 from preheat.torchserve.client import Client, Reply
-from served import BUCKETS, CACHE, CONFIG, Served, events, kinds, opened, picture, serving, streamed
+from served import (
+    BUCKETS,
+    CACHE,
+    CONFIG,
+    ONE_THREAD,
+    Served,
+    events,
+    kinds,
+    opened,
+    picture,
+    serving,
+    streamed,
+)
 
 # Appended to the archive's entry file. `large` does not fit beside others, and says so when all
 # steps are done; `huge` never fits.
@@ -71,9 +82,8 @@ def faulty(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(archiving, "ENTRY", entry)
         archive = archiving.build_archive(work / "faulty.yaml", tiny_sdxl, output=work / "archives")
-    # as many as `served` has: other code otherwise
-    threads = {"OMP_NUM_THREADS": str(len(os.sched_getaffinity(0)))}
-    env = threads | {"PYTHONPATH": ""}  # what stands there would go before the archive's own entry
+    # what stands in PYTHONPATH would go before the archive's own entry
+    env = ONE_THREAD | {"PYTHONPATH": ""}
     with serving(archive, work, cache=CACHE, env=env) as warm:
         yield warm
 

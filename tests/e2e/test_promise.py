@@ -1,53 +1,11 @@
-"""READY means hot, and nothing compiles after it: read from the state and from Prometheus, under
-traffic of every kind.
+"""What is counted of requests, and what is not said of them; test_strangers.py reads that nothing
+compiles after READY.
 """
 
 from __future__ import annotations
 
-import random
-from concurrent.futures import ThreadPoolExecutor
-
-from served import Served, opened, random_request
+from served import Served
 from test_grafana import dashboard_metrics
-
-NUM_REQUESTS = 1000
-COUNTERS = {
-    "compiles_since_ready": "preheat_compiles_since_ready_total",
-    "incidents": "preheat_incidents_total",
-    "eager_fallbacks": "preheat_eager_fallbacks_total",
-    "planned_eager": "preheat_planned_eager_total",
-}
-
-
-def test_a_thousand_requests_of_every_kind_compile_nothing(served: Served) -> None:
-    """Eight clients at once, so that batches are made up by chance; REST and gRPC by turns."""
-    rng = random.Random(1)
-    wishes = [(index, random_request(rng)) for index in range(NUM_REQUESTS)]
-    before, answered_before = served.state(), served.metric("preheat_requests_total")
-    batches_before = served.metric("preheat_rows_painted_total")
-
-    def ask(wish: tuple[int, dict[str, object]]) -> None:
-        index, request = wish
-        rest = index % 2 == 0
-        reply = served.client.predict(request) if rest else served.client.predict_grpc(request)
-        assert reply.status == (200 if rest else 0) and reply.error is None, reply.body[:300]
-        assert opened(reply.body).size == (request["width"], request["height"])
-
-    with ThreadPoolExecutor(8) as pool:
-        list(pool.map(ask, wishes))
-    after = served.state()
-    assert after["requests"] == before["requests"] + NUM_REQUESTS
-    assert served.metric("preheat_requests_total") == answered_before + NUM_REQUESTS
-    assert served.metric("preheat_requests_total", Engine="compiled") == served.metric(
-        "preheat_requests_total"
-    )
-    assert served.metric("preheat_rows_painted_total") >= batches_before + NUM_REQUESTS
-    for key, counter in COUNTERS.items():
-        assert after[key] == 0, key
-        assert any(line.startswith(counter) for line in served.exported()), (
-            f"{counter} is exported even when it is 0"
-        )
-        assert served.metric(counter) == after[key], counter
 
 
 def test_padding_and_time_are_counted(served: Served) -> None:

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from preheat.torchserve import server
-from served import blocks
+from served import ONE_THREAD, blocks
 
 PORTS = {
     "INFERENCE_PORT": 8080,
@@ -68,6 +68,7 @@ class Shell:
         )
         self.env = {
             **os.environ,
+            **ONE_THREAD,
             "MAKEFLAGS": variables,
             "PATH": path,
             "PYTHONPATH": str(server.ROOT / "handler"),

@@ -139,20 +139,6 @@ def test_many_images_come_as_json(served: Served) -> None:
     assert np.abs(difference).max() <= 1
 
 
-def test_after_ready_no_size_compiles_anything(served: Served) -> None:
-    rng = random.Random(7)
-    before = served.state()
-    for index in range(200):
-        request = random_request(rng)
-        reply = served.client.predict_grpc(request) if index % 2 else served.client.predict(request)
-        assert reply.status == (0 if index % 2 else 200), reply.body
-        assert opened(reply.body).size == (request["width"], request["height"])
-    after = served.state()
-    assert after["compiles_since_ready"] == before["compiles_since_ready"] == 0
-    assert after["incidents"] == after["eager_fallbacks"] == 0
-    assert after["requests"] == before["requests"] + 200
-
-
 def test_compiled_pictures_equal_eager_ones(served: Served, tiny_sdxl: Path) -> None:
     data = yaml.safe_load(CONFIG.read_text())
     data["pt2"]["compile"]["enable"] = False

@@ -99,7 +99,7 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     which has none.
     """
     folder, handler = tmp_path_factory.mktemp("stock"), server.ROOT / "handler"
-    temp = server._prepare(folder / "run")  # short enough for sockets
+    temp = server.prepare(folder / "run")  # short enough for sockets
     for name in ("model-config", "kept/pipeline"):
         (folder / name).mkdir(parents=True)
     (folder / "handler").symlink_to(handler)
@@ -109,7 +109,7 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     # TorchServe reads the file of this name in its working folder; it takes the ports alone.
     settings = {
         key: value
-        for key, value in server._own_properties(ports, {}).items()
+        for key, value in server.own_properties(ports, {}).items()
         if key != "load_models"
     }
     server.write_properties(folder / "config.properties", settings)

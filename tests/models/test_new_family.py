@@ -5,7 +5,7 @@ the handler, the cache or the command knows it. It is also the smallest model to
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -61,11 +61,8 @@ class Doubled(Outcome):
 
 class DoubleRunner(ModelRunner[Job, Doubled]):
     def __init__(self, execution: Execution, module: Double) -> None:
-        super().__init__(execution)
+        super().__init__(execution, [Bucket()])
         self._module = module
-
-    def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
-        return [Variant(Bucket(), size) for size in sorted(batch_sizes, reverse=True)]
 
     def run_variant(self, variant: Variant) -> Timing:
         _, seconds = self.batches.timed([Job(1.0)] * variant.batch_size)

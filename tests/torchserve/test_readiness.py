@@ -20,7 +20,7 @@ from rich.console import Console
 
 from preheat import status as worker_status
 from preheat.cli.progress import WarmupBars
-from preheat.status import Engine, StatusFile
+from preheat.status import Engine, StatusFile, padding_warning, read_statuses
 from preheat.torchserve import readiness
 
 HANDLER = Path(__file__).parents[2] / "handler"
@@ -268,6 +268,30 @@ def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
             return
 
 
+def test_asked_sizes_are_written_to_a_file_of_their_own_and_read_by_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_status, "INTERVAL", 0.01)
+    monkeypatch.setattr(worker_status, "SIZES_INTERVAL", 0.01)
+    asked = threading.Event()
+    sizes = [[64, 64, 1]]
+
+    def document() -> dict[str, Any]:
+        assert threading.current_thread() is not threading.main_thread()
+        asked.set()
+        return {"sizes": [*sizes]}
+
+    file = StatusFile(str(tmp_path), "fox")
+    (tmp_path / "other.sizes").write_text("no JSON")
+    for _ in range(2):  # the first time, and later
+        sizes.append([32, 32, len(sizes)])
+        asked.clear()
+        while worker_status.read_sizes(tmp_path).get("fox", [{}])[0].get("sizes") != sizes:
+            file.keep_sizes(document)
+            assert asked.wait(60)
+    assert worker_status.read_statuses(tmp_path) == [], "no status was written"
+
+
 def test_a_server_without_models_is_not_ready(management: Management) -> None:
     assert readiness.check(management.url) == (False, ["no model is registered"])
 
@@ -468,7 +492,7 @@ SERVED = {
     "compiles_since_ready": 0,
     "incidents": 1,
     "eager_fallbacks": 2,
-    "padding": {"max_error": 0.01, "exact": "padded"},
+    "padding": {"max_error": 0.01, "max_share": 0.165, "exact": "padded"},
     "buckets": [
         {
             "bucket": "64x64",
@@ -523,7 +547,19 @@ def test_status_is_readable(management: Management, tmp_path: Path) -> None:
     text = status_of(tmp_path, management)
     assert text.startswith("fox 1.0: 1 of 1 workers READY, 7 waiting, 0 restarts (preheat 9.9)\n")
     assert "0.25" in text and "no g++" in text
-    assert text.endswith("padding changes an answer by 0.01 at most: padded\n")
+    assert "padding changes answers by up to 0.17 of the largest magnitude; a mask input" in text
+
+
+def test_ready_warns_where_padding_changes_answers(tmp_path: Path) -> None:
+    for name, exact, share in (("fox", "padded", 0.165), ("owl", "rounding", 1e-6)):
+        padding = {"max_error": 0.01, "max_share": share, "exact": exact}
+        StatusFile(str(tmp_path), name).serve(partial(dict, SERVED, padding=padding))
+    _, warnings = readiness.describe_engines(read_statuses(tmp_path))
+    assert [each.partition(";")[0] for each in warnings if "padding" in each] == [
+        "fox: padding changes answers by up to 0.17 of the largest magnitude"
+    ]
+    endless = {"max_error": "not finite", "max_share": "not finite", "exact": "padded"}
+    assert "into what is not finite" in str(padding_warning(endless))
 
 
 def test_status_of_a_server_that_is_gone_says_so(management: Management, tmp_path: Path) -> None:

@@ -37,7 +37,7 @@ def recorded(run_dir: Path, pid: int, created: float) -> TorchServe:
     temp = run_dir / "tmp"
     temp.mkdir(parents=True)
     running = TorchServe(run_dir, Ports(), pid, created, ("fox",), temp)
-    server._remember(running)
+    server.remember(running)
     return running
 
 
@@ -71,7 +71,7 @@ def test_properties_are_written_as_java_reads_them(tmp_path: Path) -> None:
 
 def test_own_settings_keep_everything_on_loopback() -> None:
     ports = Ports(inference=1, management=2, metrics=3, grpc_inference=4, grpc_management=5)
-    settings = server._own_properties(ports, {"fox": "fox.mar", "owl": "owl"})
+    settings = server.own_properties(ports, {"fox": "fox.mar", "owl": "owl"})
     assert settings["inference_address"] == "http://127.0.0.1:1"
     assert settings["management_address"] == "http://127.0.0.1:2"
     assert settings["metrics_address"] == "http://127.0.0.1:3"
@@ -108,8 +108,8 @@ def test_the_production_properties_are_closed() -> None:
 
 def test_a_deep_run_folder_keeps_its_sockets_elsewhere(tmp_path: Path) -> None:
     near, deep = (
-        server._prepare(Path("/tmp") / tmp_path.name),
-        server._prepare(tmp_path / ("d" * 100)),
+        server.prepare(Path("/tmp") / tmp_path.name),
+        server.prepare(tmp_path / ("d" * 100)),
     )
     assert near == Path("/tmp") / tmp_path.name / "tmp"
     assert len(str(deep)) <= server.LONGEST_SOCKET_FOLDER
@@ -129,7 +129,7 @@ def test_an_earlier_run_is_cleared_but_nothing_else(tmp_path: Path) -> None:
     ):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).touch()
-    temp = server._prepare(tmp_path)
+    temp = server.prepare(tmp_path)
     assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()] == [
         "archives/fox/MANIFEST"
     ]

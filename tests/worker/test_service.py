@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch._dynamo import config as dynamo_config
 
 from preheat.buckets import Bucket
 from preheat.compilation.warmup_plan import WarmupPlan, warmup_plan
@@ -29,6 +30,7 @@ from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
 from preheat.models.diffusion.variants import Variant
 from preheat.protocol import responses
+from preheat.protocol.call import Call
 from preheat.status import StatusFile
 from preheat.worker import worker
 from preheat.worker.worker import Worker
@@ -91,7 +93,7 @@ def pixels(answer: Answer) -> Any:
 
 
 def flash_enabled() -> bool:
-    return bool(torch._C._get_flash_sdp_enabled())
+    return bool(torch.backends.cuda.flash_sdp_enabled())  # type: ignore[no-untyped-call]
 
 
 def b64(mode: str, size: tuple[int, int]) -> str:
@@ -131,6 +133,19 @@ def test_each_family_serves_every_task_hot_and_equal_to_eager(
         strict=True,
     ):
         assert np.abs(pixels(compiled) - pixels(eager)).max() <= 1
+
+
+def test_asked_sizes_are_those_of_clients_refused_ones_too(models: Path) -> None:
+    with start(models / "sd15", compile=False) as service:
+        body: dict[str, Any] = {"prompt": "a cat", "num_inference_steps": 1}
+        calls = [
+            Call({"body": body | {"height": height, "width": 50}}, {}) for height in (60, 60, 90)
+        ]
+        answers = service.postprocess(service.inference(service.preprocess(calls)))
+        assert [answer.code for answer in answers] == [200, 200, 400]
+        asked: Any = service.description()["asked_sizes"]
+        assert asked["sizes"] == [[90, 50, 1], [60, 50, 2]]
+        assert "asked_sizes" not in service.document(), "the status file is written at every batch"
 
 
 def test_torchserves_own_yaml_is_served_eagerly_and_every_row_says_why(
@@ -467,7 +482,7 @@ def test_a_fused_lora_is_warmed_and_costs_nothing_afterwards(
 def test_compile_traces_land_in_a_folder_that_stays_bounded(
     watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch._dynamo.config, "debug_dir_root", "elsewhere")
+    monkeypatch.setattr(dynamo_config, "debug_dir_root", "elsewhere")
     folder = tmp_path / "preheat-traces"
     stale = folder / "run_old" / "stale.py"
     stale.parent.mkdir(parents=True)
@@ -477,11 +492,7 @@ def test_compile_traces_land_in_a_folder_that_stays_bounded(
     os.utime(stale, (0, 0))
     debug = {"trace_dir": str(tmp_path), "trace_bytes": 999, "recompiles": True}
     start(models / "sdxl", pipeline=TEXT_ONLY, pt2={"debug": debug}, shapes={"batch_sizes": [1]})
-    assert (
-        not stale.exists()
-        and foreign.exists()
-        and torch._dynamo.config.debug_dir_root == str(folder)
-    )
+    assert not stale.exists() and foreign.exists() and dynamo_config.debug_dir_root == str(folder)
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) <= 999
 
 

@@ -23,15 +23,15 @@ from preheat.errors import ConfigError, PreheatError
 from preheat.status import STATUS_DIR_VARIABLE
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Mapping, Sequence
 
+    from preheat.planning.demand import Demand
     from preheat.status import Status
     from preheat.torchserve.server import TorchServe
 
 STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
 MANAGEMENT = "http://127.0.0.1:8081"
-DEMOS = ("sdxl", "bert", "resnet")
 
 app = typer.Typer(
     help="Package, serve and watch models that are hot before the first request.",
@@ -138,7 +138,7 @@ def archive(
     from preheat.torchserve.archive import build_archive
 
     _refuse_archive(config)
-    place = _model(config, model)
+    place = place_of_model(config, model)
     print(
         build_archive(
             config,
@@ -313,7 +313,7 @@ def serve(
     if archived:
         built = config
     else:
-        place = _model(config, model)
+        place = place_of_model(config, model)
         built = build_archive(
             config, place, output=run_dir / "archives", archive_format="no-archive", external=True
         )
@@ -341,14 +341,94 @@ def demo(
     model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
 ) -> None:
     """Build, archive, warm and ask a tiny model, and stop it again."""
-    from preheat.cli import demo, module_demo
+    from preheat.cli import demo
 
-    if model not in DEMOS:
-        raise PreheatError(f"no demo of {model!r}: {', '.join(DEMOS[:-1])} or {DEMOS[-1]}")
-    if model == "sdxl":
-        demo.run(STATE, out)
+    if model not in demo.MODELS:
+        *others, last = demo.MODELS
+        raise PreheatError(f"no demo of {model!r}: {', '.join(others)} or {last}")
+    demo.run(model, STATE, out)
+
+
+@app.command()
+def plan(
+    csv: Annotated[
+        Path | None,
+        typer.Option(
+            help="Sizes that were asked for: columns height,width[,count] in pixels, or a module's "
+            "dimension, such as sequence[,count]. Default: what the workers here have counted."
+        ),
+    ] = None,
+    max_buckets: Annotated[int, typer.Option(min=1, max=32, help="So many, or fewer.")] = 5,
+    max_waste: Annotated[
+        float | None,
+        typer.Option(
+            min=0, max=1, help="The fewest buckets that compute no larger share in vain, as 0.15."
+        ),
+    ] = None,
+    cover: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of the requests that needs a bucket, as 0.95."),
+    ] = 1.0,
+    must: Annotated[
+        list[str] | None,
+        typer.Option(help="A bucket that is in any case, as 1024x1024; may be repeated."),
+    ] = None,
+    grid: Annotated[
+        int, typer.Option(min=1, help="What sizes are rounded up to; 16 for Flux and SD3.")
+    ] = 8,
+    cost: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="A worker's state as JSON: its seconds are the cost, its asked sizes the log "
+            "where there is no other. May be repeated, for other strategies' seconds."
+        ),
+    ] = None,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Denoising steps a request, for measured seconds.")
+    ] = 30,
+    seconds: Annotated[float, typer.Option(min=1, help="To search and prove.")] = 45,
+    picture: Annotated[
+        Path | None, typer.Option(help="Draw it here: a .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    model: OneModel = None,
+    name: Name = None,
+) -> None:
+    """Choose the buckets that waste least for the sizes that were asked for, and prove it.
+
+    Without --csv and --cost: from what the workers of a server started here have counted and
+    measured. Exit 1 where there is no such plan.
+    """
+    from rich.console import Console
+
+    from preheat.cli import plan_picture, planner
+    from preheat.planning.demand import read_csv
+    from preheat.planning.plan import Wanted
+
+    states: list[Mapping[str, Any]] = [planner.read_state(path) for path in cost or ()]
+    if csv is not None:
+        demand = read_csv(csv)
+    elif states:
+        asked = [state.get("asked_sizes", {}) for state in states]
+        demand = planner.from_workers(asked, ", ".join(map(str, cost or ())))
     else:
-        module_demo.run(model, STATE, out)
+        demand, states = _counted(name, model)
+    wanted = Wanted(
+        max_buckets,
+        tuple(dict.fromkeys(planner.parse_bucket(text, demand.names) for text in must or ())),
+        1 - cover,
+        grid,
+        seconds,
+    )
+    report = planner.make(
+        demand, planner.measurements(states), wanted, max_waste=max_waste, steps=steps
+    )
+    if picture is not None:
+        plan_picture.draw(report, picture)
+    if as_json:
+        print(json.dumps(planner.document(report)))
+    else:
+        planner.show(report, Console(soft_wrap=True, width=None if sys.stdout.isatty() else 110))
 
 
 @app.command()
@@ -394,8 +474,8 @@ def _refuse_archive(config: Path) -> None:
         )
 
 
-def _model(config: Path, model: str | None) -> str | None:
-    """`_named`, where a tiny model is the folder that it has been made in."""
+def place_of_model(config: Path, model: str | None) -> str | None:
+    """The model to package or serve, where a tiny one is the folder that it has been made in."""
     from preheat.cli.demo import tiny_model
     from preheat.config.places import TINY_PREFIX
 
@@ -477,6 +557,27 @@ class _Asked:
         return [each for each in written if wanted is None or each.model in wanted]
 
 
+def _counted(name: str | None, model: str | None) -> tuple[Demand, list[Mapping[str, Any]]]:
+    """What the workers of a model here have been asked for, and their states."""
+    from preheat.cli import planner
+    from preheat.status import read_sizes
+
+    asked = _Asked.of(None, name, model, None)
+    if asked.folder is None:
+        raise PreheatError(
+            "no server was started here, and none writes to $PREHEAT_STATUS_DIR: give a log of "
+            "sizes (--csv, make: CSV=)"
+        )
+    sizes = read_sizes(asked.folder)
+    wanted = [asked.models] if isinstance(asked.models, str) else asked.models
+    models = [each for each in sizes if wanted is None or each in wanted]
+    if len(models) > 1:
+        raise PreheatError(f"several models were asked ({', '.join(models)}): say --model")
+    documents = sizes[models[0]] if models else []
+    states = [status.served for status in asked.statuses() if status.served and status.alive]
+    return planner.from_workers(documents, str(asked.folder)), states
+
+
 def _recorded(name: str | None, *, required: bool) -> dict[str, Any] | None:
     """What `server.json` says of the server `name`, or of the only one that was started here and
     not stopped.
@@ -510,9 +611,9 @@ def _recall(recorded: dict[str, Any]) -> TorchServe:
 
 def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
     """Wait with progress bars, as long as the server lives and no worker says that it failed."""
-    from preheat.cli.progress import WarmupProgress
+    from preheat.cli.progress import WarmupBars
 
-    with WarmupProgress() as progress:
+    with WarmupBars() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
 
 

@@ -1,7 +1,8 @@
-"""The demo: a tiny SDXL is built, archived, served, warmed and asked for odd sizes over REST and
-gRPC.
+"""The demos: a tiny SDXL, BERT or ResNet is built, archived, served, warmed and asked for odd sizes
+over REST and gRPC.
 
-It leaves `*.png`, `contact-sheet.png` and `summary.json`, and no process of its own.
+The SDXL's leaves `*.png`, `contact-sheet.png` and `summary.json`, the others' `answers.json`; none
+a process of its own.
 """
 
 from __future__ import annotations
@@ -14,78 +15,76 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 from rich.console import Console
 from rich.table import Table
 
-from preheat.cli.progress import WarmupProgress
+from preheat.cli.progress import WarmupBars
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 from preheat.torchserve.archive import PACKAGE, build_archive
 from preheat.torchserve.client import Client, Reply
 
-CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
-SIZES = ((256, 256), (233, 199), (311, 181), (190, 317), (97, 61), (123, 319), (250, 131))
+PICTURES = ((256, 256), (233, 199), (311, 181), (190, 317), (97, 61), (123, 319), (250, 131))
 """(height, width) in pixels; each is asked over REST and over gRPC."""
+IMAGES = ((224, 224), (97, 150), (384, 384), (200, 380), (383, 225))
+"""(height, width) in pixels, of what the ResNet is shown."""
+LENGTHS = (1, 7, 31, 50, 100, 200, 333, 500)
+"""Tokens."""
 SEED = 20
+MODELS = {"sdxl": "tiny-sdxl.yaml", "bert": "bert.yaml", "resnet": "resnet.yaml"}
+"""What there is a demo of, and the YAML that it is served by."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
-    """One request of the demo; sizes in pixels."""
+class Answer:
+    """One answer of the server; sizes are (height, width) in pixels."""
 
-    height: int
-    width: int
+    asked: str
+    source: str
+    """What it was made from."""
     protocol: str
-    task: str
-
-    @property
-    def payload(self) -> dict[str, object]:
-        payload: dict[str, object] = {
-            "prompt": "a lighthouse above a stormy sea",
-            "height": self.height,
-            "width": self.width,
-            "seed": SEED,
-        }
-        return payload | {"image": _photo(), "strength": 0.7} if self.task == "image" else payload
-
-
-@dataclass(frozen=True, slots=True)
-class Picture:
-    """One answer of the server."""
-
-    ask: Ask
-    file: str
-    image: Image.Image
-    bucket: tuple[int, int]
+    bucket: str
     padding: float
     engine: str
     milliseconds: float
+    document: Mapping[str, Any]
+    """What the results' file says of it."""
+    picture: Image.Image | None = None
+
+    def cells(self, last: str) -> tuple[str, ...]:
+        """A row of the table."""
+        padding, milliseconds = f"{self.padding:.0%}", f"{self.milliseconds:.0f}"
+        return (self.asked, self.source, self.bucket, padding, self.engine, milliseconds, last)
 
 
-def run(state: Path, out: Path, console: Console | None = None) -> None:
-    """Run the demo with its working files in `state` and its results in `out`.
+def run(model: str, state: Path, out: Path, console: Console | None = None) -> None:
+    """Run the demo of `model` with its working files in `state` and its results in `out`.
 
     Raises:
         PreheatError: the server did not become ready, or an answer is not what was asked for.
     """
     console = console or Console()
-    with serving("sdxl", CONFIG, state, console) as (running, ready_seconds):
-        pictures = _ask_all(running)
-    _save(pictures, ready_seconds, out)
-    table = _table(pictures)
-    console.print(table)
-    _draw(table, out / "table.svg")
-    console.print(
-        f"{len(pictures)} pictures, contact-sheet.png and summary.json are in {out}/; the server "
-        "is stopped."
-    )
+    config = server.ROOT / "model-config" / MODELS[model]
+    with (
+        serving(model, config, state, console) as (running, seconds),
+        Client.to(running) as client,
+    ):
+        ask = _pictures if model == "sdxl" else _tensors
+        answers, served = list(ask(client, model)), client.state()
+    out.mkdir(parents=True, exist_ok=True)
+    if model == "sdxl":
+        _save_pictures(answers, seconds, out, console)
+    else:
+        _save_tensors(answers, served["padding"], out, console)
+    console.print("The server is stopped.")
 
 
 @contextmanager
@@ -109,7 +108,7 @@ def serving(
         [archive], run_dir, ports=server.Ports.free(), cache=state / "cache" / "inductor"
     )
     try:
-        with WarmupProgress(console) as progress:
+        with WarmupBars(console) as progress:
             running.wait_ready(1800, watch=progress.update)
         seconds = time.monotonic() - begun
         console.print(f"READY after {seconds:.1f} s: REST {running.inference}, gRPC {running.grpc}")
@@ -160,57 +159,103 @@ def build_tiny(family: str, folder: Path) -> Path:
     return folder
 
 
-def _ask_all(running: server.TorchServe) -> list[Picture]:
-    asks = []
-    for index, (height, width) in enumerate(SIZES):
-        tasks = ("text", "image") if index % 2 == 0 else ("image", "text")
-        asks += [Ask(height, width, "REST", tasks[0]), Ask(height, width, "gRPC", tasks[1])]
-    with Client.to(running) as client:
-        return [_ask(client, number, ask) for number, ask in enumerate(asks, start=1)]
-
-
-def _ask(client: Client, number: int, ask: Ask) -> Picture:
-    rest = ask.protocol == "REST"
-    # gRPC answers carry no headers; the JSON form says the same in its body.
-    reply = (
-        client.predict(ask.payload)
-        if rest
-        else client.predict_grpc({**ask.payload, "response_format": "b64_json"})
+def _pictures(client: Client, _: str) -> Iterator[Answer]:
+    """The SDXL's: every size over both protocols, from text and from an image in turn."""
+    turns = (("text", "image"), ("image", "text"))
+    asks = (
+        (size, protocol, task)
+        for index, size in enumerate(PICTURES)
+        for protocol, task in zip(("REST", "gRPC"), turns[index % 2], strict=True)
     )
-    if reply.status != (200 if rest else 0) or reply.error:
-        raise PreheatError(
-            f"{ask.protocol} {ask.height}x{ask.width}: {reply.status} {reply.body[:500]!r}"
+    for number, ((height, width), protocol, task) in enumerate(asks, start=1):
+        asked = f"{height}x{width}"
+        payload = {
+            "prompt": "a lighthouse above a stormy sea",
+            "height": height,
+            "width": width,
+            "seed": SEED,
+            **({"image": _photo(), "strength": 0.7} if task == "image" else {}),
+        }
+        if protocol == "REST":
+            reply = _checked(client.predict(payload), protocol, asked)
+            picture = _opened(reply.body)
+            bucket, engine = (reply.headers[f"x-preheat-{name}"] for name in ("bucket", "engine"))
+            padding = float(reply.headers["x-preheat-padding"])
+        else:  # its answers carry no headers; the JSON form says the same in its body
+            reply = client.predict_grpc({**payload, "response_format": "b64_json"})
+            body = _checked(reply, protocol, asked).json()
+            picture = _opened(base64.b64decode(body["data"][0]["b64_json"]))
+            bucket, engine = "x".join(map(str, body["bucket"])), body["engine"]
+            padding = body["padding"]
+        if picture.size != (width, height):
+            raise PreheatError(f"asked for {asked}, got {picture.height}x{picture.width}")
+        document = {
+            "file": f"{number:02}-{protocol.lower()}-{task}-{asked}.png",
+            "width": width,
+            "height": height,
+            "bucket": [int(side) for side in bucket.split("x")],
+            "engine": engine,
+            "protocol": protocol,
+            "milliseconds": round(reply.milliseconds, 1),
+        }
+        yield Answer(
+            asked, task, protocol, bucket, padding, engine, reply.milliseconds, document, picture
         )
-    name = f"{number:02}-{ask.protocol.lower()}-{ask.task}-{ask.height}x{ask.width}.png"
-    picture = _read_rest(ask, name, reply) if rest else _read_grpc(ask, name, reply)
-    if picture.image.size != (ask.width, ask.height):
-        raise PreheatError(
-            f"asked for {ask.height}x{ask.width}, got {picture.image.height}x{picture.image.width}"
-        )
-    return picture
 
 
-def _read_rest(ask: Ask, name: str, reply: Reply) -> Picture:
-    height, _, width = reply.headers["x-preheat-bucket"].partition("x")
-    padding, engine = float(reply.headers["x-preheat-padding"]), reply.headers["x-preheat-engine"]
-    return Picture(
-        ask,
-        name,
-        _opened(reply.body),
-        (int(height), int(width)),
-        padding,
-        engine,
-        reply.milliseconds,
-    )
+def _tensors(client: Client, model: str) -> Iterator[Answer]:
+    """A module's: every request over both protocols."""
+    for asked, content_type, content in _images() if model == "resnet" else _texts():
+        part = "text" if content_type == "text/plain" else "data"
+        over_rest = client.post(content=content, headers={"content-type": content_type})
+        replies = {"REST": over_rest, "gRPC": client.call_grpc({part: content})}
+        for protocol, reply in replies.items():
+            answered = _checked(reply, protocol, asked).json()
+            outputs = answered["outputs"]
+            facts = {name: answered[name] for name in ("bucket", "padding", "engine")}
+            document = {
+                "asked": asked,
+                "protocol": protocol,
+                **facts,
+                "exact": answered["exact"],
+                "milliseconds": round(reply.milliseconds, 1),
+                "shapes": {name: _shape(value) for name, value in outputs.items()},
+                "begins": {name: _first(value) for name, value in outputs.items()},
+            }
+            took = reply.milliseconds
+            yield Answer(asked, protocol, protocol, **facts, milliseconds=took, document=document)
 
 
-def _read_grpc(ask: Ask, name: str, reply: Reply) -> Picture:
-    body = reply.json()
-    image = _opened(base64.b64decode(body["data"][0]["b64_json"]))
-    height, width = body["bucket"]
-    return Picture(
-        ask, name, image, (height, width), body["padding"], body["engine"], reply.milliseconds
-    )
+def _images() -> Iterator[tuple[str, str, bytes]]:
+    """What each is, for people, its content type, and itself."""
+    for height, width in IMAGES:
+        image = Image.linear_gradient("L").resize((width, height)).convert("RGB")
+        yield f"image {height}x{width}", "image/png", _png(image)
+
+
+def _texts() -> Iterator[tuple[str, str, bytes]]:
+    text = b"It was a bright cold day in April, and the clocks were striking thirteen."
+    yield "text", "text/plain", text
+    for length in LENGTHS:
+        ids = [5 + (7 * index) % 90 for index in range(length)]
+        body = json.dumps({"inputs": {"input_ids": ids}}).encode()
+        yield f"{length} tokens", "application/json", body
+
+
+def _checked(reply: Reply, protocol: str, asked: str) -> Reply:
+    if reply.status != (200 if protocol == "REST" else 0) or reply.error:
+        raise PreheatError(f"{protocol} {asked}: {reply.status} {reply.body[:500]!r}")
+    return reply
+
+
+def _shape(value: Any) -> list[int]:
+    return [len(value), *_shape(value[0])] if isinstance(value, list) else []
+
+
+def _first(value: Any) -> list[float]:
+    while isinstance(value[0], list):
+        value = value[0]
+    return [round(number, 4) for number in value[:4]]
 
 
 def _opened(data: bytes) -> Image.Image:
@@ -232,53 +277,69 @@ def _photo() -> str:
     draw.polygon(
         [(0, 240), (0, 170), (120, 120), (230, 190), (360, 140), (360, 240)], fill=(40, 90, 50)
     )
+    return base64.b64encode(_png(image)).decode()
+
+
+def _png(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-def _save(pictures: Sequence[Picture], ready_seconds: float, out: Path) -> None:
-    out.mkdir(parents=True, exist_ok=True)
+def _save_pictures(
+    answers: Sequence[Answer], ready_seconds: float, out: Path, console: Console
+) -> None:
     for old in out.glob("[0-9][0-9]-*.png"):
         old.unlink()
-    for picture in pictures:
-        picture.image.save(out / picture.file)
-    _contact_sheet(pictures).save(out / "contact-sheet.png")
-    requests = [
-        {
-            "file": picture.file,
-            "width": picture.ask.width,
-            "height": picture.ask.height,
-            "bucket": list(picture.bucket),
-            "engine": picture.engine,
-            "protocol": picture.ask.protocol,
-            "milliseconds": round(picture.milliseconds, 1),
-        }
-        for picture in pictures
-    ]
+    for answer in answers:
+        if answer.picture is not None:
+            answer.picture.save(out / answer.document["file"])
+    _contact_sheet(answers).save(out / "contact-sheet.png")
+    requests = [answer.document for answer in answers]
     summary = {"ready_seconds": round(ready_seconds, 1), "requests": requests}
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    rows = [answer.cells(answer.protocol) for answer in answers]
+    table = _table("height x width, in pixels", "protocol", rows)
+    console.print(table)
+    _draw(table, out / "table.svg")
+    console.print(f"{len(answers)} pictures, contact-sheet.png and summary.json are in {out}/.")
 
 
-def _contact_sheet(pictures: Sequence[Picture], columns: int = 4) -> Image.Image:
+def _save_tensors(
+    answers: Sequence[Answer], padding: Mapping[str, Any], out: Path, console: Console
+) -> None:
+    document = {"padding": padding, "answers": [answer.document for answer in answers]}
+    (out / "answers.json").write_text(json.dumps(document, indent=1), encoding="utf-8")
+    shapes = [next(iter(answer.document["shapes"].values())) for answer in answers]
+    rows = [
+        answer.cells("x".join(map(str, shape)))
+        for answer, shape in zip(answers, shapes, strict=True)
+    ]
+    console.print(_table("tiny model, random weights", "answer", rows))
+    error = padding["max_error"]
+    shown = error if isinstance(error, str) else f"{error:.2g}"
+    console.print(f"Padding changes an answer by {shown} at most here: {padding['exact']}.")
+    console.print(f"The answers are in {out}/answers.json.")
+
+
+def _contact_sheet(answers: Sequence[Answer], columns: int = 4) -> Image.Image:
     """Every picture at its own size, centred in a cell, with what it is below."""
-    cell_height = max(picture.ask.height for picture in pictures) + 40
-    cell_width = max(picture.ask.width for picture in pictures) + 20
+    pictures = [(answer, answer.picture) for answer in answers if answer.picture is not None]
+    cell_height = max(picture.height for _, picture in pictures) + 40
+    cell_width = max(picture.width for _, picture in pictures) + 20
     rows = -(-len(pictures) // columns)
     sheet = Image.new("RGB", (columns * cell_width, rows * cell_height), "white")
     draw = ImageDraw.Draw(sheet)
-    for index, picture in enumerate(pictures):
+    for index, (answer, picture) in enumerate(pictures):
         left, top = index % columns * cell_width, index // columns * cell_height
-        ask, (height, width) = picture.ask, picture.bucket
-        at = (left + (cell_width - ask.width) // 2, top + (cell_height - 30 - ask.height) // 2)
-        sheet.paste(picture.image, at)
+        beside, above = cell_width - picture.width, cell_height - 30 - picture.height
+        sheet.paste(picture, (left + beside // 2, top + above // 2))
         caption = (
-            f"{ask.height}x{ask.width} in {height}x{width}, {ask.task}, {ask.protocol}, "
-            f"{picture.engine}"
+            f"{answer.asked} in {answer.bucket}, {answer.source}, {answer.protocol}, "
+            f"{answer.engine}"
         )
-        draw.text(
-            (left + cell_width // 2, top + cell_height - 18), caption, fill="black", anchor="mm"
-        )
+        at = (left + cell_width // 2, top + cell_height - 18)
+        draw.text(at, caption, fill="black", anchor="mm")
     return sheet
 
 
@@ -289,21 +350,11 @@ def _draw(table: Table, path: Path) -> None:
     console.save_svg(str(path), title="make demo")
 
 
-def _table(pictures: Sequence[Picture]) -> Table:
-    table = Table(title="height x width, in pixels")
-    for heading in ("asked", "from", "bucket", "padding", "engine", "ms", "protocol"):
-        table.add_column(
-            heading, justify="right" if heading in ("asked", "padding", "ms") else "left"
-        )
-    for picture in pictures:
-        ask = picture.ask
-        table.add_row(
-            f"{ask.height}x{ask.width}",
-            ask.task,
-            "x".join(map(str, picture.bucket)),
-            f"{picture.padding:.0%}",
-            picture.engine,
-            f"{picture.milliseconds:.0f}",
-            ask.protocol,
-        )
+def _table(title: str, last: str, rows: Sequence[Sequence[str]]) -> Table:
+    table = Table(title=title)
+    for heading in ("asked", "from", "bucket", "padding", "engine", "ms", last):
+        right = heading in ("asked", "padding", "ms")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=True)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -9,6 +9,7 @@ from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from preheat.status import padding_warning
 from preheat.torchserve.overview import BucketView, ModelView, WorkerView
 from preheat.torchserve.readiness import READY
 
@@ -45,9 +46,9 @@ def _model(model: ModelView) -> Iterator[RenderableType]:
     yield workers
     for who, worker in _distinct(model.workers):
         yield _buckets(worker.buckets, who)
-        if worker.padding:
-            error, exact = worker.padding.get("max_error"), worker.padding.get("exact")
-            yield Text(f"padding changes an answer by {error} at most: {exact}")
+        warning = padding_warning(worker.padding)
+        if warning is not None:
+            yield Text(warning, style="yellow")
 
 
 def _distinct(workers: Sequence[WorkerView]) -> Iterator[tuple[str, WorkerView]]:

@@ -13,9 +13,12 @@ MARGIN = 4 / 3
 """A run counts as measured and a third more."""
 _FOLLOW = 0.05  # weight of one run in the moving estimate
 _LEAST = 0.5  # of what was measured: an estimate never falls below it
-_MOST_PROMISES = 1000
-_PATIENCE = 10
-"""Calls of full length that a promise outlasts."""
+PATIENCE = 2
+"""Calls of full length that a turn is kept for: the one that runs when its owner comes back, and
+one that others fill who came before.
+"""
+_FURTHEST = 10  # calls of full length from now: nobody waits longer
+_MOST_TURNS = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +29,19 @@ class Timing:
 
     fixed: float
     per_step: float
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """What is kept for a request that was put off, if a call that it comes with begins in between
+    `start` and `end`.
+    """
+
+    who: int
+    seconds: float
+    """Of that call's: its own runs and a third more."""
+    start: float
+    end: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,30 +138,34 @@ class Budget:
     """The time of one call: its answers go back together, so all its runs have to end within
     `timeout` of its start.
 
-    Who is put off is promised a turn: when the same request comes again it goes before everybody
-    who is new.
+    Who is put off is promised a turn: when the same request comes again after that, there is time
+    for it, whoever it comes with. Turns that can meet in one call fit into it together, so they lie
+    as far apart as that takes. Equal requests are one and the same here, and their turns anyone's
+    of them.
 
     Args:
         timeout: TorchServe's responseTimeout in seconds; None: any time is right.
+        most: requests of one call.
         clock: seconds that never go back.
     """
 
     def __init__(
-        self, timeout: float | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        timeout: float | None = None,
+        most: int = 1,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pace, self.timeout = Pace(), timeout
-        self._clock = clock
+        self._most, self._clock = most, clock
         self._began: float | None = None
-        # who -> (seconds of its runs, until when it is remembered)
-        self._promises: dict[int, tuple[float, float]] = {}
+        self._turns: list[Turn] = []
         self.running = False  # whether a run of this call has begun; the first one always may
 
     def begin(self) -> None:
         """A call starts here, unless it has started already."""
         if self._began is None:
             self._began, self.running = self._clock(), False
-            now = self._began
-            self._promises = {who: each for who, each in self._promises.items() if each[1] > now}
+            self._turns = [turn for turn in self._turns if turn.end > self._began]
 
     def end(self) -> None:
         self._began = None
@@ -161,34 +181,35 @@ class Budget:
 
     @property
     def promising(self) -> bool:
-        return bool(self._promises)
+        return bool(self._turns)
 
-    def turn(self, who: int) -> int:
-        """Its place in the order of promises; all that have none come after them, in the order of
-        the batch.
+    def take_turn(self, who: int) -> bool:
+        """Whether one was promised to this request and had come when the call began; it has it
+        now.
         """
-        return next(
-            (place for place, each in enumerate(self._promises) if each == who), len(self._promises)
-        )
+        began = self._began if self._began is not None else self._clock()
+        turn = next((each for each in self._turns if each.who == who and each.start <= began), None)
+        if turn is not None:
+            self._turns.remove(turn)
+        return turn is not None
 
-    def keep(self, who: int) -> None:
-        self._promises.pop(who, None)
-
-    def put_off(self, who: int, seconds: float) -> int:
-        """Promise a turn; returns after how many seconds to come again.
-
-        Promises are packed into calls to come, in their order: one call after the other, each as
-        long as one may be.
+    def promise_turn(self, who: int, seconds: float) -> int | None:
+        """Keep a turn for a request whose runs take `seconds` by themselves; after how many
+        seconds to come again for it, or None where those promised already leave none.
         """
-        timeout = self.timeout or 0.0
-        if who in self._promises or len(self._promises) < _MOST_PROMISES:
-            self._promises[who] = (seconds, self._clock() + _PATIENCE * timeout)
-        calls, filled = 0, 0.0
-        for other, (needed, _) in self._promises.items():
-            if filled and filled + needed * MARGIN > timeout:
-                calls, filled = calls + 1, 0.0
-            filled += needed * MARGIN
-            if other == who:
-                break
-        # Who is not back by then has lost the turn (see _PATIENCE), so no one is sent further away.
-        return max(1, math.ceil(min(calls, _PATIENCE - 2) * timeout))
+        if self.timeout is None or len(self._turns) == _MOST_TURNS:
+            return None
+        patience, cost = PATIENCE * self.timeout, min(seconds * MARGIN, self.timeout)
+        soonest = self._clock() + 1
+        for start in sorted({soonest, *(turn.end for turn in self._turns)}):
+            if soonest <= start <= soonest + _FURTHEST * self.timeout and self._is_free(
+                cost, start, start + patience
+            ):
+                self._turns.append(Turn(who, cost, start, start + patience))
+                return math.ceil(start - self._clock())
+        return None
+
+    def _is_free(self, cost: float, start: float, end: float) -> bool:
+        """Whether `cost` seconds are left in a call of the dearest turns in between."""
+        met = [turn.seconds for turn in self._turns if turn.start < end and start < turn.end]
+        return cost + sum(sorted(met, reverse=True)[: self._most - 1]) <= (self.timeout or 0)

@@ -58,16 +58,6 @@ class WarmupRow:
     """Why it is not the engine that was asked for; empty where it is."""
 
 
-@dataclass(frozen=True, slots=True)
-class WarmupProgress:
-    """Progress: variant number `done` of `total` took `seconds`."""
-
-    done: int
-    total: int
-    variant: Variant
-    seconds: float
-
-
 class Warmup:
     """One run of warm-up and verification.
 
@@ -75,7 +65,7 @@ class Warmup:
         serve: runs one variant through the served path.
         routers: by target name.
         on_failure: `eager` gives up the shapes at fault; `fail` raises.
-        progress: called after each variant.
+        progress: called after each variant with the seconds that it took.
         own_folder: see `watch.cache_counters`.
     """
 
@@ -86,7 +76,7 @@ class Warmup:
         watch: CompileWatch,
         *,
         on_failure: Literal["eager", "fail"],
-        progress: Callable[[WarmupProgress], None] = lambda _: None,
+        progress: Callable[[Variant, float], None] = lambda *_: None,
         own_folder: Path | None = None,
     ) -> None:
         self._serve, self._routers, self._watch = serve, routers, watch
@@ -168,7 +158,7 @@ class Warmup:
                 variant.details,
                 f", cache {outcome}" if outcome else "",
             )
-            self._progress(WarmupProgress(done, len(variants), variant, seconds))
+            self._progress(variant, seconds)
             self._fail_if_asked(variant, visited)
 
     def _warm_until_quiet(self, variant: Variant) -> tuple[float, str | None]:

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakSet
@@ -41,7 +41,8 @@ class CompileWatch:
         return sum(self.events.values())
 
     def close(self) -> None:
-        dynamo_callback.callback_handler.remove_start_callback(self._note)
+        with suppress(ValueError):  # torch.compiler.reset() has let go of it already
+            dynamo_callback.callback_handler.remove_start_callback(self._note)
 
 
 def forbid_compiling() -> None:

@@ -51,6 +51,10 @@ class LimitsConfig(Section):
     max_cost: Positive | None = None
     """Pixel-steps: the bucket's pixels x denoiser calls x pictures of one request. 100 million is
     1024x1024 in 95 steps. Default: no limit."""
+    max_response_bytes: Positive = 300_000_000
+    """Bytes of one answer, of a stream of each event: a larger one than TorchServe's
+    max_response_size, here that of archive/config.properties, would end the worker.
+    """
 
     @model_validator(mode="after")
     def _agree(self) -> LimitsConfig:

@@ -38,6 +38,10 @@ SERVING_MODES: dict[str, str] = {
 """
 
 
+_RETRY_TIMEOUT = 300
+"""TorchServe's maxRetryTimeoutInSec in seconds where the YAML names none."""
+
+
 class ModelConfig(Section):
     """A whole model YAML.
 
@@ -162,6 +166,7 @@ class ModelConfig(Section):
             self.pt2.compile.warning,
             legacy if self.pt2.compile.legacy else None,
             self._odd_dtype(),
+            self._short_retries(),
             *self._odd_batches(),
         )
         return tuple(filter(None, said))
@@ -175,6 +180,14 @@ class ModelConfig(Section):
         return (
             f"{self.family.name}.dtype: under openvino float16 often differs from eager by more "
             "than is let through, and is then served eagerly; use float32"
+        )
+
+    def _short_retries(self) -> str | None:
+        if self.maxRetryTimeoutInSec or (self.startupTimeout or 0) < _RETRY_TIMEOUT:
+            return None
+        return (
+            f"maxRetryTimeoutInSec: TorchServe's {_RETRY_TIMEOUT} must exceed startupTimeout "
+            f"({self.startupTimeout}), or it gives up on a slow start after too few tries"
         )
 
     def _odd_batches(self) -> Iterator[str]:

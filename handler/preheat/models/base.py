@@ -68,15 +68,16 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
     every variant has a static graph of its own, and whose requests may share any run.
     """
 
-    def __init__(self, execution: Execution) -> None:
-        self.execution = execution
+    def __init__(self, execution: Execution, buckets: Sequence[Bucket]) -> None:
+        self.execution, self.buckets = execution, buckets
         self.batches = BatchRunner(execution, self)
 
-    @abstractmethod
     def variants(self, batch_sizes: Iterable[int]) -> Sequence[Variant]:
         """Every variant in these batch sizes, the largest first; none where nothing can be
         warmed.
         """
+        descending = sorted(batch_sizes, reverse=True)
+        return [Variant(bucket, size) for bucket in self.buckets for size in descending]
 
     def covering(self, variants: Sequence[Variant]) -> Sequence[Variant]:
         """A few of `variants` that meet every shape: enough where nothing is compiled."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Generic, Literal, TypeVar
 
 import torch
 
-from preheat.buckets import split_rows
+from preheat.buckets import Bucket, split_rows
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.pace import MARGIN, Budget, Load
@@ -26,13 +26,9 @@ from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff,
 
 if TYPE_CHECKING:
     from preheat.models.base import ModelRunner
+from preheat.models.memory import Unfit
 
 logger = logging.getLogger(__name__)
-
-_MOST_KINDS = 256
-"""Kinds of runs of which it is remembered what did not fit; under `oversize: eager` sizes are the
-clients' own.
-"""
 
 Exactness = Literal["bitwise", "rounding", "padded"]
 """How equal an answer is to the same request's alone: to the last bit, within rounding, or a little
@@ -54,6 +50,11 @@ class BaseJob:
     @property
     def num_rows(self) -> int:
         return 1
+
+    @property
+    def asked(self) -> Bucket | None:
+        """The size that it asks for; None where there is none to plan buckets by."""
+        return None
 
     @property
     def group_key(self) -> Hashable:
@@ -94,6 +95,8 @@ class Outcome:
     error: RunError | None = None
     begun: bool = False
     """Some of its rows are done."""
+    promised: bool = False
+    """It was put off before, and a turn was kept for it."""
 
     @property
     def is_fallback(self) -> bool:
@@ -208,10 +211,7 @@ class BatchRunner(Generic[JobT, ResultT]):
 
     def __init__(self, execution: Execution, family: ModelRunner[JobT, ResultT]) -> None:
         self._execution, self._budget, self._family = execution, execution.budget, family
-        self.unfit: dict[str, int] = {}
-        """By kind of run, the smallest batch size that has not fitted into memory, though there is
-        a smaller one.
-        """
+        self.unfit = Unfit(self._budget.now)
 
     def run(self, jobs: Iterable[JobT], *, retry: bool = True) -> list[ResultT]:
         """Results in the order of the jobs. A run that fails for one request's sake is no reason to
@@ -222,9 +222,10 @@ class BatchRunner(Generic[JobT, ResultT]):
         answers = [self._family.result(job) for job in jobs]
         self._budget.begin()
         try:
-            for group in self._family.groups(self._admitted(answers)):
+            for group in self._admitted(answers):
                 self._answer_group(group, retry)
         finally:
+            self._promise_turns(answers)
             self._budget.end()
         return answers
 
@@ -250,27 +251,32 @@ class BatchRunner(Generic[JobT, ResultT]):
             )
         )
 
-    def _admitted(self, answers: Sequence[ResultT]) -> list[ResultT]:
-        """Those whose runs end in time: who was put off before first, then in the batch's order;
-        the first one always.
+    def _admitted(self, answers: Sequence[ResultT]) -> list[Sequence[ResultT]]:
+        """The groups of those whose runs end in time, in their order; the first one's always do.
+
+        First who was promised a turn, each by itself, so that it takes what was kept for it; then
+        the others as they stand in the batch.
         """
-        if self._budget.timeout is None:
-            return list(answers)
-        order = list(answers)
         if self._budget.promising:
-            order.sort(key=lambda answer: self._budget.turn(answer.job.identity))
+            for answer in answers:
+                answer.promised = self._budget.take_turn(answer.job.identity)
+        promised = [[answer] for answer in answers if answer.promised]
+        ahead = sum(map(self._seconds, promised))
         admitted: list[ResultT] = []
-        for answer in order:
-            if admitted and not self._budget.fits(self._seconds([*admitted, answer])):
-                self._put_off(answer)
+        for answer in (each for each in answers if not each.promised):
+            seconds = ahead + self._seconds([*admitted, answer])
+            if (promised or admitted) and not self._budget.fits(seconds):
+                answer.error = PutOff()
             else:
                 admitted.append(answer)
-                if self._budget.promising:
-                    self._budget.keep(answer.job.identity)
-        return admitted
+        return [*promised, *self._family.groups(admitted)]
 
-    def _put_off(self, answer: ResultT) -> None:
-        answer.error = PutOff(self._budget.put_off(answer.job.identity, self._seconds([answer])))
+    def _promise_turns(self, answers: Sequence[ResultT]) -> None:
+        """At the call's end, from when on clients count their seconds."""
+        for answer in answers:
+            if isinstance(answer.error, PutOff):
+                identity, alone = answer.job.identity, self._seconds([answer])
+                answer.error.retry_after = self._budget.promise_turn(identity, alone)
 
     def _due(self, chunk: Chunk[ResultT], size: int) -> Chunk[ResultT]:
         """The rows that are still worth a run, looked at before each: somebody waits for them, and
@@ -280,18 +286,20 @@ class BatchRunner(Generic[JobT, ResultT]):
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
         seconds = self._budget.pace.seconds(chunk[0][0].job.load(size)) if chunk else 0.0
         # Who has begun is not asked for the third on top: it was admitted, and would begin anew.
-        margin = MARGIN if any(answer.begun for answer, _ in chunk) else 1.0
+        # Nor is who was promised the time.
+        sure = any(answer.begun or answer.promised for answer, _ in chunk)
+        margin = MARGIN if sure else 1.0
         if self._budget.running and not self._budget.fits(seconds / margin):
             for answer, _ in chunk:
                 if answer.error is None:
-                    self._put_off(answer)
+                    answer.error = PutOff()
             return []
         self._budget.running = True
         return chunk
 
     def _answer_group(self, group: Sequence[ResultT], retry: bool) -> None:
         try:
-            self._run_group(group)
+            self._run_group(group, retry)
         # the model's own failure: it belongs to this group, not to the batch
         except BaseException as error:
             if not isinstance(error, Exception) and not is_panic(error):
@@ -318,7 +326,7 @@ class BatchRunner(Generic[JobT, ResultT]):
                     "the deadline had passed before the request's turn came"
                 )
 
-    def _run_group(self, group: Sequence[ResultT]) -> None:
+    def _run_group(self, group: Sequence[ResultT], retry: bool) -> None:
         self._drop_late(group)
         rows = [
             (answer, row)
@@ -327,11 +335,11 @@ class BatchRunner(Generic[JobT, ResultT]):
             for row in range(answer.job.num_rows)
         ]
         if rows:
-            self._run_rows(rows, self._fitting(rows[0][0].job))
+            self._run_rows(rows, self._fitting(rows[0][0].job), retry)
 
-    def _run_rows(self, rows: Chunk[ResultT], batch_sizes: Sequence[int]) -> None:
+    def _run_rows(self, rows: Chunk[ResultT], batch_sizes: Sequence[int], retry: bool) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
-        ones, and so is its like.
+        ones, and so is its like for a while; without `retry` for ever.
         """
         start, job = 0, rows[0][0].job
         for size in split_rows(batch_sizes, len(rows)):
@@ -344,6 +352,7 @@ class BatchRunner(Generic[JobT, ResultT]):
             try:
                 run = self._family.run_chunk(chunk, size)
                 self._budget.pace.saw(load, self._budget.now() - began)
+                self.unfit.fitted(job.kind, size)
                 for answer, _ in chunk:
                     answer.note(run)
                 continue
@@ -353,28 +362,13 @@ class BatchRunner(Generic[JobT, ResultT]):
                 logger.warning("a run of %d rows ran out of memory", size)
             release_memory(self._execution.device)
             if size > min(batch_sizes):
-                self._remember(job.kind, size)
+                self.unfit.failed(job.kind, size, lasting=not retry)
                 smaller = [other for other in batch_sizes if other < size]
-                self._run_rows(chunk, self._fitting(job, smaller))
-                continue
+                self._run_rows([*chunk, *rows[start:]], smaller, retry)
+                return
             for answer, _ in chunk:
                 answer.error = OutOfMemory(f"{job.kind}: one row does not fit into memory")
 
-    def _fitting(self, job: BaseJob, batch_sizes: Sequence[int] = ()) -> Sequence[int]:
-        """Those of the job's batch sizes (of these) that have not failed for want of memory; the
-        smallest is always tried.
-        """
-        batch_sizes = batch_sizes or job.batch_sizes(self._execution.batch_sizes)
-        unfit = self.unfit.get(job.kind)
-        fitting = [size for size in batch_sizes if unfit is None or size < unfit]
-        return fitting or [min(batch_sizes)]
-
-    def _remember(self, kind: str, size: int) -> None:
-        self.unfit[kind] = min(size, self.unfit.get(kind, size))
-        logger.error(
-            "%s: %d rows do not fit into memory; from now on it runs in smaller batches",
-            kind,
-            self.unfit[kind],
-        )
-        if len(self.unfit) > _MOST_KINDS:
-            del self.unfit[next(iter(self.unfit))]
+    def _fitting(self, job: BaseJob) -> Sequence[int]:
+        """Those of the job's batch sizes that are worth a try."""
+        return self.unfit.fitting(job.kind, job.batch_sizes(self._execution.batch_sizes))

@@ -50,5 +50,6 @@ def _text(value: object) -> str:
 
 
 def from_error(error: RequestError | RunError) -> Response:
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, PutOff) else None
+    seconds = error.retry_after if isinstance(error, PutOff) else None
+    headers = {"retry-after": str(seconds)} if seconds is not None else None
     return json_response(error.code, error.body(), headers)

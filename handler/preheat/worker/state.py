@@ -33,6 +33,9 @@ class ServerState:
     unfit: Mapping[str, int] = field(default_factory=dict)
     """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""
+    unfit_seconds: Mapping[str, int] = field(default_factory=dict)
+    """By kind of run, after how many seconds it is tried in that size again; what did not fit in
+    warm-up never is."""
     padding: Mapping[str, float | str] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
@@ -51,6 +54,8 @@ class ServerState:
     """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
     requests: int = 0
     ready_seconds: float = 0.0
+    num_threads: int = 0
+    """Of torch on the CPU, in this worker."""
     peak_memory_bytes: int = 0
 
     def document(self, pace: Pace) -> dict[str, object]:

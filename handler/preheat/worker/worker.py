@@ -28,6 +28,7 @@ import torch
 from torch import nn
 
 import preheat
+from preheat.buckets import Bucket
 from preheat.cache.shared import (
     CacheUse,
     SharedCache,
@@ -43,13 +44,13 @@ from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
 from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
 from preheat.compilation.variants import Variant
-from preheat.compilation.warmup import Warmup, WarmupProgress
+from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
 from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
 from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
-from preheat.errors import ConfigError, OutOfMemory, PutOff, RequestError
+from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
 from preheat.models.base import LoadedModel, ModelRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
@@ -58,6 +59,7 @@ from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.protocol.responses import Response, from_error
 from preheat.status import Phase, StatusFile
 from preheat.user_code import INSTALL, imported_from, load_files
+from preheat.worker.asked import AskedSizes
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
 
@@ -133,7 +135,7 @@ def load(
         },
         attention=config.pt2.attention,
         report=report,
-        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT),
+        budget=Budget(config.responseTimeout or DEFAULT_TIMEOUT, config.batchSize),
     )
     compiled = {
         "pt2": config.pt2.model_dump(
@@ -196,6 +198,7 @@ class Worker(Generic[JobT, ResultT]):
     ) -> None:
         started = time.perf_counter()
         self._status, self._metrics = status, metrics or Metrics(discard)
+        self._asked = AskedSizes()
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
@@ -217,6 +220,7 @@ class Worker(Generic[JobT, ResultT]):
         prepared, pt2 = self._prepared, self.config.pt2
         self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
             # what cannot be used leaves a reason in its router
@@ -296,6 +300,8 @@ class Worker(Generic[JobT, ResultT]):
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
             self._metrics.refused(error.field)
+            if isinstance(error, NoBucket):
+                self._count_size(error.asked)
             return Pending(response=from_error(error))
         except (MemoryError, RuntimeError) as error:  # torch's CPU allocator raises the latter
             if not is_out_of_memory(error):
@@ -329,6 +335,8 @@ class Worker(Generic[JobT, ResultT]):
             else:
                 self._metrics.failed(result.error.code)
                 self.state.put_off += isinstance(result.error, PutOff)
+            if not isinstance(result.error, PutOff):  # who comes again is counted then
+                self._count_size(result.job.asked)
         self._metrics.state(self.current_state())
         self._status.serve(self.document)
         return results
@@ -336,13 +344,18 @@ class Worker(Generic[JobT, ResultT]):
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
         self.state.compiles_since_ready = self._watch.num_events - self._events_at_ready
-        self.state.unfit = dict(self.runner.batches.unfit)
+        unfit = self.runner.batches.unfit
+        self.state.unfit, self.state.unfit_seconds = unfit.sizes(), unfit.waits()
         self.state.peak_memory_bytes = peak_memory_bytes(self._prepared.execution.device)
         return self.state
 
     def document(self) -> dict[str, object]:
-        """The current state as JSON."""
+        """The current state as JSON, but for the asked sizes, which may be many."""
         return self.current_state().document(self._budget.pace)
+
+    def description(self) -> dict[str, object]:
+        """The current state as JSON, and the sizes that were asked for."""
+        return self.document() | {"asked_sizes": self._asked.document()}
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
@@ -448,14 +461,18 @@ class Worker(Generic[JobT, ResultT]):
             covers=covers,
         )
 
-    def _show(self, sharing: CacheUse | None, step: WarmupProgress) -> None:
-        self._status.step(str(step.variant.bucket), step.seconds)
+    def _show(self, sharing: CacheUse | None, variant: Variant, seconds: float) -> None:
+        self._status.step(str(variant.bucket), seconds)
         if sharing is not None:
             sharing.keep()
 
     def _report(self, run: RunReport) -> None:
         if self.state.state in ("hot", "cold"):
             self._metrics.run(run)
+
+    def _count_size(self, size: Bucket | None) -> None:
+        self._asked.count(size)
+        self._status.keep_sizes(self._asked.document)
 
     def _count(self, answer: Outcome) -> None:
         self.state.incidents += answer.unwarmed

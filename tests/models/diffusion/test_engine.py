@@ -179,7 +179,7 @@ def test_who_makes_a_run_fail_fails_alone_but_not_in_warm_up() -> None:
     assert all(answer.error is not None for answer in bench.runner.batches.run(jobs, retry=False))
 
 
-@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 2, 1, 1])])
+@pytest.mark.parametrize(("most_rows", "runs"), [(3, [4, 2, 2]), (1, [4, 2, 1, 1, 1, 1])])
 def test_a_run_out_of_memory_is_split_down_to_one_and_everybody_is_served(
     most_rows: int, runs: list[int]
 ) -> None:

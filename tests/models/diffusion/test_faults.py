@@ -4,6 +4,9 @@ dtype.
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +19,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import old_folders
+from conftest import NUM_THREADS
 from preheat.compilation.backends.inductor import TorchCompile
 from preheat.compilation.watch import CompileWatch
 from preheat.errors import OutOfMemory
@@ -134,24 +138,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-@pytest.fixture(scope="module", params=["float32", "bfloat16", "float16"])
+@pytest.fixture(scope="module", params=["float32"] if NUM_THREADS == 1 else ["bfloat16", "float16"])
 def bench(request: pytest.FixtureRequest, folder: Path) -> Iterator[Bench]:
     """A hot worker in this dtype, and what it generates without faults."""
-    torch._dynamo.reset()
+    assert torch.get_num_threads() == NUM_THREADS
+    torch.compiler.reset()
     with pytest.MonkeyPatch.context() as patch:
         faults = Faults()
         faults.install(patch)
-        service = half_served(folder, request.param, shapes={"batch_sizes": [1, 2]})
-        expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
-        yield Bench(service, faults, request.param, expected)
-    torch.compiler.set_stance("default")
-    torch._dynamo.reset()
+        with half_served(folder, request.param, shapes={"batch_sizes": [1, 2]}) as service:
+            expected = {task: pictures(ask(service, *bodies(task))) for task in TASKS}
+            yield Bench(service, faults, request.param, expected)
+    torch.compiler.reset()
 
 
 @pytest.fixture
 def hot(bench: Bench) -> Iterator[Bench]:
     """With nothing remembered; afterwards every task has to be served as ever."""
-    bench.service.runner.batches.unfit.clear()
+    bench.service.runner.batches.unfit.fitted("64x64, guidance", 4)
     yield bench
     bench.faults.stage = None
     for task in TASKS:
@@ -256,3 +260,22 @@ def test_where_no_batch_is_smaller_what_eager_can_hold_is_served_eagerly(
     assert rows == {("unet", "compiled"), ("vae.decoder", "eager")}
     (answer,) = ask(service, bodies("text-to-image")[0])
     assert answer.engine == "eager" and answer.is_fallback
+
+
+@pytest.mark.skipif(NUM_THREADS > 1, reason="it is this process that it starts")
+def test_in_half_precision_and_on_two_threads_a_fault_leaves_as_little_behind() -> None:
+    """What is above with `bench`, in a process that began with two threads: there a fault inside a
+    kernel has another thread to hurt.
+    """
+    threads = {"PREHEAT_TEST_THREADS": "2", "OMP_NUM_THREADS": "2", "OMP_WAIT_POLICY": "passive"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    done = subprocess.run(
+        [*command, "-k", "float16"],
+        env=os.environ | threads,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    tests_of_a_dtype = len(IN_STAGES) + len(TASKS) + 1
+    assert f"{2 * tests_of_a_dtype} passed" in done.stdout

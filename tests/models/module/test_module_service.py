@@ -22,6 +22,7 @@ import safetensors.torch
 import torch
 import yaml
 from PIL import Image
+from torch._dynamo.utils import counters
 from ts.torch_handler import base_handler
 
 from config.test_pt2_forms import FORMS
@@ -480,14 +481,14 @@ def test_an_imported_op_leaves_the_graph_whole(
 
     def served(**changes: Any) -> tuple[Any, str]:
         torch.compiler.set_stance("default")
-        torch._dynamo.utils.counters["graph_break"].clear()  # those of other tests
+        counters["graph_break"].clear()  # those of other tests
         config = ModelConfig.parse(own | {"pt2": own["pt2"] | changes})
         service = Worker[Any, Any](
             config, folder, torch.device("cpu"), status=StatusFile(None, "op")
         )
         with torch.profiler.profile() as profile:
             (answer,) = service.run([service.parse({"body": body})])
-        assert answer.engine == "compiled" and not torch._dynamo.utils.counters["graph_break"]
+        assert answer.engine == "compiled" and not counters["graph_break"]
         ran = any(event.key == "preheat_example::attention" for event in profile.key_averages())
         assert ran == bool(changes)
         pictures = [

@@ -176,7 +176,7 @@ class Net(torch.nn.Module):
         self.table = torch.nn.Embedding(4, 64)
 
     def forward(self, index, x):
-        return self.table(index).sum(-1) + x
+        return self.table(index.long()).sum(-1) + x
 
 def make():
     return Net()
@@ -198,16 +198,26 @@ def served(folder: Path, inputs: dict[str, Any], backend: str = "eager") -> Work
 X = {"shape": ["batch", 3], "default": 0.0}
 
 
+@pytest.mark.parametrize("dtype", ["int64", "float32"])
 @pytest.mark.parametrize("wrong", [[0, 4], [-1, 3], [-100, 3]], ids=str)
 def test_a_range_that_the_module_does_not_take_is_found_at_start(
-    watch: CompileWatch, tmp_path: Path, wrong: list[int]
+    watch: CompileWatch, tmp_path: Path, wrong: list[int], dtype: str
 ) -> None:
     with pytest.raises(
         ConfigError, match=r"module.inputs.index.range: (4|-1|-100|-99) is not what it takes"
     ):
-        served(
-            tmp_path, {"index": {"dtype": "int64", "shape": ["batch", 3], "range": wrong}, "x": X}
-        )
+        served(tmp_path, {"index": {"dtype": dtype, "shape": ["batch", 3], "range": wrong}, "x": X})
+
+
+def test_floats_that_a_module_makes_indices_of_can_have_a_range(
+    watch: CompileWatch, tmp_path: Path
+) -> None:
+    index = {"dtype": "float32", "shape": ["batch", 3], "range": [0, 3]}
+    service = served(tmp_path, {"index": index, "x": X})
+    ask(service, {"index": [0.5, 3, 1]})
+    with pytest.raises(RequestError, match=r"holds a number outside 0\.\.3") as caught:
+        service.parse({"body": {"inputs": {"index": [0.5, 3.5, 1]}}})
+    assert caught.value.field == "index"
 
 
 def test_undeclared_whole_numbers_are_served_eagerly_and_it_is_said(

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
-from preheat.errors import RequestError
+from preheat.errors import NoBucket
 
 if TYPE_CHECKING:
     from preheat.config.pt2 import Fit, Oversize
@@ -98,7 +98,7 @@ def plan(
     are rounded to it. `grid` is what its network halves evenly, to which `fit: mask` rounds up.
 
     Raises:
-        RequestError: no bucket covers the size, and `oversize` is `reject`.
+        NoBucket: no bucket covers the size, and `oversize` is `reject`.
         ValueError: a side is not positive, or there are no buckets.
     """
     if height < 1 or width < 1:
@@ -223,7 +223,7 @@ def _round_div(numerator: int, denominator: int) -> int:
     return (2 * numerator + denominator) // (2 * denominator)
 
 
-def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestError:
+def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> NoBucket:
     """The refusal, which names the side that no bucket can hold (the longer one, where each alone
     would fit).
     """
@@ -235,11 +235,12 @@ def _too_large(height: int, width: int, buckets: Sequence[Bucket]) -> RequestErr
         field = "width" if width >= height else "height"
     largest = ", ".join(str(bucket) for bucket in _largest(buckets))
     nearest = nearest_aspect(buckets, height, width)
-    return RequestError(
+    return NoBucket(
         f"is too much: no bucket covers height {height} and width {width}; the nearest is "
         f"{nearest} (height x width), the largest: {largest}; with pt2.shapes.oversize: downscale "
         "the server would generate a bucket and scale it up",
         field,
+        Bucket(height, width),
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from PIL import Image
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Load
 from preheat.models.batching import BaseJob, Outcome
 from preheat.models.diffusion.geometry import Plan
@@ -35,6 +36,10 @@ class Job(BaseJob):
     @property
     def num_rows(self) -> int:
         return self.request.num_images
+
+    @property
+    def asked(self) -> Bucket:
+        return Bucket(self.plan.height, self.plan.width)
 
     @property
     def group_key(self) -> Hashable:

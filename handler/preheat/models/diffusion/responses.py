@@ -8,18 +8,22 @@ from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any
 
 from preheat.device import is_out_of_memory
-from preheat.errors import OutOfMemory
+from preheat.errors import AnswerTooLarge, OutOfMemory
 from preheat.protocol import images
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
     from preheat.models.diffusion.job import Answer, Job
+    from preheat.models.diffusion.request import ImageRequest
 
 
-def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
+_WORDS = 1000  # bytes of JSON beside a picture, at most
+
+
+def encoded(answers: Sequence[Answer], pool: Executor, *, most: int) -> list[list[bytes]]:
     """Each answer's pictures as files, encoded side by side in the pool's threads; what does not
-    fit into memory is that answer's error.
+    fit into memory, or into a body of `most` bytes, is that answer's error.
 
     Pillow lets go of the GIL while it writes PNG and WebP (measured: another thread waits 3 ms at
     most of the 75 that a 1024x1024 PNG takes); a JPEG, of 6 ms, holds it.
@@ -33,7 +37,23 @@ def encoded(answers: Sequence[Answer], pool: Executor) -> list[list[bytes]]:
         else []
         for answer in answers
     ]
-    return [_files(answer, own) for answer, own in zip(answers, tasks, strict=True)]
+    files = [_files(answer, own) for answer, own in zip(answers, tasks, strict=True)]
+    for answer, own in zip(answers, files, strict=True):
+        if (size := _body_bytes(answer.job.request, own)) > most:
+            answer.error = AnswerTooLarge(
+                f"the answer has about {size} bytes, at most {most} are allowed "
+                "(pipeline.limits.max_response_bytes); ask for fewer pictures, smaller ones, or "
+                "output_format webp or jpeg"
+            )
+    return files
+
+
+def _body_bytes(request: ImageRequest, files: Sequence[bytes]) -> int:
+    """Of the largest body that holds these files; a stream has one for each."""
+    if request.response_format == "image" and not request.stream:
+        return sum(map(len, files))
+    in_json = [4 * -(-len(file) // 3) + _WORDS for file in files]
+    return max(in_json, default=0) if request.stream else sum(in_json)
 
 
 def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:

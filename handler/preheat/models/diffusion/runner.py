@@ -65,7 +65,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
     """
 
     def __init__(self, execution: Execution, pipeline: Pipeline, config: ModelConfig) -> None:
-        super().__init__(execution)
+        super().__init__(execution, config.pt2.shapes.buckets)
         self._pipeline, self._most = pipeline, config.batchSize
         self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
         self.planner = Planner(pipeline, self._shapes, self._own.limits)
@@ -74,7 +74,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
         every = plan_variants(
-            self._shapes.buckets,
+            self.buckets,
             batch_sizes,
             self._pipeline.guidance_variants,
             self._pipeline.tasks,
@@ -173,7 +173,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         )
 
     def overload(self, pace: Pace, timeout: float) -> str | None:
-        limits, most = self._own.limits, max(bucket.volume for bucket in self._shapes.buckets)
+        limits, most = self._own.limits, max(bucket.volume for bucket in self.buckets)
         cost = limits.max_cost or most * limits.max_steps * limits.max_images
         per_cost = pace.worst(2 if self._pipeline.guidance_variants[0] else 1)
         seconds = self._most * cost * per_cost
@@ -205,7 +205,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         dropped = self._dropped(request)
         job = replace(self.planner.prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
-        least_area = min(bucket.volume for bucket in self._shapes.buckets)
+        least_area = min(bucket.volume for bucket in self.buckets)
         check_cost(
             request,
             job.plan.bucket,
@@ -278,7 +278,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             emit_step(answer, row, step, of, preview)
 
     def postprocess(self, results: Sequence[Answer]) -> list[Response]:
-        files = responses.encoded(results, self._encoders)
+        most = self._own.limits.max_response_bytes
+        files = responses.encoded(results, self._encoders, most=most)
         return [
             responses.from_answer(answer, own) for answer, own in zip(results, files, strict=True)
         ]

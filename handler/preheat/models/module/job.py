@@ -29,6 +29,10 @@ class Job(BaseJob):
     accept: Accept = "application/json"
 
     @property
+    def asked(self) -> Bucket | None:
+        return Bucket(**self.sizes) if self.sizes else None
+
+    @property
     def kind(self) -> str:
         return str(self.bucket or "none")
 

@@ -29,6 +29,7 @@ from preheat.models.module.request import Accept, Reader, sizes_of
 from preheat.models.module.tensors import TORCH_DTYPES, cut_to, pad_to
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
+from preheat.status import padding_warning
 
 logger = logging.getLogger(__name__)
 
@@ -45,10 +46,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
     def __init__(
         self, execution: Execution, module: nn.Module, config: ModelConfig, reader: Reader
     ) -> None:
-        super().__init__(execution)
-        self._module, self._reader = module, reader
         self._own, self._shapes = config.section(ModuleConfig), config.pt2.shapes
-        self._buckets, self._dtype = buckets(self._own), DTYPES[self._own.dtype]
+        super().__init__(execution, buckets(self._own))
+        self._module, self._reader, self._dtype = module, reader, DTYPES[self._own.dtype]
         self.padded: Exactness = "padded"
         """What an answer is whose inputs were padded, until `rounding` has been measured."""
         self.output_names = tuple(self._own.outputs)
@@ -63,7 +63,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         if not self._own.inputs:
             self._warn_of_unknown_ranges()
             return
-        smallest = dict(self._buckets[-1].sizes)
+        smallest = dict(self.buckets[-1].sizes)
         with ExitStack() as stack:
             for router in self.execution.routers.values():
                 stack.enter_context(router.observing())
@@ -93,9 +93,10 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         """
         base = self.sample(smallest, seed=0)
         for name, spec in self._own.inputs.items():
-            for number in _tried(self._reader.ranges[name]) if spec.is_index else ():
+            # of floats too: a module may make indices of them
+            for number in _tried(self._reader.ranges[name]) if name in self._reader.ranges else ():
                 changed = base.inputs[name].clone()
-                changed.view(-1)[0] = int(number)
+                changed.view(-1)[0] = int(number) if spec.is_index else number
                 job = replace(base, inputs={**base.inputs, name: changed})
                 path = f"module.inputs.{name}.range"
                 try:
@@ -106,10 +107,6 @@ class ModuleRunner(ModelRunner[Job, Answer]):
                     raise ConfigError(
                         f"{number:.15g} is not what it takes in its smallest bucket: {error}", path
                     )
-
-    def variants(self, batch_sizes: Iterable[int]) -> tuple[Variant, ...]:
-        descending = sorted(batch_sizes, reverse=True)
-        return tuple(Variant(bucket, size) for bucket in self._buckets for size in descending)
 
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
         if self._shapes.batch_sizes != "dynamic":
@@ -137,22 +134,13 @@ class ModuleRunner(ModelRunner[Job, Answer]):
     def measure_padding(self) -> Mapping[str, float | str]:
         """Of the warm module; where padding changes more than rounding, the log says so."""
         found = padding_check.document(self._measure_padding())
-        if self.padded == "padded":
-            share = found["max_share"]
-            how_far = (
-                f"up to {share:.2g} of the largest magnitude"
-                if isinstance(share, float)
-                else "into what is not finite"
-            )
-            logger.warning(
-                "padding changes answers by %s; a mask input with default: 1, padded with 0, "
-                "would let the module see it",
-                how_far,
-            )
+        warning = padding_warning(found)
+        if warning is not None:
+            logger.warning("%s", warning)
         return found
 
     def _measure_padding(self) -> Sequence[Closeness]:
-        found = padding_check.measure(self, self._buckets, self._own, self._dtype)
+        found = padding_check.measure(self, self.buckets, self._own, self._dtype)
         self.padded = "rounding" if all(close.ok for close in found) else "padded"
         return found
 
@@ -165,7 +153,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         if self._shapes.strategy == "exact":
             return Job(inputs, {}, None, accept, deadline=deadline)
         sizes = sizes_of(inputs, self._own.inputs)
-        bucket = smallest_covering(self._buckets, Bucket(**sizes))
+        bucket = smallest_covering(self.buckets, Bucket(**sizes))
         return Job(inputs, sizes, bucket, accept, deadline=deadline, bypass=bucket is None)
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> Job:

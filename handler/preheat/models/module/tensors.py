@@ -20,8 +20,9 @@ import safetensors.torch
 import torch
 from numpy.lib import format as npy
 
+from preheat.buckets import Bucket
 from preheat.config.module import InputConfig, ModuleLimits
-from preheat.errors import RequestError, is_panic
+from preheat.errors import NoBucket, RequestError, is_panic
 from preheat.protocol import images
 
 NPY_MAGIC = b"\x93NUMPY"
@@ -76,7 +77,7 @@ class Bounds:
         any shape.
 
         Raises:
-            RequestError: it is larger than that.
+            RequestError: it is larger than that; NoBucket, where buckets set the limit.
         """
         dim, longest = self.lengths.get(name, (0, 0))
         if longest and len(shape) >= -dim and shape[dim] > longest:
@@ -94,8 +95,12 @@ class Bounds:
                 return
             if self.rejecting:
                 dimension, size = over[0]
-                raise RequestError(
-                    f"has {dimension} {size}, the largest bucket is {self.largest[dimension]}", name
+                sizes = {each: size for each, size in zip(spec.shape, shape, strict=True)}
+                asked = {each: sizes[each] for each in self.largest if each in sizes}
+                raise NoBucket(
+                    f"has {dimension} {size}, the largest bucket is {self.largest[dimension]}",
+                    name,
+                    Bucket(**asked) if len(asked) == len(self.largest) else None,
                 )
         if math.prod(shape) > self.max_elements:
             raise RequestError(
