@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from preheat.config.diffusion import LimitsConfig, PipelineConfig, Task
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import Pt2Config, ShapesConfig
@@ -16,6 +18,7 @@ class FakePipeline:
     family = FAMILIES["StableDiffusionXLPipeline"]
     multiple, grid, order = 8, 16, 1
     shifts_by_size = False
+    mask_error: Mapping[str, float | str] = {}
     tasks: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
     guidance_variants: tuple[bool, ...] = (True, False)
     prompts = Reader(())

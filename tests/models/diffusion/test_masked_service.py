@@ -14,6 +14,7 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
 from plain_diffusers import Plain
@@ -22,6 +23,7 @@ from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError
 from preheat.models import tiny
 from preheat.models.diffusion.job import Answer
+from preheat.models.diffusion.masking import parts
 from preheat.protocol import responses
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
@@ -111,6 +113,8 @@ def test_strangers_of_all_sizes_share_runs_and_get_their_own_pictures(
         pt2={} if family == "sdxl" else {"compile": {"enable": False}},
     )
     closed.append(service)
+    assert service.state.padding["exact"] == "rounding"
+    assert 0 < float(service.state.padding["max_error"]) < 1e-5
     plain = Plain(folders / family / "model", GRID[family])
     events = watch.num_events
     for requests in BY_TASK.values():
@@ -201,3 +205,11 @@ def test_a_scheduler_that_looks_at_the_whole_canvas_is_refused(
     settings.write_text(json.dumps({**json.loads(settings.read_text()), "thresholding": True}))
     with pytest.raises(ConfigError, match="DDIMScheduler with thresholding"):
         start(tmp_path, pipeline={"scheduler": "DDIMScheduler"})
+
+
+def test_a_network_that_masks_do_not_make_exact_stops_the_load(folders: Path) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(parts.SelfAttention, "__call__", AttnProcessor2_0.__call__)
+        patch.setattr(parts.MaskedGroupNorm, "forward", torch.nn.GroupNorm.forward)
+        with pytest.raises(ConfigError, match="mask is not exact with this model"):
+            start(folders / "sd15")

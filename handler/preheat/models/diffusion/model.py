@@ -36,7 +36,7 @@ class DiffusionModel(LoadedModel[Job, Answer]):
         step = pipeline.grid if masked else pipeline.multiple
         self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline, step)
         if masked:
-            pipeline.mask()
+            pipeline.mask(self.sizes)
         self.config = config.with_shapes(shapes.model_copy(update={"buckets": self.sizes}))
 
     @classmethod

@@ -25,14 +25,15 @@ from diffusers import (
     AutoPipelineForText2Image,
 )
 from numpy.typing import NDArray
-from PIL.Image import Image
+from PIL import Image
 from torch import nn
 
 from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
-from preheat.models.diffusion.masking.painting import MaskedPainting, Rows
+from preheat.models.diffusion import mask_check
+from preheat.models.diffusion.masking.painting import Call, MaskedPainting, Rows
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
@@ -87,8 +88,8 @@ class Row:
     prompt: str
     negative_prompt: str | None
     seed: int
-    image: Image | None = None
-    mask: Image | None = None
+    image: Image.Image | None = None
+    mask: Image.Image | None = None
     size: Bucket | None = None
     """What it fills of a masked batch's bucket, in pixels of the upper left; None: all."""
 
@@ -159,6 +160,7 @@ class DiffusionPipeline:
         self.prompts = Reader.of(pipe, self._accepted_length())
         self._num_timesteps = lru_cache(maxsize=1000)(self._count_timesteps)
         self._masked: MaskedPainting | None = None
+        self.mask_error: Mapping[str, float | str] = {}
 
     @classmethod
     def load(
@@ -229,14 +231,28 @@ class DiffusionPipeline:
         side = int(cells) * int(self._pipe.vae_scale_factor)
         return Bucket(side, side)
 
-    def mask(self) -> None:
-        """Rewrite the pipeline so that a batch may have rows of several sizes (`Batch.masked`).
+    def mask(self, buckets: Sequence[Bucket]) -> None:
+        """Rewrite the pipeline so that a batch may have rows of several sizes (`Batch.masked`), and
+        look whether its denoiser is exact in these buckets.
 
         Raises:
             ConfigError: their pictures would not be those that each has alone.
         """
         cell = int(self._pipe.vae_scale_factor)
         self._masked = MaskedPainting(list(self._tasks.values()), self.family.denoiser, cell)
+        self.mask_error = mask_check.checked(buckets, self.grid, self._first_call)
+
+    def _first_call(self, bucket: Bucket, size: Bucket) -> Call:
+        """The denoiser's first call in a masked run of one row of that size."""
+        assert self._masked is not None
+        task = self.tasks[0]
+        blank = None if task == "text-to-image" else Image.new("RGB", (bucket.width, bucket.height))
+        hole = Image.new("L", blank.size, 255) if blank and task == "inpainting" else None
+        row = Row("a picture", None, 0, blank, hole, size)
+        scale = 2.0 if self.guidance_variants[0] else 0.0
+        batch = Batch([row], task, bucket, 2, scale, 1.0, masked=True)
+        with torch.no_grad():
+            return self._masked.first_call(lambda: self.generate(batch))
 
     @property
     def shifts_by_size(self) -> bool:

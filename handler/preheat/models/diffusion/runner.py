@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -44,6 +44,7 @@ class Pipeline(Sized, Protocol):
 
     prompts: Reader
     guidance_variants: tuple[bool, ...]
+    mask_error: Mapping[str, float | str]
 
     @property
     def tasks(self) -> Sequence[Task]: ...
@@ -138,6 +139,10 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for picture in answer.pictures:
                 images.encode(picture, job.request.output_format)
         return _timing(time.perf_counter() - began, ended, self._pipeline.order)
+
+    def measure_padding(self) -> Mapping[str, float | str]:
+        """Of the denoiser with masks, which was looked at before it was compiled."""
+        return self._pipeline.mask_error
 
     def _fitted(self, job: Job, variant: Variant) -> Job:
         """The variant's job, whose picture fills as much of the bucket as the variant's do."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import cycle
 from typing import Any
 
@@ -87,6 +88,53 @@ class Rows:
         return torch.cat(made)
 
 
+class _Seen(BaseException):
+    """Ends a run at its first call of the denoiser."""
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A call of a denoiser for rows that are all of one size, at their `place`."""
+
+    module: Any
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    place: Place
+
+    def masked(self) -> torch.Tensor:
+        """The rows' own cells of what it gives, where all others are NaN in what it is given."""
+        latents = self._latents
+        own = self._each(torch.ones_like(latents), lambda row: self.place.lay(self.place.cut(row)))
+        return self._cut(self._called(latents.masked_fill(own == 0, torch.nan), self.kwargs))
+
+    def alone(self) -> torch.Tensor:
+        """What it gives for these cells without masks."""
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "sizes"}
+        if "img_ids" in kwargs:
+            kwargs["img_ids"] = self.place.cut(kwargs["img_ids"][None])[0]
+        return self._called(self._cut(self._latents).contiguous(), kwargs)
+
+    @property
+    def _latents(self) -> torch.Tensor:
+        latents: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return latents
+
+    def _called(self, latents: torch.Tensor, kwargs: dict[str, Any]) -> torch.Tensor:
+        if self.args:
+            (result,) = self.module(latents, *self.args[1:], **kwargs)
+        else:
+            (result,) = self.module(**{**kwargs, "hidden_states": latents})
+        return result  # type: ignore[no-any-return]
+
+    def _cut(self, latents: torch.Tensor) -> torch.Tensor:
+        return self._each(latents, self.place.cut)
+
+    def _each(
+        self, latents: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]
+    ) -> torch.Tensor:
+        return torch.cat([change(row) for row in latents[:, None]])
+
+
 class MaskedPainting:
     """Teaches a loaded pipeline to paint rows of several sizes at once.
 
@@ -120,6 +168,19 @@ class MaskedPainting:
             if getattr(each, "watermark", None) is not None:
                 each.watermark.apply_watermark = self._marked(each.watermark.apply_watermark)
         self._rows: Rows | None = None
+        self._is_seen: Callable[[Call], None] | None = None
+
+    def first_call(self, run: Callable[[], object]) -> Call:
+        """The first call of the denoiser in a masked run of rows of one size; it ends the run."""
+        seen: list[Call] = []
+        self._is_seen = seen.append
+        try:
+            run()
+        except _Seen:
+            return seen[0]
+        finally:
+            self._is_seen = None
+        raise ValueError("the run has not called the denoiser")
 
     @contextmanager
     def of(self, sizes: Sequence[Bucket], canvas: Bucket) -> Iterator[Rows]:
@@ -142,6 +203,9 @@ class MaskedPainting:
         if "time_ids" in conditions:
             ids = self._rows.time_ids(conditions["time_ids"])
             kwargs["added_cond_kwargs"] = {**conditions, "time_ids": ids}
+        if self._is_seen is not None:
+            self._is_seen(Call(module, args, kwargs, self._rows.places[0]))
+            raise _Seen
         return args, kwargs
 
     def _decode_rows(self, z: torch.Tensor, return_dict: bool = True, **others: Any) -> Any:
