@@ -31,6 +31,20 @@ class EventStream:
         else:
             self._send(self._part(line))
 
+    @property
+    def num_kept(self) -> int:
+        """Bytes that wait for the end; 0 where they are sent as they happen."""
+        return sum(map(len, self._kept))
+
+    @property
+    def is_live(self) -> bool:
+        """Whether each event is a part of the answer by itself."""
+        return self._send is not None
+
+    def drop_kept(self) -> None:
+        """Say nothing of what waits for the end."""
+        self._kept.clear()
+
     def close(self, last: str, /, **fields: object) -> Response:
         """The last event, which is the response, after whatever was kept."""
         return self._part(b"".join([*self._kept, _line(last, fields)]))

@@ -15,7 +15,6 @@ from preheat.protocol.responses import Response, from_error, json_response, preh
 
 if TYPE_CHECKING:
     from preheat.models.diffusion.job import Answer, Job
-    from preheat.models.diffusion.request import ImageRequest
 
 
 _WORDS = 1000  # bytes of JSON beside a picture, at most
@@ -39,21 +38,27 @@ def encoded(answers: Sequence[Answer], pool: Executor, *, most: int) -> list[lis
     ]
     files = [_files(answer, own) for answer, own in zip(answers, tasks, strict=True)]
     for answer, own in zip(answers, files, strict=True):
-        if (size := _body_bytes(answer.job.request, own)) > most:
-            answer.error = AnswerTooLarge(
+        if (size := _body_bytes(answer.job, own)) > most:
+            answer.error = answer.error or AnswerTooLarge(
                 f"the answer has about {size} bytes, at most {most} are allowed "
-                "(pipeline.limits.max_response_bytes); ask for fewer pictures, smaller ones, or "
-                "output_format webp or jpeg"
+                "(pipeline.limits.max_response_bytes); ask for fewer pictures or previews, smaller "
+                "ones, or output_format webp or jpeg"
             )
+            if answer.job.events is not None:
+                answer.job.events.drop_kept()
     return files
 
 
-def _body_bytes(request: ImageRequest, files: Sequence[bytes]) -> int:
-    """Of the largest body that holds these files; a stream has one for each."""
-    if request.response_format == "image" and not request.stream:
-        return sum(map(len, files))
+def _body_bytes(job: Job, files: Sequence[bytes]) -> int:
+    """Of the largest body that holds these files: a stream that is live has one for each, and one
+    that is not has kept its other events for the same body.
+    """
     in_json = [4 * -(-len(file) // 3) + _WORDS for file in files]
-    return max(in_json, default=0) if request.stream else sum(in_json)
+    if job.events is None:
+        return sum(map(len, files)) if job.request.response_format == "image" else sum(in_json)
+    if job.events.is_live:
+        return max(in_json, default=0)
+    return sum(in_json) + job.events.num_kept + _WORDS  # of the last event
 
 
 def from_answer(answer: Answer, files: Sequence[bytes]) -> Response:
