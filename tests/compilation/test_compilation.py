@@ -469,3 +469,16 @@ def test_a_target_may_take_and_give_the_outputs_of_transformers(watch: CompileWa
     router.freeze()
     call()
     assert router.run.engines == {"compiled"} and not router.run.unwarmed
+
+
+def test_events_are_added_up_while_another_kind_is_seen(watch: CompileWatch) -> None:
+    """As the status file's thread does."""
+
+    class Meanwhile(int):
+        def __radd__(self, other: int) -> int:
+            watch.events["another"] += 1
+            return int(self) + other
+
+    watch.events["a"], watch.events["b"] = Meanwhile(1), 1
+    assert watch.num_events == 2
+    assert watch.events["another"] == 1

@@ -101,3 +101,42 @@ def test_of_many_kinds_the_latest_are_remembered() -> None:
     for number in range(1000):
         unfit.failed(str(number), 2, lasting=False)
     assert len(unfit.sizes()) == 256 and "999" in unfit.sizes()
+
+
+def test_a_shortage_while_serving_passes_whatever_failed_in_warm_up() -> None:
+    now = [0.0]
+    unfit = Unfit(lambda: now[0])
+    unfit.failed("kind", 8, lasting=True)
+    unfit.failed("kind", 2, lasting=False)
+    assert unfit.fitting("kind", (*SIZES, 8)) == [1]
+    assert (unfit.sizes(), unfit.waits()) == ({"kind": 2}, {"kind": 600})
+    now[0] = 600.0
+    assert (unfit.sizes(), unfit.waits()) == ({"kind": 8}, {})
+    unfit.fitted("kind", 8)
+    assert unfit.fitting("kind", (*SIZES, 8)) == [*SIZES], "what was never warmed is never tried"
+
+
+def test_no_number_of_clients_sizes_makes_forget_what_failed_in_warm_up() -> None:
+    unfit = Unfit(lambda: 0.0)
+    unfit.failed("warmed", 4, lasting=True)
+    for number in range(1000):
+        unfit.failed(str(number), 2, lasting=False)
+    assert unfit.fitting("warmed", SIZES) == [1, 2] and unfit.sizes()["warmed"] == 4
+
+
+def test_figures_are_read_while_another_run_fails() -> None:
+    """As the status file's thread does: between any two kinds the worker's may go on."""
+
+    class Meanwhile(float):
+        def __lt__(self, other: float) -> bool:
+            unfit.failed(f"another {len(unfit.sizes())}", 2, lasting=False)
+            return float(self) < other
+
+    clock: list[float] = []
+    unfit = Unfit(lambda: clock.pop() if clock else 0.0)
+    for kind in "ab":
+        unfit.failed(kind, 2, lasting=False)
+    for figures in (unfit.sizes, unfit.waits):
+        clock.append(Meanwhile(0.0))
+        assert {"a", "b"} <= figures().keys()
+    assert len(unfit.sizes()) > 2, "they did fail meanwhile"

@@ -38,7 +38,7 @@ class CompileWatch:
 
     @property
     def num_events(self) -> int:
-        return sum(self.events.values())
+        return sum(dict(self.events).values())  # a copy: another thread may compile meanwhile
 
     def close(self) -> None:
         with suppress(ValueError):  # torch.compiler.reset() has let go of it already

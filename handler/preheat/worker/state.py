@@ -34,8 +34,8 @@ class ServerState:
     """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""
     unfit_seconds: Mapping[str, int] = field(default_factory=dict)
-    """By kind of run, after how many seconds it is tried in that size again; what did not fit in
-    warm-up never is."""
+    """By kind of run, after how many seconds what did not fit while serving is tried again; what
+    did not fit in warm-up never is."""
     padding: Mapping[str, float | str] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
