@@ -116,7 +116,8 @@ class DeadlinePassed(RunError):
 
 class PutOff(RunError):
     """Its batch has no time left for it, so it was not begun. Sent again after `retry_after`
-    seconds there is time for it; None: nobody knows when.
+    seconds it comes first, and if its batch begins soon then there is time for it
+    (`compilation.pace.Budget`); None: nobody knows when.
     """
 
     code = 503
@@ -126,12 +127,17 @@ class PutOff(RunError):
         again = (
             "send it again later"
             if self.retry_after is None
-            else f"send it again after {self.retry_after} s, and its turn is kept"
+            else f"send it again after {self.retry_after} s, and it is served before others"
         )
         return (
             "not begun: with the requests before it the answer would take longer than "
             f"responseTimeout; {again}"
         )
+
+    def body(self) -> dict[str, int | str | None]:
+        """With `retry_after` where that is known: not every client sees headers."""
+        known = {} if self.retry_after is None else {"retry_after": self.retry_after}
+        return super().body() | known
 
 
 class OutOfMemory(RunError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
@@ -28,6 +29,7 @@ from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated
 from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.protocol import responses
+from preheat.protocol.events import EventStream
 
 SDXL = yaml.safe_load((Path(__file__).parents[2] / "model-config" / "sdxl.yaml").read_text())
 CONFIG = ModelConfig.parse(SDXL)
@@ -159,7 +161,7 @@ def test_whoever_was_put_off_with_a_retry_after_is_served_the_next_time(
     assert isinstance(runner, Clockwork)
     dice = Random(seed)
     waiting = [
-        Client(job, dice.uniform(0, 30), dice.choice([0, dice.uniform(0, 300)]))
+        Client(job, dice.uniform(0, 30), dice.choice([0, dice.uniform(0, 600)]))
         for number in range(clients)
         for job in admitted(machine, str(number), dice)
     ]
@@ -319,6 +321,66 @@ def test_a_turn_begins_when_its_owner_was_told_to_come_and_is_kept_for_two_calls
     assert not budget.take_turn(1) and budget.take_turn(2)
 
 
+def test_who_comes_too_early_is_told_of_the_turn_that_it_has_and_others_get_theirs() -> None:
+    now = [0.0]
+    budget, waits = Budget(60, 3, lambda: now[0]), list[int | None]()
+    assert budget.promise_turn(1, 60) == 1
+    for seconds in range(100):
+        now[0] = float(seconds)
+        budget.begin()
+        waits.append(budget.promise_turn(2, 60))
+        budget.end()
+    assert waits == [121 - seconds for seconds in range(100)]
+    budget.begin()
+    twins = [budget.promise_turn(2, 60) for _ in range(2)]
+    assert twins == [22, 142], "equal requests of one call have a turn each"
+    assert budget.promise_turn(3, 60) == 262
+    budget.end()
+
+
+def test_who_comes_after_its_turn_is_served_before_who_has_none() -> None:
+    machine = Machine(0.2)
+    *others, owner = (machine.job(prompt=name, num_inference_steps=60) for name in "abc")
+    put_off = machine.runner.inference([*others, owner])[2].error
+    assert isinstance(put_off, PutOff) and put_off.retry_after is not None
+    machine.now += put_off.retry_after + PATIENCE * SDXL["responseTimeout"]
+    again = machine.runner.inference([*others, owner])
+    assert [type(answer.error) for answer in again] == [type(None), PutOff, type(None)]
+
+
+def test_who_comes_after_its_turn_takes_nothing_that_was_promised() -> None:
+    machine = Machine(0.2)
+    jobs = [machine.job(prompt=name, num_inference_steps=60) for name in "abcdef"]
+    machine.runner.inference(jobs[:3])  # c has a turn, which expires
+    machine.now += 1 + PATIENCE * SDXL["responseTimeout"]
+    machine.runner.inference([jobs[0], jobs[1], jobs[3], jobs[4]])  # d and e have turns
+    machine.now += 1
+    answers = machine.runner.inference([jobs[5], jobs[2], jobs[3], jobs[4]])
+    assert [type(answer.error) for answer in answers] == [PutOff, PutOff, type(None), type(None)]
+    assert machine.budget.promising
+
+
+def test_of_those_whose_turn_has_expired_the_latest_1000_are_remembered() -> None:
+    now = [0.0]
+    budget = Budget(60, 3, lambda: now[0])
+    for who in range(1100):
+        budget.begin()
+        assert budget.promise_turn(who, 60) == 1
+        budget.end()
+        now[0] += 1000.0
+    budget.begin()
+    assert [budget.take_precedence(who) for who in (99, 100, 100, 1099)] == [
+        False,
+        True,
+        False,
+        True,
+    ]
+    assert not budget.take_turn(1099), "no time is kept for it"
+    for who in range(11):
+        budget.promise_turn(2000 + who, 60)
+    assert budget.promise_turn(1099, 60, late=True) is None and budget.take_precedence(1099)
+
+
 def test_who_is_promised_no_turn_is_not_told_when_to_come() -> None:
     error = PutOff()
     assert "retry-after" not in responses.from_error(error).headers and "later" in str(error)
@@ -326,6 +388,20 @@ def test_who_is_promised_no_turn_is_not_told_when_to_come() -> None:
     response = responses.from_error(error)
     assert (response.code, response.headers["retry-after"]) == (503, "7")
     assert b"after 7 s" in response.body
+
+
+def test_when_to_come_again_is_said_where_there_are_no_headers_too() -> None:
+    error = PutOff()
+    assert "retry_after" not in error.body()
+    error.retry_after = 7
+    assert json.loads(responses.from_error(error).body)["retry_after"] == 7
+    machine = Machine(0.2)
+    jobs = [machine.job(prompt=name, num_inference_steps=60, stream=True) for name in "abc"]
+    jobs[2] = replace(jobs[2], events=EventStream(None, {}))
+    answers = machine.runner.inference(jobs)
+    (response,) = machine.runner.postprocess(answers[2:])
+    last = json.loads(response.body.splitlines()[-1])
+    assert (last["type"], last["retry_after"]) == ("PutOff", 1)
 
 
 def test_sizes_that_were_not_measured_share_one_drift() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -19,6 +20,7 @@ one that others fill who came before.
 """
 _FURTHEST = 10  # calls of full length from now: nobody waits longer
 _MOST_TURNS = 100
+_MOST_LATE = 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Timing:
     per_step: float
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)  # those of equal requests are told apart
 class Turn:
     """What is kept for a request that was put off, if a call that it comes with begins in between
     `start` and `end`.
@@ -138,10 +140,12 @@ class Budget:
     """The time of one call: its answers go back together, so all its runs have to end within
     `timeout` of its start.
 
-    Who is put off is promised a turn: when the same request comes again after that, there is time
-    for it, whoever it comes with. Turns that can meet in one call fit into it together, so they lie
-    as far apart as that takes. Equal requests are one and the same here, and their turns anyone's
-    of them.
+    Who is put off is promised a turn: when a call begins with the same request after that, there is
+    time for it, whoever it comes with. Turns that can meet in one call fit into it together, so
+    they lie as far apart as that takes, and none is kept for ever, for its owner may wait
+    elsewhere, or be gone: one that has expired gives nothing but precedence over who was promised
+    none. Equal requests are one and the same here, and their turns anyone's of them: who comes
+    before its turn, and is put off again, has no second one.
 
     Args:
         timeout: TorchServe's responseTimeout in seconds; None: any time is right.
@@ -159,13 +163,17 @@ class Budget:
         self._most, self._clock = most, clock
         self._began: float | None = None
         self._turns: list[Turn] = []
+        self._told: list[Turn] = []  # those that requests of this call were put off to
+        self._late: deque[int] = deque(maxlen=_MOST_LATE)  # whose turns have expired
         self.running = False  # whether a run of this call has begun; the first one always may
 
     def begin(self) -> None:
         """A call starts here, unless it has started already."""
         if self._began is None:
             self._began, self.running = self._clock(), False
+            self._late.extend(turn.who for turn in self._turns if turn.end <= self._began)
             self._turns = [turn for turn in self._turns if turn.end > self._began]
+            self._told.clear()
 
     def end(self) -> None:
         self._began = None
@@ -181,7 +189,7 @@ class Budget:
 
     @property
     def promising(self) -> bool:
-        return bool(self._turns)
+        return bool(self._turns or self._late)
 
     def take_turn(self, who: int) -> bool:
         """Whether one was promised to this request and had come when the call began; it has it
@@ -193,10 +201,39 @@ class Budget:
             self._turns.remove(turn)
         return turn is not None
 
-    def promise_turn(self, who: int, seconds: float) -> int | None:
+    def take_precedence(self, who: int) -> bool:
+        """Whether a turn of this request's has expired; what that gives it has now."""
+        if who not in self._late:
+            return False
+        self._late.remove(who)
+        return True
+
+    def promise_turn(self, who: int, seconds: float, *, late: bool = False) -> int | None:
         """Keep a turn for a request whose runs take `seconds` by themselves; after how many
-        seconds to come again for it, or None where those promised already leave none.
+        seconds to come again for it, or None where those promised already leave none: then who
+        was `late` keeps its precedence.
         """
+        turn = self._to_come(who) or self._new_turn(who, seconds)
+        if turn is not None:
+            self._told.append(turn)
+            return math.ceil(turn.start - self._clock())
+        if late:
+            self._late.append(who)
+        return None
+
+    def _to_come(self, who: int) -> Turn | None:
+        """A turn of this request's that it has come too early for, and no other one of the call."""
+        now = self._clock()
+        return next(
+            (
+                turn
+                for turn in self._turns
+                if turn.who == who and turn.start > now and turn not in self._told
+            ),
+            None,
+        )
+
+    def _new_turn(self, who: int, seconds: float) -> Turn | None:
         if self.timeout is None or len(self._turns) == _MOST_TURNS:
             return None
         patience, cost = PATIENCE * self.timeout, min(seconds * MARGIN, self.timeout)
@@ -206,7 +243,7 @@ class Budget:
                 cost, start, start + patience
             ):
                 self._turns.append(Turn(who, cost, start, start + patience))
-                return math.ceil(start - self._clock())
+                return self._turns[-1]
         return None
 
     def _is_free(self, cost: float, start: float, end: float) -> bool:

@@ -97,6 +97,8 @@ class Outcome:
     """Some of its rows are done."""
     promised: bool = False
     """It was put off before, and a turn was kept for it."""
+    late: bool = False
+    """It was put off before, and came after its turn."""
 
     @property
     def is_fallback(self) -> bool:
@@ -255,15 +257,18 @@ class BatchRunner(Generic[JobT, ResultT]):
         """The groups of those whose runs end in time, in their order; the first one's always do.
 
         First who was promised a turn, each by itself, so that it takes what was kept for it; then
-        the others as they stand in the batch.
+        who comes after its turn; then the others as they stand in the batch.
         """
         if self._budget.promising:
             for answer in answers:
-                answer.promised = self._budget.take_turn(answer.job.identity)
+                identity = answer.job.identity
+                answer.promised = self._budget.take_turn(identity)
+                answer.late = not answer.promised and self._budget.take_precedence(identity)
         promised = [[answer] for answer in answers if answer.promised]
         ahead = sum(map(self._seconds, promised))
         admitted: list[ResultT] = []
-        for answer in (each for each in answers if not each.promised):
+        others = [answer for answer in answers if not answer.promised]
+        for answer in sorted(others, key=lambda answer: not answer.late):
             seconds = ahead + self._seconds([*admitted, answer])
             if (promised or admitted) and not self._budget.fits(seconds):
                 answer.error = PutOff()
@@ -276,7 +281,9 @@ class BatchRunner(Generic[JobT, ResultT]):
         for answer in answers:
             if isinstance(answer.error, PutOff):
                 identity, alone = answer.job.identity, self._seconds([answer])
-                answer.error.retry_after = self._budget.promise_turn(identity, alone)
+                answer.error.retry_after = self._budget.promise_turn(
+                    identity, alone, late=answer.late
+                )
 
     def _due(self, chunk: Chunk[ResultT], size: int) -> Chunk[ResultT]:
         """The rows that are still worth a run, looked at before each: somebody waits for them, and
