@@ -110,7 +110,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             # and the worker dies.
             if self.is_grpc(index):
                 self.context.set_response_header(index, "ts_stream_next", "false")
-        self.metrics.left(self._arrivals, answered)
+        self.metrics.left(self._arrivals, [each.served_in for each in data])
         return [response.body for response in answered]
 
     def describe_handle(self) -> dict[str, Any]:

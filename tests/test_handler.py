@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import socket
 import struct
+from collections import Counter
 from pathlib import Path
 from unittest import mock
 
@@ -17,7 +18,12 @@ from ts.context import Context, RequestProcessor
 from ts.protocol.otf_message_handler import _retrieve_input_data
 
 from preheat.config.diffusion import DefaultsConfig, LimitsConfig
+from preheat.errors import PutOff
+from preheat.models.batching import BaseJob, Outcome
 from preheat.models.diffusion.request import parse_row
+from preheat.protocol.responses import Response
+from preheat.worker.metrics import Metrics
+from preheat.worker.worker import Pending
 from preheat_handler import PreheatHandler
 
 
@@ -137,3 +143,21 @@ def test_a_request_is_known_for_rest_or_grpc_by_what_its_client_could_not_send_o
     handler.context = Context("m", ".", {}, 1, None, "0.12.0")
     handler.context.request_processor = [RequestProcessor(headers)]
     assert handler.is_grpc(0) == grpc
+
+
+def test_only_good_answers_have_a_latency_whatever_a_streams_last_part_says() -> None:
+    """The end of a stream is a 200 with its bucket, however it ends."""
+    samples = Counter[str]()
+    handler = PreheatHandler()
+    handler.context = Context("m", ".", {}, 1, None, "0.12.0")
+    handler.context.request_processor = [RequestProcessor({"url_path": ""}) for _ in range(3)]
+    handler.metrics = Metrics(
+        lambda kind, name, value, unit, labels: samples.update({labels.get("le", ""): int(value)})
+    )
+    last = Response(200, b"", {"x-preheat-bucket": "fixed"})
+    handler.worker = mock.Mock(**{"postprocess.return_value": [last] * 3})
+    handler._arrivals = [handler.metrics.took({}) for _ in range(3)]
+    put_off = Outcome(BaseJob(), error=PutOff())
+    pending = [Pending(result=Outcome(BaseJob())), Pending(result=put_off), Pending()]
+    handler.postprocess(pending)
+    assert samples["+Inf"] == 1

@@ -21,7 +21,7 @@ from preheat.compilation.variants import Variant
 from preheat.compilation.watch import CompileWatch
 from preheat.config.family import FamilyConfig
 from preheat.config.model import ModelConfig
-from preheat.errors import ConfigError, RequestError
+from preheat.errors import AnswerTooLarge, ConfigError, RequestError
 from preheat.models import registry
 from preheat.models.base import LoadedModel, ModelRunner
 from preheat.models.batching import BaseJob, Chunk, Execution, Outcome, RunReport
@@ -180,6 +180,53 @@ def test_two_workers_of_a_process_do_not_disturb_each_other(
     second.close()
     unseen(reference)
     assert second.current_state().compiles_since_ready == seen, "nobody listens any more"
+
+
+def test_a_worker_that_fails_beside_one_that_serves_leaves_it_hot(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Worker, "alive", WeakSet())
+    run_variant, unseen = DoubleRunner.run_variant, torch.compile(Double(), backend="eager")
+
+    def failing(runner: DoubleRunner, variant: Variant) -> Timing:
+        run_variant(runner, variant)
+        unseen(torch.ones(5))
+        raise ArithmeticError("no model")
+
+    with start() as first:
+        monkeypatch.setattr(DoubleRunner, "run_variant", failing)
+        before = watch.num_events
+        with pytest.raises(ArithmeticError):
+            start()
+        assert watch.num_events > before, "it did compile"
+        assert first.current_state().compiles_since_ready == 0
+        with pytest.raises(RuntimeError, match="fail_on_recompile"):
+            unseen(torch.ones(5, 5))
+        (result,) = first.run([first.parse({"body": 4.0})])
+        assert (result.engine, first.current_state().incidents) == ("compiled", 0)
+
+
+def test_what_cannot_be_sent_is_a_failure_though_it_was_served(
+    watch: CompileWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples: list[tuple[str, float, Mapping[str, str]]] = []
+    metrics = Metrics(lambda kind, name, value, unit, labels: samples.append((name, value, labels)))
+
+    def too_large(runner: DoubleRunner, results: Sequence[Doubled]) -> list[Response]:
+        results[-1].error = AnswerTooLarge("no")
+        return [Response(200, b"")] * len(results)
+
+    with start(metrics=metrics) as worker:
+        monkeypatch.setattr(DoubleRunner, "postprocess", too_large)
+        pending = worker.inference(worker.preprocess([Call({"body": 3.0}), Call({"body": 5.0})]))
+        assert [each.served_in for each in pending] == ["fixed", "fixed"]
+        worker.postprocess(pending)
+        assert [each.served_in for each in pending] == ["fixed", None]
+        failed = [sample for sample in samples if sample[0] == "preheat_failed_total"]
+        assert failed == [("preheat_failed_total", 1, {"Code": "413"})]
+        samples.clear()
+        worker.postprocess(pending[1:])
+        assert "preheat_failed_total" not in {name for name, *_ in samples}, "it has failed before"
 
 
 def test_a_yaml_has_one_family() -> None:

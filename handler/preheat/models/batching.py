@@ -22,7 +22,15 @@ from preheat.compilation.pace import MARGIN, Budget, Load
 from preheat.compilation.router import Router
 from preheat.config.pt2 import Attention
 from preheat.device import is_device_lost, is_out_of_memory, release_memory
-from preheat.errors import DeadlinePassed, OutOfMemory, PipelineFailure, PutOff, RunError, is_panic
+from preheat.errors import (
+    DeadlinePassed,
+    OutOfMemory,
+    PipelineFailure,
+    PutOff,
+    RequestError,
+    RunError,
+    is_panic,
+)
 
 if TYPE_CHECKING:
     from preheat.models.base import ModelRunner
@@ -92,7 +100,8 @@ class Outcome:
     """Met a shape or guard that warm-up had not foreseen."""
     fallback: bool = False
     """Ran eagerly because warm-up had found no engine."""
-    error: RunError | None = None
+    error: RunError | RequestError | None = None
+    """Why there is no good answer; a RequestError where another form of it would do."""
     begun: bool = False
     """Some of its rows are done."""
     promised: bool = False

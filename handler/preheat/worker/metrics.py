@@ -16,7 +16,6 @@ from time import perf_counter, time
 from typing import Protocol, TypeAlias
 
 from preheat.models.batching import Outcome, RunReport
-from preheat.protocol.responses import Response
 from preheat.worker.state import ServerState
 
 logger = logging.getLogger(__name__)
@@ -129,7 +128,9 @@ class Metrics:
         logger.info("refused a request for its field %s", name)
 
     def failed(self, code: int) -> None:
-        """One legal request that got no answer: 500, 503 (put off), 504 or 507."""
+        """One legal request that got no answer: 500, 503 (put off), 504 or 507; or, computed but
+        too large, 413 or 406 (another form of it would not be).
+        """
         self._count("preheat_failed_total", 1, {"Code": str(code)})
 
     def took(self, headers: Mapping[str, str]) -> Arrival:
@@ -138,17 +139,16 @@ class Metrics:
         waited = wall - _start(headers.get(START_HEADER, ""), wall)
         return now - waited if 0 <= waited <= LONGEST_WAIT else now
 
-    def left(self, arrivals: Sequence[Arrival], answers: Sequence[Response]) -> None:
-        """The answers of a batch are ready to go: of those that are good, how long they took, in
-        counters that add up as a Prometheus histogram does.
+    def left(self, arrivals: Sequence[Arrival], buckets: Sequence[str | None]) -> None:
+        """The answers of a batch are ready to go, each from its bucket, None where it is not good:
+        how long the others took, in counters that add up as a Prometheus histogram does.
 
         A line each through TorchServe's log, so they are added up over the batch first.
         """
         now, spans = perf_counter(), dict[str, list[float]]()
-        for arrival, answer in zip(arrivals, answers, strict=True):
-            named = answer.headers.get("x-preheat-bucket")
-            if named is not None and answer.code == 200:
-                spans.setdefault(self._label(named), []).append(now - arrival)
+        for arrival, bucket in zip(arrivals, buckets, strict=True):
+            if bucket is not None:
+                spans.setdefault(self._label(bucket), []).append(now - arrival)
         for bucket, seconds in spans.items():
             self._announce(bucket)
             for bound in (*BOUNDS, inf):

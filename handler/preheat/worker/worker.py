@@ -4,11 +4,11 @@ The same for every family of models; what differs is behind `models.base`. Knows
 TorchServe; `preheat_handler` adapts it.
 
 Several workers of one process share what torch has one of: whether it may compile at all (allowed
-while one of them warms up, forbidden as soon as that one is READY, allowed again when the last one
-is closed), Dynamo's limits, which only grow, and its counters, of which each worker's own are
-those since its READY but for the warm-up of others. `pt2.debug` is the process's too, while a
-worker starts. So two workers can take turns; one that warms up while another serves lets a guard
-that fails there compile.
+while one of them warms up, forbidden as soon as that one is READY, or has failed beside one that is
+hot, allowed again when the last one is closed), Dynamo's limits, which only grow, and its counters,
+of which each worker's own are those since its READY but for the warm-up of others. `pt2.debug` is
+the process's too, while a worker starts. So two workers can take turns; one that warms up while
+another serves lets a guard that fails there compile.
 """
 
 from __future__ import annotations
@@ -46,7 +46,12 @@ from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_ev
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
-from preheat.compilation.watch import CompileWatch, allow_compiling, raise_recompile_limits
+from preheat.compilation.watch import (
+    CompileWatch,
+    allow_compiling,
+    forbid_compiling,
+    raise_recompile_limits,
+)
 from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
@@ -162,6 +167,12 @@ class Pending(Generic[JobT, ResultT]):
     result: ResultT | None = None
     response: Response | None = None
 
+    @property
+    def served_in(self) -> str | None:
+        """The bucket of a good result; None without one."""
+        result = self.result
+        return result.bucket if result is not None and result.error is None else None
+
 
 AnyPrepared: TypeAlias = Prepared[BaseJob, Outcome]
 AnyPending: TypeAlias = Pending[BaseJob, Outcome]
@@ -232,11 +243,12 @@ class Worker(Generic[JobT, ResultT]):
                 prepared.trust,
                 prepared.execution.device,
             )
-        with debugging(pt2.debug), self._sharing_compiles(prepared.trust, started) as sharing:
+        with (
+            self._beside_others(),
+            debugging(pt2.debug),
+            self._sharing_compiles(prepared.trust, started) as sharing,
+        ):
             phase = self._warm_up(sharing)
-        self._events_at_ready = self._watch.num_events
-        for other in Worker.alive:
-            other._events_at_ready += self._events_at_ready  # its watch has seen them too
         Worker.alive.add(self)
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
@@ -289,10 +301,14 @@ class Worker(Generic[JobT, ResultT]):
         return pending
 
     def postprocess(self, pending: Sequence[Pending[JobT, ResultT]]) -> list[Response]:
-        """One response a request."""
+        """One response a request. What was computed, and counted as served, may fail even here."""
         results = [each.result for each in pending if each.result is not None]
+        served = [result for result in results if result.error is None]
         with self._metrics.timed("preheat_encode_seconds"):
             encoded = iter(self.runner.postprocess(results))
+        for result in served:
+            if result.error is not None:
+                self._metrics.failed(result.error.code)
         return [each.response or next(encoded) for each in pending]
 
     def _pending(self, call: Call) -> Pending[JobT, ResultT]:
@@ -356,6 +372,22 @@ class Worker(Generic[JobT, ResultT]):
     def description(self) -> dict[str, object]:
         """The current state as JSON, and the sizes that were asked for."""
         return self.document() | {"asked_sizes": self._asked.document()}
+
+    @contextmanager
+    def _beside_others(self) -> Iterator[None]:
+        """Compile in here, which no other worker's requests have done. Where it fails, those who
+        are hot compile nothing from then on, as before.
+        """
+        try:
+            yield
+        except BaseException:
+            if any(other.state.state == "hot" for other in Worker.alive):
+                forbid_compiling()
+            raise
+        finally:
+            self._events_at_ready = self._watch.num_events
+            for other in Worker.alive:
+                other._events_at_ready += self._events_at_ready  # its watch has seen them too
 
     @contextmanager
     def _sharing_compiles(self, trust: Trust, started: float) -> Iterator[CacheUse | None]:
