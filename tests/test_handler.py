@@ -23,7 +23,7 @@ from preheat.models.batching import BaseJob, Outcome
 from preheat.models.diffusion.request import parse_row
 from preheat.protocol.responses import Response
 from preheat.worker.metrics import Metrics
-from preheat.worker.worker import Pending
+from preheat.worker.worker import AnyPending
 from preheat_handler import PreheatHandler
 
 
@@ -158,6 +158,6 @@ def test_only_good_answers_have_a_latency_whatever_a_streams_last_part_says() ->
     handler.worker = mock.Mock(**{"postprocess.return_value": [last] * 3})
     handler._arrivals = [handler.metrics.took({}) for _ in range(3)]
     put_off = Outcome(BaseJob(), error=PutOff())
-    pending = [Pending(result=Outcome(BaseJob())), Pending(result=put_off), Pending()]
+    pending = [AnyPending(result=Outcome(BaseJob())), AnyPending(result=put_off), AnyPending()]
     handler.postprocess(pending)
     assert samples["+Inf"] == 1
