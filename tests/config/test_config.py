@@ -516,7 +516,11 @@ BAD = [
         "a list of batch sizes or dynamic, got 4",
     ),
     # Words and forms.
-    ("pt2: {shapes: {fit: crop}}", "pt2.shapes.fit", "must be 'pad' or 'resize', got 'crop'"),
+    (
+        "pt2: {shapes: {fit: crop}}",
+        "pt2.shapes.fit",
+        "must be 'pad', 'resize' or 'mask', got 'crop'",
+    ),
     ("pt2: {shapes: {strategy: any}}", "pt2.shapes.strategy", "got 'any'"),
     ("pt2: {shapes: {strategy: fixed, fit: pad}}", "pt2.shapes.fit", "use fit: resize"),
     (
