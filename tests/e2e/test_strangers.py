@@ -21,7 +21,7 @@ from preheat.worker.worker import Worker
 from served import BUCKETS, Served, noise, opened
 from worker.test_service import start
 
-NUM_BATCHES = 500
+NUM_BATCHES = 250
 NUM_DISTINCT = 100
 COUNTERS = {
     "compiles_since_ready": "preheat_compiles_since_ready_total",
@@ -93,10 +93,10 @@ def pictures(reply: Reply) -> list[Any]:
     return [np.asarray(opened(file)).astype(int) for file in files]
 
 
-def test_five_hundred_batches_of_strangers_compile_nothing_and_nobody_sees_the_others(
+def test_a_thousand_requests_of_strangers_compile_nothing_and_nobody_sees_the_others(
     served: Served,
 ) -> None:
-    """Over 2,000 requests of every task, with and without guidance, of 1 to 6 steps: first each
+    """Over 1,000 requests of every task, with and without guidance, of 1 to 6 steps: first each
     kind alone, by REST and gRPC in turn, then up to eight at once: runs are made up by chance.
     """
     rng = random.Random(5)
