@@ -516,7 +516,11 @@ BAD = [
         "a list of batch sizes or dynamic, got 4",
     ),
     # Words and forms.
-    ("pt2: {shapes: {fit: crop}}", "pt2.shapes.fit", "must be 'pad' or 'resize', got 'crop'"),
+    (
+        "pt2: {shapes: {fit: crop}}",
+        "pt2.shapes.fit",
+        "must be 'pad', 'resize' or 'mask', got 'crop'",
+    ),
     ("pt2: {shapes: {strategy: any}}", "pt2.shapes.strategy", "got 'any'"),
     ("pt2: {shapes: {strategy: fixed, fit: pad}}", "pt2.shapes.fit", "use fit: resize"),
     (
@@ -538,6 +542,11 @@ BAD = [
         "pt2: {compile: {enable: true, options: {freezing: true}}, export: {aot_compile: true}}",
         "pt2.compile.options.freezing",
         "packages compiled ahead of time hold none; leave it out",
+    ),
+    (
+        "pt2: {attention: flash, shapes: {fit: mask}}",
+        "pt2.attention",
+        "flash takes no mask",
     ),
     ("pt2: {export: {aot_compile: 1}}", "pt2.export.aot_compile", "must be true or false, got 1"),
     ("pt2: {debug: {guards: 'yes'}}", "pt2.debug.guards", "must be true or false, got 'yes'"),
