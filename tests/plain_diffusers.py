@@ -6,7 +6,7 @@ import base64
 import inspect
 import io
 from collections.abc import Mapping
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +33,15 @@ class Plain:
     Args:
         grid: pixels to which sizes are rounded up.
         scheduler: its class, where it is not the folder's own.
+        config: of the scheduler, where it is not as it stands there.
     """
 
-    def __init__(self, folder: Path, grid: int, scheduler: Any = None) -> None:
+    def __init__(self, folder: Path, grid: int, scheduler: Any = None, **config: Any) -> None:
         self._grid = grid
         pipe = AutoPipelineForText2Image.from_pretrained(folder, use_safetensors=True)
-        if scheduler is not None:
-            pipe.scheduler = scheduler.from_config(pipe.scheduler.config)
+        kind = scheduler or type(pipe.scheduler)
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, **config)
+        self._step = pipe.scheduler.step
         self._pipe = cache(lambda task: MAKERS[task](pipe))
 
     def painted(self, request: Mapping[str, Any]) -> tuple[int, int]:
@@ -64,6 +66,8 @@ class Plain:
             task = "inpainting" if "mask_image" in own else "image-to-image"
         pipe = self._pipe(task)
         pipe.set_progress_bar_config(disable=True)
+        if not hasattr(pipe, "unet"):  # then diffusers itself hands the step no generator
+            pipe.scheduler.step = partial(self._step, generator=own["generator"])
         if "height" in inspect.signature(type(pipe).__call__).parameters:
             own |= {"height": height, "width": width}
         top, left = (0, 0) if "image" in own else ((height - tall) // 2, (width - wide) // 2)

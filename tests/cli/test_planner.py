@@ -5,6 +5,7 @@ tests/planning.
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -217,6 +218,24 @@ def test_workers_here_tell_what_they_were_asked(log: Path, monkeypatch: pytest.M
     with pytest.raises(PreheatError, match="say --model"):
         run()
     assert as_json("--model", "bear")["requests"] == 10
+
+
+def test_the_cost_is_of_the_model_whose_sizes_are_planned(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(STATUS_DIR_VARIABLE, str(log.parent))
+    asked: Mapping[str, Any] = STATE["asked_sizes"]  # type: ignore[assignment]
+    (log.parent / "bear-1.sizes").write_text(json.dumps({"model": "bear", **asked}))
+    progress = {"pid": os.getpid(), "state": "ready", "done": 1, "total": 1, "buckets": []}
+    for model in ("bear", "fox"):
+        (log.parent / f"{model}-1.json").write_text(
+            json.dumps({"model": model, **progress, "served": STATE if model == "fox" else {}})
+        )
+    assert as_json()["unit"] == "cells", "of bear, the only one asked, nothing was measured"
+    (log.parent / "bear-1.json").write_text(
+        json.dumps({"model": "bear", **progress, "served": STATE})
+    )
+    assert as_json()["unit"] == "seconds"
 
 
 @pytest.mark.parametrize(

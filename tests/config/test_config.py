@@ -543,6 +543,11 @@ BAD = [
         "pt2.compile.options.freezing",
         "packages compiled ahead of time hold none; leave it out",
     ),
+    (
+        "pt2: {attention: flash, shapes: {fit: mask}}",
+        "pt2.attention",
+        "flash takes no mask",
+    ),
     ("pt2: {export: {aot_compile: 1}}", "pt2.export.aot_compile", "must be true or false, got 1"),
     ("pt2: {debug: {guards: 'yes'}}", "pt2.debug.guards", "must be true or false, got 'yes'"),
     ("pt2: {cache: {key: ''}}", "pt2.cache.key", "must not be empty, got ''"),

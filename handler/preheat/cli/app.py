@@ -374,7 +374,12 @@ def plan(
         typer.Option(help="A bucket that is in any case, as 1024x1024; may be repeated."),
     ] = None,
     grid: Annotated[
-        int, typer.Option(min=1, help="What sizes are rounded up to; 16 for Flux and SD3.")
+        int,
+        typer.Option(
+            min=1,
+            help="What sizes are rounded up to; 16 for Flux and SD3; under fit: mask 32 for SDXL, "
+            "64 for SD 1.5.",
+        ),
     ] = 8,
     cost: Annotated[
         list[Path] | None,
@@ -558,7 +563,7 @@ class _Asked:
 
 
 def _counted(name: str | None, model: str | None) -> tuple[Demand, list[Mapping[str, Any]]]:
-    """What the workers of a model here have been asked for, and their states."""
+    """What the workers of one model here have been asked for, and their states."""
     from preheat.cli import planner
     from preheat.status import read_sizes
 
@@ -574,7 +579,11 @@ def _counted(name: str | None, model: str | None) -> tuple[Demand, list[Mapping[
     if len(models) > 1:
         raise PreheatError(f"several models were asked ({', '.join(models)}): say --model")
     documents = sizes[models[0]] if models else []
-    states = [status.served for status in asked.statuses() if status.served and status.alive]
+    states = [
+        status.served
+        for status in asked.statuses()
+        if status.model in models and status.served and status.alive
+    ]
     return planner.from_workers(documents, str(asked.folder)), states
 
 

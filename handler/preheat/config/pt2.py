@@ -32,8 +32,9 @@ class ShapesConfig(Section):
     `fixed`: one size, everything is resampled. `exact`: plain torch.compile, which compiles inside
     requests; to compare with."""
     buckets: Listed[BucketPair] = ()
-    """`[height, width]` in pixels, multiples of 8 (16 for Flux and SD3). Empty: the one default
-    size of the pipeline."""
+    """`[height, width]` in pixels, multiples of 8 (16 for Flux and SD3); with `fit: mask` of what
+    the network halves evenly: 32 for SDXL, 64 for SD 1.5, 16 for Flux and SD3. Empty: the one
+    default size of the pipeline."""
     batch_sizes: BatchSizes = (1,)
     """Rows that are compiled for; a batch is filled up to the next one. `dynamic`: one graph per
     bucket for all of them, and one for a single row."""
@@ -45,8 +46,8 @@ class ShapesConfig(Section):
     """With `fit: mask`: pictures that fill their bucket run the graph with masks too, which halves
     warm-up and makes their steps a little slower."""
     oversize: Oversize = "reject"
-    """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape, enlarged.
-    `eager`: as it is, uncompiled."""
+    """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape (with `fit:
+    mask` the one that holds most of the asked shape), enlarged. `eager`: as it is, uncompiled."""
     invariant: bool = False
     """Always run the one largest batch size, so that an answer is the same to the last bit whatever
     other requests share its batch."""
@@ -171,7 +172,7 @@ class Pt2Config(Section):
     say so. `fail`: the worker never gets READY."""
     attention: Attention = "default"
     """Backend of scaled_dot_product_attention, in warm-up and serving alike; `default`: torch
-    chooses."""
+    chooses. `flash` takes no masks (`fit: mask`)."""
     shapes: ShapesConfig = ShapesConfig()
     """Which sizes are warmed."""
     cache: CacheConfig = CacheConfig()
@@ -223,6 +224,15 @@ class Pt2Config(Section):
                 "freezes weights into the code, and packages compiled ahead of time hold none; "
                 "leave it out",
                 "pt2.compile.options.freezing",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _attention_takes_masks(self) -> Pt2Config:
+        if self.attention == "flash" and any(self.shapes.masks):
+            raise ConfigError(
+                "flash takes no mask, which fit: mask needs; use efficient, cudnn, math or default",
+                "pt2.attention",
             )
         return self
 

@@ -254,6 +254,22 @@ def test_oversize_follows_the_policy() -> None:
     assert downscaled.plan.bucket == Bucket(96, 48) and downscaled.plan.resampled
 
 
+def test_the_smallest_that_is_watched_has_masks_where_a_bucket_of_one_grid_cell_has_none() -> None:
+    bench = Bench(fit="mask", batch_sizes="dynamic", buckets=(Bucket(64, 64), Bucket(16, 16)))
+    smallest = bench.runner.extremes(bench.runner.variants((1, 4)))
+    assert {variant.bucket for variant in smallest} == {Bucket(64, 64)}
+    assert all(variant.masked for variant in smallest)
+
+
+def test_what_was_computed_and_cut_off_is_counted_at_the_scale_of_the_answer() -> None:
+    bench = Bench(fit="mask", oversize="downscale", batch_sizes=(1,))
+    jobs = [bench.job(height=height, width=width) for height, width in ((40, 40), (200, 150))]
+    small, enlarged = bench.run(jobs)
+    assert (small.num_computed, small.num_padding) == (64 * 64, 64 * 64 - 40 * 40)
+    # 64x48 of 64x64, which then is 200x200
+    assert (enlarged.num_computed, enlarged.num_padding) == (200 * 200, 200 * 50)
+
+
 def test_exact_and_dynamic_paint_the_asked_size_rounded_to_the_models_grid() -> None:
     assert Bench(strategy="exact").job(height=41, width=90).plan.bucket == Bucket(48, 96)
     assert Bench(strategy="dynamic").job(height=20, width=41).plan.bucket == Bucket(32, 48)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import get_args
 
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from preheat.buckets import Bucket, nearest_aspect, round_up, smallest_covering
+from preheat.config.pt2 import Fit, Oversize
 from preheat.errors import RequestError
 from preheat.models.diffusion.geometry import (
     Box,
@@ -22,9 +23,6 @@ from preheat.models.diffusion.geometry import (
 
 MULTIPLE = 8
 SDXL = (Bucket(1024, 1024), Bucket(1152, 896), Bucket(896, 1152))
-
-Fit = Literal["pad", "resize"]
-Oversize = Literal["reject", "downscale", "eager"]
 
 SHRUNK_AND_RESIZED: tuple[tuple[Fit, Oversize], ...] = (("pad", "downscale"), ("resize", "reject"))
 
@@ -79,7 +77,7 @@ def test_every_plan_gives_exactly_the_asked_size_from_inside_what_was_painted(
         )
     except RequestError as error:
         assert (
-            fit == "pad"
+            fit != "resize"
             and oversize == "reject"
             and smallest_covering(buckets, Bucket(height, width)) is None
         )
@@ -90,9 +88,11 @@ def test_every_plan_gives_exactly_the_asked_size_from_inside_what_was_painted(
     assert 0 <= made.crop.left and made.crop.right <= made.scaled[1]
     assert 1 <= made.image_size[0] and 0 <= made.image_at[0]
     assert 1 <= made.image_size[1] and 0 <= made.image_at[1]
-    assert made.image_at[0] + made.image_size[0] <= made.bucket.height
-    assert made.image_at[1] + made.image_size[1] <= made.bucket.width
+    assert made.image_at[0] + made.image_size[0] <= made.painted.height
+    assert made.image_at[1] + made.image_size[1] <= made.painted.width
+    assert made.painted == made.bucket or (fit == "mask" and made.bucket.covers(made.painted))
     assert 0 <= made.padding < 1
+    assert made.num_computed >= made.scaled[0] * made.scaled[1] >= height * width
     assert not made.bypass or made.bucket == round_up(Bucket(height, width), MULTIPLE)
     assert made.bypass or made.bucket in buckets
 
@@ -230,6 +230,49 @@ def test_downscale_is_resize_once_nothing_covers(
         for fit, oversize in SHRUNK_AND_RESIZED
     )
     assert shrunk == resized and not shrunk.bypass
+
+
+@settings(max_examples=500, deadline=None)
+@given(sides, sides, bucket_sets)
+def test_mask_and_downscale_paint_the_largest_picture_of_the_asked_proportions(
+    height: int, width: int, buckets: list[Bucket]
+) -> None:
+    if smallest_covering(buckets, round_up(Bucket(height, width), MULTIPLE)) is not None:
+        return
+    made = plan(
+        height,
+        width,
+        buckets=buckets,
+        fit="mask",
+        oversize="downscale",
+        multiple=MULTIPLE,
+        grid=MULTIPLE,
+        has_image=False,
+    )
+    inner = {each: inner_size(each.height, each.width, height, width) for each in buckets}
+    areas = {each: tall * wide for each, (tall, wide) in inner.items()}
+    most = max(areas.values())
+    assert areas[made.bucket] == most
+    assert made.bucket.volume == min(b.volume for b, area in areas.items() if area == most)
+    assert made.painted == round_up(Bucket(*inner[made.bucket]), MULTIPLE)
+
+
+def test_mask_and_downscale_by_example() -> None:
+    """Of nearest shape is 512x512, where a third as much would be painted as in 1024x640."""
+    buckets = [Bucket(512, 512), Bucket(1024, 640)]
+    made = plan(
+        2000,
+        2000,
+        buckets=buckets,
+        fit="mask",
+        oversize="downscale",
+        multiple=8,
+        grid=32,
+        has_image=False,
+    )
+    assert made.bucket == Bucket(1024, 640) and made.painted == Bucket(640, 640)
+    # the bucket's pixels at the scale of the picture
+    assert made.num_computed == 1024 * 640 * 2000**2 // 640**2
 
 
 @given(sides, sides, sides, sides)

@@ -7,7 +7,7 @@ import warnings
 import zlib
 from collections.abc import Callable
 from io import BytesIO
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from preheat.buckets import Bucket
+from preheat.config.pt2 import Fit, Oversize
 from preheat.errors import RequestError
 from preheat.models.diffusion.geometry import Plan, pad_into, plan, resize_into
 from preheat.models.diffusion.image_processor import finish, fit_to, place
@@ -25,9 +26,6 @@ from preheat.protocol.images import CONTENT_TYPES, OutputFormat, decode, decode_
 
 MAX_PIXELS = 1_000_000
 RED, WHITE = (255, 0, 0), (255, 255, 255)
-
-Fit = Literal["pad", "resize"]
-Oversize = Literal["reject", "downscale", "eager"]
 
 BUCKETS = (Bucket(64, 64), Bucket(96, 48), Bucket(48, 96))
 sides = st.integers(1, 150)

@@ -24,6 +24,7 @@ from preheat.errors import ConfigError
 from preheat.models import tiny
 from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.masking import parts
+from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline
 from preheat.protocol import responses
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
@@ -140,23 +141,136 @@ def test_padding_paints_another_picture(
     assert off(answer, Plain(folders / "sdxl" / "model", 16).picture(request)) > 20
 
 
-@pytest.mark.parametrize(
-    "scheduler",
-    ["DDPMScheduler", "EulerAncestralDiscreteScheduler", "DPMSolverMultistepScheduler"],
-)
+def with_scheduler(folder: Path, copy: Path, **config: Any) -> Path:
+    """A copy of the folder, whose scheduler has these settings."""
+    shutil.copytree(folder / "model", copy / "model")
+    settings = copy / "model" / "scheduler" / "scheduler_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), **config}))
+    return copy
+
+
+DRAWING: list[tuple[str, str, dict[str, Any]]] = [
+    ("sdxl", "DDPMScheduler", {}),
+    ("sdxl", "EulerAncestralDiscreteScheduler", {}),
+    ("sdxl", "DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++"}),
+    ("sd3", "FlowMatchLCMScheduler", {}),
+    ("sd3", "FlowMatchEulerDiscreteScheduler", {"stochastic_sampling": True}),
+    ("flux", "FlowMatchLCMScheduler", {}),
+]
+"""Schedulers whose steps draw noise."""
+
+
+@pytest.mark.parametrize(("family", "scheduler", "config"), DRAWING)
 def test_noise_that_a_scheduler_draws_in_its_steps_has_the_size_of_the_picture(
-    scheduler: str, folders: Path, watch: CompileWatch, closed: list[Worker[Any, Any]]
+    family: str,
+    scheduler: str,
+    config: dict[str, Any],
+    folders: Path,
+    tmp_path: Path,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
 ) -> None:
+    folder = with_scheduler(folders / family, tmp_path, **config)
     service = start(
-        folders / "sdxl",
+        folder,
         pt2={"compile": {"enable": False}},
         shapes={"buckets": [[64, 64]], "batch_sizes": [4]},
         pipeline={"scheduler": scheduler, "tasks": ["text-to-image"]},
     )
     closed.append(service)
-    plain = Plain(folders / "sdxl" / "model", 16, getattr(diffusers, scheduler))
+    plain = Plain(folder / "model", GRID[family], getattr(diffusers, scheduler))
     asked = [one | {"guidance_scale": 4.0, "num_inference_steps": 4} for one in STRANGERS]
     for answer, request in zip(ask(service, *asked), asked, strict=True):
+        assert off(answer, plain.picture(request)) <= 1
+
+
+@pytest.mark.parametrize(("family", "scheduler", "config"), DRAWING[2:])
+def test_a_seed_has_one_picture_though_its_steps_draw(
+    family: str,
+    scheduler: str,
+    config: dict[str, Any],
+    folders: Path,
+    tmp_path: Path,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    service = start(
+        with_scheduler(folders / family, tmp_path, **config),
+        pt2={"compile": {"enable": False}},
+        shapes={"fit": "pad", "batch_sizes": [1]},
+        pipeline={"scheduler": scheduler, "tasks": ["text-to-image"]},
+    )
+    closed.append(service)
+    first, other, again = ask(
+        service, STRANGERS[1], STRANGERS[1] | {"seed": 9, "prompt": "a cat"}, STRANGERS[1]
+    )
+    assert first.pictures == again.pictures != other.pictures
+
+
+def shared_runs(
+    service: Worker[Any, Any], monkeypatch: pytest.MonkeyPatch, *requests: dict[str, Any]
+) -> tuple[list[Answer], list[list[str]]]:
+    """The answers, and what the rows of each run painted."""
+    runs: list[list[str]] = []
+    generate = DiffusionPipeline.generate
+
+    def seen(self: DiffusionPipeline, batch: Batch, *others: Any) -> Any:
+        runs.append([str(row.size) for row in batch.rows])
+        return generate(self, batch, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusionPipeline, "generate", seen)
+        return ask(service, *requests), runs
+
+
+def test_a_flux_whose_steps_are_the_same_at_every_size_shares_runs_among_all(
+    folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    """schnell: its pipeline counts tokens all the same."""
+    folder = with_scheduler(folders / "flux", tmp_path, use_dynamic_shifting=False)
+    service = start(
+        folder,
+        pt2={"compile": {"enable": False}},
+        shapes={"buckets": [[64, 64]], "batch_sizes": [4]},
+    )
+    closed.append(service)
+    plain = Plain(folder / "model", GRID["flux"])
+    for requests in BY_TASK.values():
+        answers, runs = shared_runs(service, monkeypatch, *requests)
+        assert runs == [["64x64", "48x32", "16x64", "48x64"]]
+        for answer, request in zip(answers, requests, strict=True):
+            asked = {"guidance_scale": 5.0, "num_inference_steps": 2} | request
+            assert off(answer, plain.picture(asked)) <= 1
+
+
+def test_pictures_of_as_many_tokens_share_the_steps_that_depend_on_them(
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    service = start(
+        folders / "flux",
+        pt2={"compile": {"enable": False}},
+        shapes={"buckets": [[64, 64]], "batch_sizes": [2]},
+        pipeline={"tasks": ["text-to-image"]},
+    )
+    closed.append(service)
+    plain = Plain(folders / "flux" / "model", GRID["flux"])
+    steps = {"guidance_scale": 5.0, "num_inference_steps": 3}
+    requests = [
+        one | size | steps
+        for one, size in zip(
+            STRANGERS, ({"height": 32, "width": 64}, {"height": 60, "width": 30}), strict=False
+        )
+    ]
+    answers, runs = shared_runs(service, monkeypatch, *requests)
+    assert runs == [["32x64", "64x32"]]
+    for answer, request in zip(answers, requests, strict=True):
         assert off(answer, plain.picture(request)) <= 1
 
 
@@ -196,15 +310,22 @@ def test_what_cannot_be_exact_is_refused(keys: dict[str, Any], path: str, folder
     assert refused.value.path == path
 
 
+@pytest.mark.parametrize("fit", ["pad", "mask"])
+def test_a_bucket_past_the_positions_of_an_sd3_is_refused_by_its_side(
+    fit: str, folders: Path
+) -> None:
+    buckets = [[64, 64], [64, 1552]]
+    with pytest.raises(ConfigError, match="1552 is more than 1536 pixels") as refused:
+        start(folders / "sd3", shapes={"buckets": buckets, "fit": fit})
+    assert refused.value.path == "pt2.shapes.buckets[1][1]"
+
+
 def test_a_scheduler_that_looks_at_the_whole_canvas_is_refused(
     folders: Path, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "model"
-    shutil.copytree(folders / "sdxl" / "model", folder)
-    settings = folder / "scheduler" / "scheduler_config.json"
-    settings.write_text(json.dumps({**json.loads(settings.read_text()), "thresholding": True}))
+    folder = with_scheduler(folders / "sdxl", tmp_path, thresholding=True)
     with pytest.raises(ConfigError, match="DDIMScheduler with thresholding"):
-        start(tmp_path, pipeline={"scheduler": "DDIMScheduler"})
+        start(folder, pipeline={"scheduler": "DDIMScheduler"})
 
 
 def test_a_network_that_masks_do_not_make_exact_stops_the_load(folders: Path) -> None:

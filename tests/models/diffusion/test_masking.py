@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,8 +15,11 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 
 from masked_modules import EXAMPLES, ROWS, Example, pair
+from preheat.buckets import Bucket
 from preheat.errors import ConfigError
+from preheat.models.diffusion import mask_check
 from preheat.models.diffusion.masking.masks import Canvas, Masks
+from preheat.models.diffusion.masking.painting import Call, Rows
 from preheat.models.diffusion.masking.parts import (
     CellAttention,
     FluxAttention,
@@ -23,9 +28,14 @@ from preheat.models.diffusion.masking.parts import (
     MaskedGroupNorm,
     SelfAttention,
 )
+from preheat.models.diffusion.masking.place import Place
 from preheat.models.diffusion.masking.rewrite import rewrite
 
 MASKED = (SelfAttention, CellAttention, JointAttention, FluxAttention)
+
+
+CALLED = [name for name in EXAMPLES if not name.startswith("vae")]
+"""Those that run every step."""
 
 
 @pytest.fixture(autouse=True)
@@ -109,21 +119,27 @@ def test_every_mask_of_the_vae_is_needed(name: str) -> None:
 
 def _every_mask_is_needed(name: str) -> None:
     example, (untouched, masked) = EXAMPLES[name], pair(name)
-    masked = copy.deepcopy(masked)
-    tried = 0
-    for part_name, part in masked.named_modules():
+    masked, tried = copy.deepcopy(masked), list[str]()
+    for part_name in _unmasked_in_turn(masked):
+        assert _error(example, untouched, masked) > 2e-5, part_name
+        tried.append(part_name)
+    assert len(tried) > 1
+    assert _error(example, untouched, masked) < 1e-5
+
+
+def _unmasked_in_turn(masked: nn.Module) -> Iterator[str]:
+    """Names of the parts, each while it has no mask."""
+    for name, part in masked.named_modules():
         before = type(part)
         if before.__module__.endswith("masking.parts"):
             part.__class__ = before.__bases__[0]
-            assert _error(example, untouched, masked) > 2e-5, part_name
-            part.__class__, tried = before, tried + 1
+            yield name
+            part.__class__ = before
         processor = getattr(part, "processor", None)
         if isinstance(processor, MASKED):
             part.processor = _without_mask(processor)
-            assert _error(example, untouched, masked) > 2e-5, part_name
-            part.processor, tried = processor, tried + 1
-    assert tried > 1
-    assert _error(example, untouched, masked) < 1e-5
+            yield name
+            part.processor = processor
 
 
 def _without_mask(processor: Any) -> Any:
@@ -150,6 +166,81 @@ class _Unmasked:
     ) -> Any:
         more = {"image_rotary_emb": image_rotary_emb} if image_rotary_emb is not None else {}
         return self._processor(attn, hidden_states, encoder_hidden_states, **more)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", CALLED)
+def test_the_check_at_load_finds_rounding_alone(name: str, dtype: torch.dtype) -> None:
+    found = mask_check.difference(_call(name, dtype))
+    assert found.reason is None and found.outside == 0
+    assert 0 <= found.border <= found.close.share
+
+
+@pytest.mark.parametrize("name", ["sdxl, 2 levels", "sd3.5", "flux"])
+def test_the_check_at_load_misses_no_mask_in_half_precision(name: str) -> None:
+    call = _call(name, torch.bfloat16)
+    call = replace(call, module=copy.deepcopy(call.module))
+    for part_name in _unmasked_in_turn(call.module):
+        assert mask_check.difference(call).reason is not None, part_name
+    assert mask_check.difference(call).reason is None
+
+
+@pytest.mark.parametrize(("dtype", "value"), [(torch.float32, 1e-5), (torch.float16, 0.01)])
+def test_the_check_at_load_sees_what_rounding_hides_but_for_the_border(
+    dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where zeros are counted on there is something, always the same, and little."""
+    call = _call("sdxl, 2 levels", dtype)
+    close = mask_check.difference(call).close
+    normed = MaskedGroupNorm.forward
+
+    def shifted(self: MaskedGroupNorm, input: torch.Tensor) -> torch.Tensor:
+        result = normed(self, input)
+        if self.canvas.masks is None:
+            return result
+        cells, _ = self.canvas.masks.at(input.shape[-2], input.shape[-1])
+        return torch.where(cells, result, value)
+
+    monkeypatch.setattr(MaskedGroupNorm, "forward", shifted)
+    found = mask_check.difference(call)
+    assert found.outside == 0 and found.close.ok and found.close.share > close.share
+    assert found.reason is not None and "border" in found.reason
+
+
+def test_what_every_step_is_told_is_made_once_a_run() -> None:
+    rows = Rows([Bucket(16, 32), Bucket(32, 32)], Bucket(32, 64), 8)
+    like = torch.zeros(4, 6)
+    sizes, ids = rows.sizes(4, like.device), rows.time_ids(like)
+    assert sizes.tolist() == [[2, 4], [4, 4]] * 2
+    assert ids.tolist() == [[16, 32, 0, 0, 16, 32], [32, 32, 0, 0, 32, 32]] * 2
+    assert rows.sizes(4, like.device) is sizes and rows.time_ids(like) is ids
+    assert len(rows.sizes(2, like.device)) == 2 and rows.time_ids(like.half()).dtype == torch.half
+
+
+class _Called(Exception):
+    """With what a module was called."""
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.args, self.kwargs = args, kwargs
+
+
+def _call(name: str, dtype: torch.dtype) -> Call:
+    """Of the masked denoiser, for two rows of one size, as pipelines call it."""
+    example, (_, module) = EXAMPLES[name], pair(name, dtype)
+    place = Place(example.sizes[1], example.canvas)
+
+    def seen(*args: Any, **kwargs: Any) -> None:
+        raise _Called(args, kwargs)
+
+    with pytest.raises(_Called) as called, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "forward", seen)
+        sizes = torch.tensor([place.cells] * 2)
+        example.call(module, example.picture(dtype)[:2], slice(0, 2), {"sizes": sizes})
+    args, kwargs = called.value.args, called.value.kwargs
+    if not isinstance(module, UNet2DConditionModel):
+        kwargs = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        args = ()
+    return Call(module, args, kwargs, place)
 
 
 def _canvas(sizes: list[tuple[int, int]], height: int, width: int) -> Canvas:

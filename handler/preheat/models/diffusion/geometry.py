@@ -71,6 +71,14 @@ class Plan:
         return (generated - self.height * self.width) / generated
 
     @property
+    def num_computed(self) -> int:
+        """Pixels of the whole bucket, where the picture is as large as it comes out: as its part of
+        the bucket was resampled, so is the rest.
+        """
+        generated = self.scaled[0] * self.scaled[1]
+        return _ceil_div(self.bucket.volume * generated, self.painted.volume)
+
+    @property
     def is_masked(self) -> bool:
         """Whether it is painted in a part of its bucket."""
         return self.painted != self.bucket
@@ -112,11 +120,10 @@ def plan(
     if bucket is not None:
         return replace(pad_into(own or bucket, height, width, has_image=has_image), bucket=bucket)
     if oversize == "downscale":
-        bucket = nearest_aspect(buckets, height, width)
         if fit == "mask":
-            inner = Bucket(*inner_size(bucket.height, bucket.width, height, width))
+            bucket, inner = _roomiest(buckets, height, width)
             return replace(resize_into(round_up(inner, grid), height, width), bucket=bucket)
-        return resize_into(bucket, height, width)
+        return resize_into(nearest_aspect(buckets, height, width), height, width)
     if oversize == "eager":
         own = round_up(Bucket(height, width), multiple)
         return pad_into(own, height, width, has_image=has_image, bypass=True)
@@ -201,6 +208,17 @@ def inner_size(height: int, width: int, like_height: int, like_width: int) -> tu
     if height * like_width <= width * like_height:  # the height is what there is least of
         return height, max(1, _round_div(height * like_width, like_height))
     return max(1, _round_div(width * like_height, like_width)), width
+
+
+def _roomiest(buckets: Sequence[Bucket], height: int, width: int) -> tuple[Bucket, Bucket]:
+    """The bucket that holds the largest picture of these proportions, of equals the smallest, and
+    that picture's size.
+    """
+    holding = [
+        (bucket, Bucket(*inner_size(bucket.height, bucket.width, height, width)))
+        for bucket in buckets
+    ]
+    return max(holding, key=lambda each: (each[1].volume, -each[0].volume, -each[0].height))
 
 
 def _unscaled(start: int, stop: int, scaled: int, side: int) -> tuple[int, int]:

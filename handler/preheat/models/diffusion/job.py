@@ -122,9 +122,7 @@ class Answer(Outcome):
     @property
     def num_computed(self) -> int:
         """Pixels, of all its pictures."""
-        plan = self.job.plan
-        one = plan.bucket.volume if plan.is_masked else plan.scaled[0] * plan.scaled[1]
-        return len(self.pictures) * one
+        return len(self.pictures) * self.job.plan.num_computed
 
     @property
     def num_padding(self) -> int:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from preheat.buckets import Bucket
+from preheat.compilation.attention import attention_backend
 from preheat.config.diffusion import LimitsConfig, PipelineConfig
 from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
@@ -36,7 +37,8 @@ class DiffusionModel(LoadedModel[Job, Answer]):
         step = pipeline.grid if masked else pipeline.multiple
         self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline, step)
         if masked:
-            pipeline.mask(self.sizes)
+            with attention_backend(config.pt2.attention):
+                pipeline.mask(self.sizes)
         self.config = config.with_shapes(shapes.model_copy(update={"buckets": self.sizes}))
 
     @classmethod
@@ -72,6 +74,12 @@ def _resolved_buckets(
                 raise ConfigError(
                     f"{pixels} is not a multiple of {step}, which {pipeline.family.name} "
                     f"needs{masked}",
+                    f"pt2.shapes.buckets[{index}][{side}]",
+                )
+            if pipeline.most_side is not None and pixels > pipeline.most_side:
+                raise ConfigError(
+                    f"{pixels} is more than {pipeline.most_side} pixels, for which this model has "
+                    "positions (pos_embed_max_size)",
                     f"pt2.shapes.buckets[{index}][{side}]",
                 )
     limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not

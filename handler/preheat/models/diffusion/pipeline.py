@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -224,6 +224,12 @@ class DiffusionPipeline:
         return self.multiple * int(2 ** (len(levels) - 1))
 
     @property
+    def most_side(self) -> int | None:
+        """Pixels that a side can have at most, of a denoiser with a table of positions (SD3)."""
+        most = getattr(self._pipe, self.family.denoiser).config.get("pos_embed_max_size")
+        return None if most is None else int(most) * self.multiple
+
+    @property
     def default_bucket(self) -> Bucket:
         """The size the model was made for, from its own config."""
         cells = getattr(self._pipe, "default_sample_size", None)
@@ -239,7 +245,9 @@ class DiffusionPipeline:
             ConfigError: their pictures would not be those that each has alone.
         """
         cell = int(self._pipe.vae_scale_factor)
-        self._masked = MaskedPainting(list(self._tasks.values()), self.family.denoiser, cell)
+        self._masked = MaskedPainting(
+            list(self._tasks.values()), self.family.denoiser, cell, shifts=self.shifts_by_size
+        )
         self.mask_error = mask_check.checked(buckets, self.grid, self._first_call)
 
     def _first_call(self, bucket: Bucket, size: Bucket) -> Call:
@@ -366,12 +374,32 @@ class DiffusionPipeline:
         with seated as rows:
             if rows is not None:
                 arguments["generator"] = rows.generators([row.seed for row in batch.rows])
-            output = self._tasks[batch.task](**arguments)
+            with self._drawn_from(arguments["generator"]):
+                output = self._tasks[batch.task](**arguments)
         images = output.images  # (rows, 3, height, width) in 0..1
         pixels = (images.float() * 255).round().clamp(0, 255).to(torch.uint8)
         return Generated(
             pixels.permute(0, 2, 3, 1).cpu().numpy(), getattr(output, "nsfw_content_detected", None)
         )
+
+    @contextmanager
+    def _drawn_from(self, generators: Sequence[torch.Generator]) -> Iterator[None]:
+        """In here the scheduler's steps draw from these, one a row.
+
+        The pipelines with a UNet hand them on (`prepare_extra_step_kwargs`); those of SD3 and Flux
+        call `step` without any (diffusers 0.42), and a step that draws (FlowMatchLCM, or FlowMatch-
+        Euler with `stochastic_sampling`) would use torch's global generator.
+        """
+        scheduler = self._pipe.scheduler
+        takes = "generator" in inspect.signature(scheduler.step).parameters
+        if self.family.denoiser == "unet" or not takes:
+            yield
+            return
+        scheduler.step = partial(scheduler.step, generator=generators)
+        try:
+            yield
+        finally:
+            del scheduler.step  # the class's again
 
     def _arguments(self, batch: Batch) -> dict[str, Any]:
         size = (batch.bucket.height, batch.bucket.width)

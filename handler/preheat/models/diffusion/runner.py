@@ -97,13 +97,14 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def extremes(self, variants: Sequence[AnyVariant]) -> list[Variant]:
         every = own(variants)
-        largest, smallest = every[0], every[-1]
+        largest = every[0]
         if self._shapes.strategy == "dynamic":
             sizes = {v.bucket: v for v in every if v.guidance == largest.guidance}
             return [largest, *sizes.values(), self._between(largest)]
         if self._shapes.batch_sizes == "dynamic":
             # with masks where there are any: the other graphs' inputs are among theirs
             masked = any(v.masked for v in every)
+            smallest = next(v for v in reversed(every) if v.masked == masked)
             kind = smallest.bucket, smallest.task, masked
             guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
             return [guided[0], guided[-1]]

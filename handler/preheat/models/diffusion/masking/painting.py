@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from preheat.buckets import Bucket
 from preheat.errors import ConfigError
+from preheat.models.diffusion.masking import garbage
 from preheat.models.diffusion.masking.noise import (
     draw_rows,
     draws_otherwise,
@@ -44,6 +45,7 @@ class Rows:
         ]
         # diffusers encodes one row after the other, perhaps several times over
         self.encoded = cycle(self.places)
+        self._made: dict[object, torch.Tensor] = {}  # what every step is told, once a run
 
     def generators(self, seeds: Sequence[int]) -> list[torch.Generator]:
         """One a row, whose noise has the row's size."""
@@ -56,13 +58,19 @@ class Rows:
 
     def sizes(self, rows: int, device: torch.device) -> torch.Tensor:
         """(rows, 2) in cells; guidance has every row twice, one run of all after the other."""
-        cells = torch.tensor([place.cells for place in self.places], device=device)
-        return cells.repeat(rows // len(cells), 1)
+        key = rows, device
+        if key not in self._made:
+            cells = torch.tensor([place.cells for place in self.places], device=device)
+            self._made[key] = cells.repeat(rows // len(cells), 1)
+        return self._made[key]
 
     def time_ids(self, like: torch.Tensor) -> torch.Tensor:
         """SDXL's size conditions, (rows, 6): the size of each row as what it was and is to be."""
-        told = [[one.height, one.width, 0, 0, one.height, one.width] for one in self.pixels]
-        return like.new_tensor(told).repeat(len(like) // len(told), 1)
+        key = len(like), like.device, like.dtype
+        if key not in self._made:
+            told = [[one.height, one.width, 0, 0, one.height, one.width] for one in self.pixels]
+            self._made[key] = like.new_tensor(told).repeat(len(like) // len(told), 1)
+        return self._made[key]
 
     @property
     def num_tokens(self) -> int:
@@ -101,11 +109,14 @@ class Call:
     kwargs: dict[str, Any]
     place: Place
 
-    def masked(self) -> torch.Tensor:
-        """The rows' own cells of what it gives, where all others are NaN in what it is given."""
+    def masked(self, beside: float) -> torch.Tensor:
+        """The rows' own cells of what it gives, where all others are `beside`: in what it is given,
+        and at every depth where it masks them.
+        """
         latents = self._latents
         own = self._each(torch.ones_like(latents), lambda row: self.place.lay(self.place.cut(row)))
-        return self._cut(self._called(latents.masked_fill(own == 0, torch.nan), self.kwargs))
+        with garbage.outside(self.module, beside):
+            return self._cut(self._called(latents.masked_fill(own == 0, beside), self.kwargs))
 
     def alone(self) -> torch.Tensor:
         """What it gives for these cells without masks."""
@@ -145,13 +156,14 @@ class MaskedPainting:
         pipes: diffusers' pipelines, one a task, of the same parts.
         denoiser: name of the module that is rewritten.
         cell: pixels a side of a latent cell.
+        shifts: the scheduler's steps depend on a row's number of tokens.
 
     Raises:
         ConfigError: it cannot be exact.
     """
 
-    def __init__(self, pipes: Sequence[Any], denoiser: str, cell: int) -> None:
-        pipe, self._cell = pipes[0], cell
+    def __init__(self, pipes: Sequence[Any], denoiser: str, cell: int, *, shifts: bool) -> None:
+        pipe, self._cell, self._shifts = pipes[0], cell, shifts
         for each in pipes:
             _check(each)
         module = getattr(pipe, denoiser)
@@ -186,7 +198,8 @@ class MaskedPainting:
     def of(self, sizes: Sequence[Bucket], canvas: Bucket) -> Iterator[Rows]:
         """Runs in here have rows of these sizes on this canvas, in pixels."""
         self._rows = rows = Rows(sizes, canvas, self._cell)
-        token = own_tokens.set(lambda: rows.num_tokens)
+        # Flux's pipelines count tokens always, also for a scheduler that does not ask
+        token = own_tokens.set((lambda: rows.num_tokens) if self._shifts else None)
         try:
             yield rows
         finally:

@@ -45,6 +45,13 @@ class Place:
         packed = (0, 0, *(margin // PATCH for margin in margins))
         return functional.pad(grid, packed).flatten(1, 2)
 
+    def grid(self, latents: torch.Tensor) -> torch.Tensor:
+        """This row's own part as (rows, channels, height, width), in tokens if it is packed."""
+        if latents.dim() == 4:
+            return latents
+        tall, wide = (side // PATCH for side in self.cells)
+        return latents.reshape(len(latents), tall, wide, -1).movedim(3, 1)
+
     def cut(self, latents: torch.Tensor) -> torch.Tensor:
         """The row's own part of one row of latents on the canvas."""
         (height, width), (tall, wide) = self.canvas, self.cells
