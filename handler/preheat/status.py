@@ -39,6 +39,7 @@ class StatusFile:
         }
         self._buckets: dict[str, dict[str, Any]] = {}
         self._timer: threading.Timer | None = None
+        self._writing = threading.Lock()
         self._sizes_timer: threading.Timer | None = None
         self._sizes_interval = 0.0  # of the next one
         self._served: Callable[[], Mapping[str, Any]] | None = None
@@ -85,11 +86,12 @@ class StatusFile:
             self._timer.start()
 
     def _write_served(self) -> None:
-        self._timer = None  # what comes from now on is written by the next one
-        assert self._served is not None
-        served = self._served()
-        self._document["served"] = served
-        self.write(served["state"])
+        with self._writing:  # a disk may be slower than INTERVAL
+            self._timer = None  # what comes from now on is written by the next one
+            assert self._served is not None
+            served = self._served()
+            self._document["served"] = served
+            self.write(served["state"])
 
     def keep_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
         """A size was asked for: what `document` then gives is written soon, to a file of its own.
