@@ -34,11 +34,12 @@ export GOMP_SPINCOUNT ?= 1000
 # Longest first, and the servers of the end-to-end tests in one process: tests/by_server.py.
 TWO_PROCESSES := -n 2 --no-loadscope-reorder
 
-# What torch 2.8 can change, and IPEX itself: not YAML, bytes, processes, commands and documents.
+# What torch 2.8 can change, and IPEX itself: not YAML, bytes, processes, commands, documents, plans
+# and what trains the examples.
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
-	$(filter-out $(foreach folder,benchmarks cli config e2e gpu protocol torchserve __pycache__,tests/$(folder)/), \
-	$(wildcard tests/*/))
+	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks cli config e2e examples gpu planning protocol \
+	torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
