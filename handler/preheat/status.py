@@ -22,6 +22,26 @@ SIZES_INTERVAL = 30.0
 SIZES_SUFFIX = ".sizes"
 
 
+class _Soon:
+    """Calls `write` in a thread of its own some seconds after it is asked to, once for all who ask
+    meanwhile: no request waits for the disk.
+    """
+
+    def __init__(self, write: Callable[[], None]) -> None:
+        self._write = write
+        self._timer: threading.Timer | None = None
+
+    def ask(self, seconds: float) -> None:
+        if self._timer is None:
+            self._timer = threading.Timer(seconds, self._run)
+            self._timer.daemon = True
+            self._timer.start()
+
+    def _run(self) -> None:
+        self._timer = None  # what comes from now on is written by the next one
+        self._write()
+
+
 class StatusFile:
     """A worker's progress as a small JSON file, replaced atomically; nothing is written where no
     folder is given.
@@ -38,11 +58,10 @@ class StatusFile:
             "done": 0,
         }
         self._buckets: dict[str, dict[str, Any]] = {}
-        self._timer: threading.Timer | None = None
-        self._writing = threading.Lock()
-        self._sizes_timer: threading.Timer | None = None
-        self._sizes_interval = 0.0  # of the next one
+        self._writing = threading.RLock()  # a disk may be slower than INTERVAL
         self._served: Callable[[], Mapping[str, Any]] | None = None
+        self._sizes: Callable[[], Mapping[str, Any]] | None = None
+        self._served_soon, self._sizes_soon = _Soon(self._write_served), _Soon(self._write_sizes)
 
     @classmethod
     def from_environment(cls, model: str) -> StatusFile:
@@ -69,8 +88,9 @@ class StatusFile:
 
     def fail(self, message: str, *, lasting: bool) -> None:
         """The worker ends here; `lasting`: TorchServe's next one would, too."""
-        self._document["lasting"] = lasting
-        self.write("failed", message)
+        with self._writing:
+            self._document["lasting"] = lasting
+            self.write("failed", message)
 
     def serve(self, state: Callable[[], Mapping[str, Any]]) -> None:
         """The worker serves, or has answered a batch: the file holds its whole state from now on,
@@ -80,48 +100,42 @@ class StatusFile:
         first, self._served = self._served is None, state
         if first:
             self._write_served()
-        elif self._timer is None and self._path is not None:
-            self._timer = threading.Timer(INTERVAL, self._write_served)
-            self._timer.daemon = True
-            self._timer.start()
+        elif self._path is not None:
+            self._served_soon.ask(INTERVAL)
 
     def _write_served(self) -> None:
-        with self._writing:  # a disk may be slower than INTERVAL
-            self._timer = None  # what comes from now on is written by the next one
-            assert self._served is not None
+        assert self._served is not None
+        with self._writing:
             served = self._served()
             self._document["served"] = served
             self.write(served["state"])
 
     def keep_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
-        """A size was asked for: what `document` then gives is written soon, to a file of its own.
-        No request waits for the disk.
+        """A size was asked for: what `document` then gives is written soon, to a file of its
+        own.
         """
-        if self._path is None or self._sizes_timer is not None:
-            return
-        seconds = self._sizes_interval or INTERVAL
-        self._sizes_interval = SIZES_INTERVAL
-        self._sizes_timer = threading.Timer(seconds, self._write_sizes, (document,))
-        self._sizes_timer.daemon = True
-        self._sizes_timer.start()
-
-    def _write_sizes(self, document: Callable[[], Mapping[str, Any]]) -> None:
-        self._sizes_timer = None  # what is counted from now on is written by the next one
+        first, self._sizes = self._sizes is None, document
         if self._path is not None:
-            sizes = {"model": self._document["model"], **document()}
+            self._sizes_soon.ask(INTERVAL if first else SIZES_INTERVAL)
+
+    def _write_sizes(self) -> None:
+        assert self._path is not None and self._sizes is not None
+        with self._writing:
+            sizes = {"model": self._document["model"], **self._sizes()}
             _replace(self._path.with_suffix(SIZES_SUFFIX), sizes)
 
     def write(self, state: Phase, message: str = "") -> None:
         rows = list(self._buckets.values())
-        self._document |= {
-            "state": state,
-            "total": sum(row["total"] for row in rows),
-            "done": sum(row["done"] for row in rows),
-            "buckets": rows,
-            "message": message,
-        }
-        if self._path is not None:
-            _replace(self._path, self._document)
+        with self._writing:
+            self._document |= {
+                "state": state,
+                "total": sum(row["total"] for row in rows),
+                "done": sum(row["done"] for row in rows),
+                "buckets": rows,
+                "message": message,
+            }
+            if self._path is not None:
+                _replace(self._path, self._document)
 
 
 def padding_warning(padding: Mapping[str, Any]) -> str | None:

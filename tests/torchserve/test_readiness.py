@@ -268,6 +268,32 @@ def test_a_worker_that_serves_writes_its_last_state_without_being_waited_for(
             return
 
 
+def test_what_is_said_last_is_written_last_however_slow_the_state_comes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_status, "INTERVAL", 0.0)
+    began, ready = threading.Event(), threading.Event()
+
+    def slow() -> dict[str, Any]:
+        began.set()
+        assert ready.wait(60)
+        return {"state": "hot"}
+
+    file = StatusFile(str(tmp_path), "fox")
+    file.serve(lambda: {"state": "hot"})
+    file.serve(slow)
+    assert began.wait(60)
+    ending = threading.Thread(target=partial(file.fail, "gone", lasting=True))
+    ending.start()
+    ending.join(0.2)  # where it does not wait for the slow one, it ends here
+    ready.set()
+    ending.join(60)
+    for timer in [each for each in threading.enumerate() if isinstance(each, threading.Timer)]:
+        timer.join(60)
+    (read,) = worker_status.read_statuses(tmp_path)
+    assert read.state == "failed" and read.lasting
+
+
 def test_asked_sizes_are_written_to_a_file_of_their_own_and_read_by_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
