@@ -53,8 +53,10 @@ class Rows:
 
     def keep(self, latents: torch.Tensor) -> torch.Tensor:
         """The latents of all rows, with 0 outside of each."""
-        own = zip(self.places, latents[:, None], strict=True)
-        return torch.cat([place.lay(place.cut(row)) for place, row in own])
+        key = latents.shape, latents.device
+        if key not in self._made:
+            self._made[key] = own_cells(self.places, latents)
+        return torch.where(self._made[key], latents, 0)
 
     def sizes(self, rows: int, device: torch.device) -> torch.Tensor:
         """(rows, 2) in cells; guidance has every row twice, one run of all after the other."""
@@ -96,6 +98,12 @@ class Rows:
         return torch.cat(made)
 
 
+def own_cells(places: Sequence[Place], latents: torch.Tensor) -> torch.Tensor:
+    """Where each row's own part of these latents is: True there, in their shape."""
+    whole = zip(places, torch.ones_like(latents, dtype=torch.bool)[:, None], strict=True)
+    return torch.cat([place.lay(place.cut(row)) for place, row in whole])
+
+
 class _Seen(BaseException):
     """Ends a run at its first call of the denoiser."""
 
@@ -114,9 +122,9 @@ class Call:
         and at every depth where it masks them.
         """
         latents = self._latents
-        own = self._each(torch.ones_like(latents), lambda row: self.place.lay(self.place.cut(row)))
+        own = own_cells([self.place] * len(latents), latents)
         with garbage.outside(self.module, beside):
-            return self._cut(self._called(latents.masked_fill(own == 0, beside), self.kwargs))
+            return self._cut(self._called(latents.masked_fill(~own, beside), self.kwargs))
 
     def alone(self) -> torch.Tensor:
         """What it gives for these cells without masks."""
