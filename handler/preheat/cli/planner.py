@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +69,7 @@ def make(
     cost, unit = _cost(states)
     most = max(MOST, wanted.max_buckets)
     focus = 0 if max_waste is not None else wanted.max_buckets
-    looked_at = Wanted(
-        most, wanted.must, wanted.may_be_left, wanted.multiple, wanted.seconds, focus
-    )
+    looked_at = replace(wanted, max_buckets=most, focus=focus)
     choices: list[Choice] = []
     with Console(stderr=True).status("planning") as spinner:
         for choice in plan(demand, cost, looked_at):

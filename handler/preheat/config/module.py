@@ -93,6 +93,11 @@ class InputConfig(Section):
         """Whether an image file can be this input: (batch, 3, height, width) of floats."""
         return len(self.shape) == 4 and self.shape[1] == IMAGE_CHANNELS and "float" in self.dtype
 
+    def row_shape(self, sizes: Mapping[str, int]) -> list[int]:
+        """The shape of one row whose named dimensions have these sizes."""
+        named = self.shape[1:]
+        return [1, *(sizes[each] if isinstance(each, str) else each for each in named)]
+
 
 @dataclass(frozen=True, slots=True)
 class Cut:

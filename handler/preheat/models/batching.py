@@ -31,10 +31,10 @@ from preheat.errors import (
     RunError,
     is_panic,
 )
+from preheat.models.memory import Unfit
 
 if TYPE_CHECKING:
     from preheat.models.base import ModelRunner
-from preheat.models.memory import Unfit
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -104,11 +104,13 @@ def plan(demand: Demand, cost: Cost, wanted: Wanted) -> Iterator[Choice]:
         PreheatError: there is none.
     """
     _check(demand, wanted)
-    if demand.is_picture:
-        choices = _rectangles(demand, cost, wanted)
-    else:
-        choices = _lengths(demand, cost, wanted)
-    least, num_found = _least(demand, cost, wanted), 0
+    counts = demand.rounded(wanted.multiple)
+    most_left = int(wanted.may_be_left * demand.num_requests + 1e-9)
+    find = _rectangles if demand.is_picture else _lengths
+    choices = find(counts, most_left, cost, wanted)
+    # what no number of buckets goes below: each size has its own
+    least = sum(count * cost(prod(sizes)) for sizes, count in counts.items())
+    num_found = 0
     for points, total, proven in choices:
         num_found += 1
         buckets = [demand.bucket(sizes) for sizes in points]
@@ -123,6 +125,8 @@ def plan(demand: Demand, cost: Cost, wanted: Wanted) -> Iterator[Choice]:
         )
 
 
+Counts = Mapping[tuple[int, ...], int]
+"""Requests by the sizes that they ask for, rounded up."""
 _Found = tuple[Sequence[tuple[int, ...]], float, float]
 """Sizes of the buckets, cost, bound."""
 
@@ -141,27 +145,19 @@ def _check(demand: Demand, wanted: Wanted) -> None:
         )
 
 
-def _least(demand: Demand, cost: Cost, wanted: Wanted) -> float:
-    """What no number of buckets goes below: each size has its own."""
-    rounded = demand.rounded(wanted.multiple)
-    return sum(count * cost(prod(sizes)) for sizes, count in rounded.items())
-
-
-def _lengths(demand: Demand, cost: Cost, wanted: Wanted) -> Iterator[_Found]:
-    counts = {sizes[0]: count for sizes, count in demand.rounded(wanted.multiple).items()}
+def _lengths(counts: Counts, most_left: int, cost: Cost, wanted: Wanted) -> Iterator[_Found]:
+    lengths = {sizes[0]: count for sizes, count in counts.items()}
     must = {size for bucket in wanted.must for _, size in bucket.sizes}
-    most_left = int(wanted.may_be_left * demand.num_requests + 1e-9)
-    found = best_lengths(counts, cost, wanted.max_buckets, must=must, may_be_left=most_left)
+    found = best_lengths(lengths, cost, wanted.max_buckets, must=must, may_be_left=most_left)
     for chosen, total in found.values():
         yield [(length,) for length in chosen], total, total
 
 
-def _rectangles(demand: Demand, cost: Cost, wanted: Wanted) -> Iterator[_Found]:
+def _rectangles(counts: Counts, most_left: int, cost: Cost, wanted: Wanted) -> Iterator[_Found]:
     end = time.monotonic() + wanted.seconds
     must = dict.fromkeys((bucket.height, bucket.width) for bucket in wanted.must)
-    counts = {(sizes[0], sizes[1]): n for sizes, n in demand.rounded(wanted.multiple).items()}
-    most_left = int(wanted.may_be_left * demand.num_requests + 1e-9)
-    grid = Grid.of(counts, cost, must=[*must], may_be_left=most_left)
+    sizes = {(height, width): count for (height, width), count in counts.items()}
+    grid = Grid.of(sizes, cost, must=[*must], may_be_left=most_left)
     first = len(grid.must) or 1
     best: Sequence[Point] = ()
     prices: Prices | None = None

@@ -251,13 +251,7 @@ class Reader:
             )
             if unknown is not None:
                 raise RequestError(f"is missing, and no other input says its {unknown}", name)
-            shape = [
-                1,
-                *(
-                    sizes[extent] if isinstance(extent, str) else extent
-                    for extent in spec.shape[1:]
-                ),
-            ]
+            shape = spec.row_shape(sizes)
             self.bounds.check(shape, spec, name)
             complete[name] = torch.full(shape, spec.default, dtype=tensors.TORCH_DTYPES[spec.dtype])
         return complete

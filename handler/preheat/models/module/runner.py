@@ -162,13 +162,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         made: dict[str, torch.Tensor] = {}
         for name, spec in self._own.inputs.items():
             dtype = tensors.TORCH_DTYPES[spec.dtype]
-            shape = [
-                1,
-                *(
-                    sizes[extent] if isinstance(extent, str) else extent
-                    for extent in spec.shape[1:]
-                ),
-            ]
+            shape = spec.row_shape(sizes)
             if spec.default is not None:
                 made[name] = torch.full(shape, spec.default, dtype=dtype)
             elif dtype.is_floating_point:
@@ -272,13 +266,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         rows = [job.inputs[name] for job in jobs]
         if bucket is not None:
             spec = self._own.inputs[name]
-            shape = [
-                1,
-                *(
-                    bucket[extent] if isinstance(extent, str) else extent
-                    for extent in spec.shape[1:]
-                ),
-            ]
+            shape = spec.row_shape(dict(bucket.sizes))
             rows = [pad_to(row, shape, spec.pad) for row in rows]
             rows += [rows[0]] * (size - len(rows))
         stacked = torch.cat(rows) if len(rows) > 1 else rows[0]
