@@ -21,6 +21,7 @@ COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
+FIT_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -48,7 +49,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint test-fit fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -80,6 +81,9 @@ setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment 
 
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
+
+test-fit: $(STAMP) ## pictures of all sizes with fit: mask, each compared with what diffusers alone paints: [FIT_OPTIONS=--family sdxl ...]
+	$(BIN)/python tests/fit.py $(FIT_OPTIONS)
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
