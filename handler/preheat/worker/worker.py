@@ -467,13 +467,21 @@ class Worker(Generic[JobT, ResultT]):
         self.state.buckets = warmup.rows
         logger.info("verification: %d variants replayed, %d at fault", len(verified), num_faults)
         self.state.padding = dict(self.runner.measure_padding())
-        self._learn_pace(warmup.timings)
+        slow = {(row.bucket, row.batch_size) for row in warmup.rows if row.engine == "eager"}
+        hot = {
+            variant: timing
+            for variant, timing in warmup.timings.items()
+            if (variant.bucket, variant.batch_size) not in slow
+        }
+        alone = self.runner.measure_alone(hot)
+        self.state.own_sizes = [_document(*each) for each in alone.items()]
+        self._learn_pace({**warmup.timings, **alone})
         return "hot"
 
     def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
-            self._budget.pace.measured(variant.load, timing)
+            self._budget.measured(variant.load, timing)
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
@@ -511,6 +519,15 @@ class Worker(Generic[JobT, ResultT]):
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
+
+
+def _document(variant: Variant, timing: Timing) -> dict[str, object]:
+    """What was measured of a size without a bucket."""
+    return {
+        "size": str(variant.bucket),
+        "rows": variant.load.rows,
+        "seconds_per_step": round(timing.per_step, 6),
+    }
 
 
 AnyWorker: TypeAlias = Worker[BaseJob, Outcome]

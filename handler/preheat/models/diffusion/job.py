@@ -74,7 +74,8 @@ class Job(BaseJob):
 
     def load(self, size: int) -> Load:
         rows = size * (2 if self.doubled else 1)
-        return Load(self.plan.bucket.volume, rows, size, self.request.num_run_steps)
+        steps = self.request.num_run_steps
+        return Load(self.plan.bucket.volume, rows, size, steps, eager=self.bypass)
 
     def row(self, index: int) -> Row:
         """One of its pictures: those of `num_images` take consecutive seeds."""

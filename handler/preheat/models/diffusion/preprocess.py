@@ -17,6 +17,7 @@ from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Job
 from preheat.models.diffusion.pipeline import Family
 from preheat.models.diffusion.request import ImageRequest
+from preheat.models.diffusion.roads import Roads
 from preheat.protocol import images
 
 
@@ -39,14 +40,20 @@ class Sized(Protocol):
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
 
+    roads: Roads
+    """Decides which pictures are painted without their bucket; until it is measured, none."""
+
     def __init__(self, pipeline: Sized, shapes: ShapesConfig, limits: LimitsConfig) -> None:
         self._pipeline, self._shapes, self._limits = pipeline, shapes, limits
+        self.roads = Roads()
 
-    def prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
+    def prepare(
+        self, request: ImageRequest, deadline: float | None = None, *, alone: bool = False
+    ) -> Job:
         """Decode the request's images and plan its geometry.
 
         A side that the request leaves out comes from its image (in proportion, where the other side
-        is given), else from the first bucket.
+        is given), else from the first bucket. `alone`: without its bucket, whatever is quicker.
 
         Raises:
             RequestError: an image that cannot be read, or a size that no bucket covers under
@@ -61,11 +68,13 @@ class Planner:
         height, width = _asked_size(request, image, self._shapes.buckets[0])
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
+        doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
+        if alone or self.roads.is_own_quicker(plan, request.num_images, doubled=doubled):
+            plan = geometry.alone(plan)
         if image is not None:
             image = image_processor.place(image_processor.fit_to(image, height, width), plan)
         if mask is not None:
             mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
-        doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
             request,
             plan,

@@ -5,6 +5,7 @@ picture out of its bucket.
 from __future__ import annotations
 
 import io
+import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +21,7 @@ from preheat.compilation.variants import Variant as AnyVariant
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
 from preheat.device import num_cores, synchronize
-from preheat.errors import RequestError
+from preheat.errors import OutOfMemory, RequestError
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Chunk, Execution, RunReport
 from preheat.models.diffusion import geometry, image_processor, responses
@@ -31,12 +32,21 @@ from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, 
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
+from preheat.models.diffusion.roads import Roads
 from preheat.models.diffusion.streaming import emit_step
-from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
+from preheat.models.diffusion.variants import (
+    Variant,
+    alone_variants,
+    covering,
+    own,
+    plan_variants,
+)
 from preheat.protocol import images
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline(Sized, Protocol):
@@ -131,7 +141,10 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """
         (meant,) = own([variant])
         samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
-        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
+        jobs = [
+            self._fitted(self.planner.prepare(sample, alone=meant.alone), meant)
+            for sample in samples
+        ]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
         jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
@@ -144,6 +157,32 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
     def measure_padding(self) -> Mapping[str, float | str]:
         """Of the denoiser with masks, which was looked at before it was compiled."""
         return self._pipeline.mask_error
+
+    def measure_alone(self, timings: Mapping[AnyVariant, Timing]) -> Mapping[AnyVariant, Timing]:
+        """With masks every picture has two roads, but where all are to be the same to the last bit,
+        or one is as good as the other; see `roads`.
+        """
+        compiles = any(not router.idle for router in self.execution.routers.values())
+        if not any(self._shapes.masks) or self._shapes.invariant or not compiles:
+            return {}
+        alone: dict[AnyVariant, Timing] = {}
+        for variant in alone_variants(
+            max(self.buckets, key=lambda bucket: bucket.volume),
+            self._pipeline.grid,
+            self._own.limits.min_side,
+            self.execution.batch_sizes,
+            self._pipeline.guidance_variants,
+            self._pipeline.tasks[0],
+        ):
+            try:
+                alone[variant] = self.run_variant(variant)
+            except OutOfMemory as error:
+                logger.warning("not painted without its bucket: %s", error)
+        met = {**timings, **alone}
+        self.planner.roads = Roads.measured(
+            self.execution.batch_sizes, {variant: met[variant] for variant in own(list(met))}
+        )
+        return alone
 
     def _fitted(self, job: Job, variant: Variant) -> Job:
         """The variant's job, whose picture fills as much of the bucket as the variant's do."""
