@@ -260,7 +260,7 @@ class BatchRunner(Generic[JobT, ResultT]):
             group[0].job.load(size)
             for group in self._family.groups(answers)
             for size in split_rows(
-                self._fitting(group[0].job), sum(answer.job.num_rows for answer in group)
+                self.fitting(group[0].job), sum(answer.job.num_rows for answer in group)
             )
         )
         return sum(self._budget.pace_of(load).seconds(load, generous=generous) for load in loads)
@@ -355,7 +355,7 @@ class BatchRunner(Generic[JobT, ResultT]):
             for row in range(answer.job.num_rows)
         ]
         if rows:
-            self._run_rows(rows, self._fitting(rows[0][0].job), retry)
+            self._run_rows(rows, self.fitting(rows[0][0].job), retry)
 
     def _run_rows(self, rows: Chunk[ResultT], batch_sizes: Sequence[int], retry: bool) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
@@ -389,6 +389,6 @@ class BatchRunner(Generic[JobT, ResultT]):
             for answer, _ in chunk:
                 answer.error = OutOfMemory(f"{job.kind}: one row does not fit into memory")
 
-    def _fitting(self, job: BaseJob) -> Sequence[int]:
+    def fitting(self, job: BaseJob) -> Sequence[int]:
         """Those of the job's batch sizes that are worth a try."""
         return self.unfit.fitting(job.kind, job.batch_sizes(self._execution.batch_sizes))

@@ -253,6 +253,39 @@ def test_a_flux_whose_steps_are_the_same_at_every_size_shares_runs_among_all(
             assert off(answer, plain.picture(asked)) <= 1
 
 
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_who_borrows_a_seat_in_a_larger_bucket_gets_the_same_picture(
+    family: str,
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    service = start(
+        folders / family, pt2={"compile": {"enable": False}}, shapes={"batch_sizes": [4]}
+    )
+    closed.append(service)
+    plain = Plain(folders / family / "model", GRID[family])
+    sizes = [(41, 30), (96, 48), (90, 30)]
+    for task in BY_TASK:
+        asked = [
+            {"guidance_scale": 4.0, "num_inference_steps": 2, "prompt": "a cat", "seed": seed}
+            | {"height": height, "width": width}
+            | (
+                {"image": image("RGB", height, width, seed), "strength": 1.0}
+                if task != "text-to-image"
+                else {}
+            )
+            | ({"mask_image": image("L", height, width, 9)} if task == "inpainting" else {})
+            for seed, (height, width) in enumerate(sizes)
+        ]
+        answers, runs = shared_runs(service, monkeypatch, *asked)
+        assert [run[:3] for run in runs] == [["96x48", "96x32", "48x32"]]
+        assert {answer.bucket for answer in answers} == {"96x48"}
+        for answer, request in zip(answers, asked, strict=True):
+            assert off(answer, plain.picture(request)) <= 1
+
+
 def test_pictures_of_as_many_tokens_share_the_steps_that_depend_on_them(
     folders: Path,
     monkeypatch: pytest.MonkeyPatch,

@@ -7,7 +7,7 @@ from __future__ import annotations
 import io
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -15,7 +15,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from preheat.buckets import Bucket, round_up
+from preheat.buckets import Bucket, joined, round_up, smallest_covering
 from preheat.compilation.pace import MARGIN, Pace, Timing
 from preheat.compilation.variants import Variant as AnyVariant
 from preheat.config.diffusion import PipelineConfig, Task
@@ -33,6 +33,7 @@ from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
 from preheat.models.diffusion.roads import Roads
+from preheat.models.diffusion.seats import Party, lend
 from preheat.models.diffusion.streaming import emit_step
 from preheat.models.diffusion.variants import (
     Variant,
@@ -286,10 +287,39 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
                 job.events.emit("queued")
         return self.batches.run(jobs)
 
+    def groups(self, results: Sequence[Answer]) -> Iterable[Sequence[Answer]]:
+        """With masks those of a smaller bucket borrow what seats a larger one's run has left."""
+        groups = [list(group) for group in super().groups(results)]
+        if not any(self._shapes.masks) or self._shapes.invariant:
+            return groups
+        kin: dict[Hashable, list[Party[Answer]]] = {}
+        for group in groups:
+            job = group[0].job
+            party = Party(job.plan.bucket, self.batches.fitting(job), group)
+            kin.setdefault(job.kin, []).append(party)
+        for parties in kin.values():
+            lend(parties, lambda answer: answer.job.num_rows, _may_be_seated)
+        seated = [party.members for parties in kin.values() for party in parties if party.members]
+        order = {id(result): index for index, result in enumerate(results)}
+        return sorted(seated, key=lambda members: min(order[id(each)] for each in members))
+
+    def _canvas(self, jobs: Sequence[Job]) -> Bucket:
+        """The bucket in which these share a run."""
+        own = {job.plan.bucket for job in jobs}
+        if len(own) == 1:
+            return own.pop()
+        # that of who borrows nothing holds them all, even where its own rows are gone by now
+        canvas = smallest_covering(self.buckets, joined([job.plan.painted for job in jobs]))
+        assert canvas is not None
+        return canvas
+
     def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
+        canvas = self._canvas([answer.job for answer, _ in chunk])
+        for answer, _ in chunk:
+            answer.job = answer.job.on(canvas)
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
-        masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
-        batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
+        masked = self._always_masked or any(row.size != canvas for row in rows)
+        batch = _batch(job.request, canvas, rows, size, masked=masked and not job.bypass)
         generated, run = self.execution.run(
             lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
@@ -326,6 +356,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def close(self) -> None:
         self._encoders.shutdown()
+
+
+def _may_be_seated(answer: Answer, bucket: Bucket) -> bool:
+    """Not who streams: the headers that name its bucket have left already."""
+    job = answer.job
+    return not job.bypass and job.events is None and bucket.covers(job.plan.painted)
 
 
 def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:
