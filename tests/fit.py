@@ -88,6 +88,7 @@ def model_config(family: str, scheduler: str, *, fit: str, backend: str | None) 
                 "buckets": [list(bucket) for bucket in BUCKETS],
                 "batch_sizes": "dynamic",
                 "fit": fit,
+                "mask_only": fit == "mask",  # half the warm-up; the others are `pad`'s
             },
         },
         "pipeline": {"path": ".", "tasks": list(tasks(family, scheduler))},
