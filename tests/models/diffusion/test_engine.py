@@ -254,8 +254,8 @@ def test_oversize_follows_the_policy() -> None:
     assert downscaled.plan.bucket == Bucket(96, 48) and downscaled.plan.resampled
 
 
-def test_the_smallest_that_is_watched_has_masks_where_a_bucket_of_one_grid_cell_has_none() -> None:
-    bench = Bench(fit="mask", batch_sizes="dynamic", buckets=(Bucket(64, 64), Bucket(16, 16)))
+def test_the_smallest_that_is_watched_has_masks_where_a_bucket_of_one_cell_has_none() -> None:
+    bench = Bench(fit="mask", batch_sizes="dynamic", buckets=(Bucket(64, 64), Bucket(8, 8)))
     smallest = bench.runner.extremes(bench.runner.variants((1, 4)))
     assert {variant.bucket for variant in smallest} == {Bucket(64, 64)}
     assert all(variant.masked for variant in smallest)

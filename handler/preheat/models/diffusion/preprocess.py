@@ -92,7 +92,6 @@ class Planner:
             fit="pad" if shapes.fit == "mask" and not any(shapes.masks) else shapes.fit,
             oversize=shapes.oversize,
             multiple=self._pipeline.multiple,
-            grid=self._pipeline.grid,
             has_image=has_image,
         )
 

@@ -90,7 +90,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
         if not variant.masked or self._always_masked:
             return variant.bucket
-        return geometry.smaller(variant.bucket, self._pipeline.grid)
+        return geometry.smaller(variant.bucket, self._pipeline.multiple)
 
     def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
         return covering(own(variants))
