@@ -38,8 +38,8 @@ from preheat.torchserve.client import Client
 from served import Served, noise, opened, serving
 
 STATE = server.ROOT / ".preheat"
-GRID = 16
-"""Pixels that the tiny UNets' two levels halve evenly, and that a token has."""
+GRID = {"sdxl": 8, "sd15": 8, "sd3": 16, "flux": 16}
+"""Pixels of a latent cell, or of a token."""
 LEAST, BUCKETS = 40, ((96, 96), (128, 64))
 FLOW = {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
 UNET_SCHEDULERS: Mapping[str, Mapping[str, Any]] = {
@@ -187,7 +187,7 @@ def campaign(
         config.write_text(yaml.safe_dump(model_config(family, scheduler, fit=fit, backend=backend)))
         archive = build_archive(config, model, output=work / "archives")
         with serving(archive, work, env={"OMP_NUM_THREADS": "1"}) as served:
-            tally = ask(served.client, Plain(model, GRID), requests, clients)
+            tally = ask(served.client, Plain(model, GRID[family]), requests, clients)
             return tally, _rows_a_run(served)
 
 

@@ -43,7 +43,10 @@ def compared(family: str, scheduler: str, fit: str, folder: Path) -> Tally:
     number = -(-COUNT // len(SCHEDULERS[family]))
     requests = [random_request(rng, family, scheduler) for _ in range(number)]
     build(family, scheduler, folder)
-    plain, config = Plain(folder, GRID), model_config(family, scheduler, fit=fit, backend=None)
+    plain, config = (
+        Plain(folder, GRID[family]),
+        model_config(family, scheduler, fit=fit, backend=None),
+    )
     answers = served(folder, config, requests)
     for request, answer in zip(requests, answers, strict=True):
         tally.compare(request, np.asarray(answer.pictures[0]), plain.picture(request))

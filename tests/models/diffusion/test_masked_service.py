@@ -31,7 +31,7 @@ from preheat.protocol import responses
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
-GRID = {"sdxl": 16, "sd15": 16, "sd3": 16, "flux": 16}
+GRID = {"sdxl": 8, "sd15": 8, "sd3": 16, "flux": 16}
 """Pixels that two levels can halve, or that a token has."""
 
 

@@ -37,8 +37,7 @@ def masked(height: int, width: int) -> Any:
         buckets=[BUCKET],
         fit="mask",
         oversize="reject",
-        multiple=8,
-        grid=GRID,
+        multiple=GRID,
         has_image=False,
     )
 
@@ -126,7 +125,7 @@ class Compiled(Router):
 @pytest.mark.parametrize(
     ("shapes", "sizes"),
     [
-        ({"fit": "mask"}, {"16x16", "32x32", "48x64"}),
+        ({"fit": "mask"}, {"16x16", "32x32", "56x64"}),
         ({"fit": "mask", "invariant": True}, set()),
         ({"fit": "pad"}, set()),
     ],
@@ -151,7 +150,7 @@ def test_a_picture_is_painted_without_its_bucket_where_that_is_quicker(tmp_path:
     }
     own = {"path": "model", "guidance": "off", "tasks": ["text-to-image"]}
     config = ModelConfig.parse({"pt2": pt2, "pipeline": own})
-    plain = Plain(tmp_path / "model", GRID)
+    plain = Plain(tmp_path / "model", 8)
     request = {
         "prompt": "a cat",
         "height": 41,
@@ -164,8 +163,8 @@ def test_a_picture_is_painted_without_its_bucket_where_that_is_quicker(tmp_path:
     cpu, status = torch.device("cpu"), StatusFile(None, "tiny")
     with Worker[Any, Any](config, tmp_path, cpu, status=status) as service:
         assert isinstance(service.runner, DiffusionRunner)
-        assert [row["size"] for row in service.state.own_sizes] == ["16x16", "32x32", "48x64"]
-        for roads in (Roads(), Roads((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 48: {1: 1.0}})):
+        assert [row["size"] for row in service.state.own_sizes] == ["16x16", "32x32", "56x64"]
+        for roads in (Roads(), Roads((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
             service.runner.planner.roads = roads
             (answer,) = service.run([service.parse({"body": request})])
             answer.raise_if_failed()

@@ -103,7 +103,7 @@ def test_a_small_picture_borrows_a_seat_and_says_where_it_was_painted() -> None:
     large = [bench.job(height=128, width=100, seed=seed, **image) for seed in (1, 2, 3)]
     jobs = [bench.job(height=40, width=40, seed=4, **image), *large]
     answers = bench.run(jobs)
-    assert sizes(bench) == [("128x128", ["128x112"] * 3 + ["48x48"])]
+    assert sizes(bench) == [("128x128", ["128x104"] * 3 + ["40x40"])]
     assert [answer.bucket for answer in answers] == ["128x128"] * 4
     assert answers[0].pictures[0].getpixel((39, 39)) == (39, 39, 4)
     (batch,) = bench.canvas.batches

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from preheat.buckets import Bucket, round_up
+from preheat.buckets import Bucket
 from preheat.compilation.closeness import Closeness, Tolerance, compare
 from preheat.errors import ConfigError
 from preheat.models.diffusion.masking.painting import Call
@@ -24,9 +24,15 @@ a bias where the row's own border has zeros.
 """
 
 
-def odd_size(bucket: Bucket, grid: int) -> Bucket:
-    """About five eighths of each side, in pixels: not a size that halves like the bucket does."""
-    return round_up(Bucket(bucket.height * 5 // 8, bucket.width * 5 // 8), grid)
+def odd_size(bucket: Bucket, multiple: int) -> Bucket:
+    """About five eighths of each side, in pixels: an odd number of `multiple`, so that no halving
+    of it is even.
+    """
+    height, width = (
+        max(1, side * 5 // 8 // multiple - 1 | 1) * multiple
+        for side in (bucket.height, bucket.width)
+    )
+    return Bucket(height, width)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +82,7 @@ def difference(call: Call) -> Difference:
 
 
 def checked(
-    buckets: Sequence[Bucket], grid: int, first_call: Callable[[Bucket, Bucket], Call]
+    buckets: Sequence[Bucket], multiple: int, first_call: Callable[[Bucket, Bucket], Call]
 ) -> Mapping[str, float | str]:
     """The figures for the state, of an odd size in every bucket.
 
@@ -86,7 +92,9 @@ def checked(
     Raises:
         ConfigError: there is a difference beyond rounding.
     """
-    found = {bucket: difference(first_call(bucket, odd_size(bucket, grid))) for bucket in buckets}
+    found = {
+        bucket: difference(first_call(bucket, odd_size(bucket, multiple))) for bucket in buckets
+    }
     for bucket, seen in found.items():
         if seen.reason is not None:
             raise ConfigError(

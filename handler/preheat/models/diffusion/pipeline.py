@@ -248,7 +248,7 @@ class DiffusionPipeline:
         self._masked = MaskedPainting(
             list(self._tasks.values()), self.family.denoiser, cell, shifts=self.shifts_by_size
         )
-        self.mask_error = mask_check.checked(buckets, self.grid, self._first_call)
+        self.mask_error = mask_check.checked(buckets, self.multiple, self._first_call)
 
     def _first_call(self, bucket: Bucket, size: Bucket) -> Call:
         """The denoiser's first call in a masked run of one row of that size."""

@@ -9,7 +9,7 @@ from typing import Protocol
 from PIL import Image
 
 from preheat.buckets import Bucket, round_up
-from preheat.config.diffusion import LimitsConfig
+from preheat.config.diffusion import LimitsConfig, PipelineConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.errors import RequestError
 from preheat.models.diffusion import geometry, image_processor
@@ -43,8 +43,9 @@ class Planner:
     roads: Roads
     """Decides which pictures are painted without their bucket; until it is measured, none."""
 
-    def __init__(self, pipeline: Sized, shapes: ShapesConfig, limits: LimitsConfig) -> None:
-        self._pipeline, self._shapes, self._limits = pipeline, shapes, limits
+    def __init__(self, pipeline: Sized, shapes: ShapesConfig, config: PipelineConfig) -> None:
+        self._pipeline, self._shapes, self._limits = pipeline, shapes, config.limits
+        self._keeps_unmasked = config.keep_unmasked
         self.roads = Roads()
 
     def prepare(
@@ -59,7 +60,7 @@ class Planner:
             RequestError: an image that cannot be read, or a size that no bucket covers under
                 `oversize: reject`.
         """
-        image = mask = None
+        image = mask = around = None
         most = self._limits.max_image_pixels
         if request.image is not None:
             image = images.decode(request.image, field="image", max_pixels=most)
@@ -72,14 +73,18 @@ class Planner:
         if alone or self.roads.is_own_quicker(plan, request.num_images, doubled=doubled):
             plan = geometry.alone(plan)
         if image is not None:
-            image = image_processor.place(image_processor.fit_to(image, height, width), plan)
+            image = image_processor.fit_to(image, height, width)
         if mask is not None:
-            mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
+            mask = image_processor.fit_to(mask, height, width)
+        if image is not None and mask is not None and self._keeps_unmasked:
+            around = image_processor.unmasked(image, mask)
+        image, mask = (each and image_processor.place(each, plan) for each in (image, mask))
         return Job(
             request,
             plan,
             image,
             mask,
+            around,
             doubled=doubled,
             shift=plan.painted.volume if self._pipeline.shifts_by_size else 0,
             deadline=deadline,
@@ -101,7 +106,6 @@ class Planner:
             fit="pad" if shapes.fit == "mask" and not any(shapes.masks) else shapes.fit,
             oversize=shapes.oversize,
             multiple=self._pipeline.multiple,
-            grid=self._pipeline.grid,
             has_image=has_image,
         )
 

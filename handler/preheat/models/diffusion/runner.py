@@ -79,7 +79,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         super().__init__(execution, config.pt2.shapes.buckets)
         self._pipeline, self._most = pipeline, config.batchSize
         self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
-        self.planner = Planner(pipeline, self._shapes, self._own.limits)
+        self.planner = Planner(pipeline, self._shapes, self._own)
         # The model's own threads sleep meanwhile, so there is a core for each.
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
@@ -101,7 +101,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
         if not variant.masked or self._always_masked:
             return variant.bucket
-        return geometry.smaller(variant.bucket, self._pipeline.grid)
+        return geometry.smaller(variant.bucket, self._pipeline.multiple)
 
     def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
         return covering(own(variants))
@@ -169,7 +169,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         alone: dict[AnyVariant, Timing] = {}
         for variant in alone_variants(
             max(self.buckets, key=lambda bucket: bucket.volume),
-            self._pipeline.grid,
+            self._pipeline.multiple,
             self._own.limits.min_side,
             self.execution.batch_sizes,
             self._pipeline.guidance_variants,
@@ -332,9 +332,13 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
+            flagged = generated.flagged is not None and bool(generated.flagged[index])
+            around = answer.job.around
+            if around is not None and not flagged:  # a blackened picture stays black
+                picture.paste(around, mask=around)
             answer.pictures.append(picture)
             if generated.flagged is not None:
-                answer.flagged.append(bool(generated.flagged[index]))
+                answer.flagged.append(flagged)
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:

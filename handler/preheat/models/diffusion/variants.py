@@ -70,19 +70,19 @@ def plan_variants(
 
 def alone_variants(
     largest: Bucket,
-    grid: int,
+    multiple: int,
     least_side: int,
     batch_sizes: Sequence[int],
     guidance: Iterable[bool],
     task: str,
 ) -> tuple[Variant, ...]:
     """Those that show how long eager code takes for pictures smaller than the largest bucket: a
-    quarter and half of its sides, and as much of it as `grid` leaves (pixels).
+    quarter and half of its sides, and all but `multiple` of it (pixels).
     """
     least = Bucket(least_side, least_side)
     shares = [Bucket(-(-largest.height // part), -(-largest.width // part)) for part in (4, 2)]
-    sizes = {round_up(joined([share, least]), grid): None for share in shares}
-    sizes |= {size: None for size in [smaller(largest, grid)] if size and size.covers(least)}
+    sizes = {round_up(joined([share, least]), multiple): None for share in shares}
+    sizes |= {size: None for size in [smaller(largest, multiple)] if size and size.covers(least)}
     ends = sorted({min(batch_sizes), max(batch_sizes)})
     return tuple(
         Variant(size, number, doubled, task, alone=True)
