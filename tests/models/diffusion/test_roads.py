@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from preheat.models.diffusion.geometry import alone, plan
 from preheat.models.diffusion.roads import Roads
 from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.models.diffusion.variants import Variant, alone_variants
+from preheat.protocol.call import Call
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
@@ -139,6 +141,17 @@ def test_eager_code_is_measured_where_there_are_two_roads(
         bench.runner.execution, routers={"unet": Compiled("unet", lambda: None)}
     )
     assert {str(variant.bucket) for variant in bench.runner.measure_alone({})} == sizes
+
+
+def test_what_a_request_may_cost_does_not_depend_on_its_road() -> None:
+    bench = Bench(buckets=[Bucket(64, 64)], fit="mask")
+    call = Call({"body": {"prompt": "a", "height": 40, "width": 40}}, {}, None, None)
+    for roads in (Roads(), Roads((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
+        bench.runner.planner.roads = roads
+        with patch("preheat.models.diffusion.runner.check_cost") as checked:
+            job = bench.runner.preprocess(call)
+        assert checked.call_args.args[1] == Bucket(64, 64)
+    assert job.plan.bucket == Bucket(40, 40) and job.bypass
 
 
 def test_a_picture_is_painted_without_its_bucket_where_that_is_quicker(tmp_path: Path) -> None:

@@ -247,9 +247,11 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         job = replace(self.planner.prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
         least_area = min(bucket.volume for bucket in self.buckets)
+        # what may be asked for is no matter of which road is quicker on this machine
+        canvas = smallest_covering(self.buckets, job.plan.painted) if job.bypass else None
         check_cost(
             request,
-            job.plan.bucket,
+            canvas or job.plan.bucket,
             steps=steps,
             least_area=least_area,
             max_cost=pipeline.limits.max_cost,
