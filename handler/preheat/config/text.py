@@ -18,7 +18,7 @@ from preheat.errors import ConfigError
 class TextLimits(Section):
     """What a request may hold; everything past it is a 400."""
 
-    max_prompt_chars: Positive = 200_000
+    max_prompt_chars: Positive = 50_000
     """Characters of a prompt, or of all messages together."""
     max_messages: Positive = 200
     """Messages of a conversation."""

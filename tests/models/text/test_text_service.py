@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from models.text.texts import BUCKETS, MAX_LENGTH, SLOTS, Client, config, start, tokens
 from preheat.errors import ConfigError, ModelError
@@ -27,7 +27,12 @@ from preheat.worker.worker import Worker
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.build("llama", tmp_path_factory.mktemp("text") / "llama")
+    """A model whose tokenizer knows one token more."""
+    folder = tiny.build("llama", tmp_path_factory.mktemp("text") / "llama")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<more>"])
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +204,8 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{"role": "user", "content": "x"}]}, "messages", "need a chat template"),
     ({"prompt": "x", "max_tokens": 3}, "max_tokens", "here it is max_new_tokens"),
     ({"prompt": "x", "temperature": -1}, "temperature", "from 0 to 100"),
+    ({"prompt": "x", "temperature": 1e-9}, "temperature", "must be 0, or from 1e-06 to 100"),
+    ({"prompt": "x<more>"}, "prompt", "holds a token that the model has no embedding of"),
     ({"prompt": "x", "top_p": 0}, "top_p", "above 0"),
     ({"prompt": "x", "stop": ["a", ""]}, "stop", "1 to 100 characters"),
     ({"prompt": "x", "stop": ["a"] * 9}, "stop", "at most 8"),
@@ -227,14 +234,19 @@ def test_a_row_that_fails_costs_no_other(client: Client, monkeypatch: pytest.Mon
 
     def poisoned(sampler: Sampler, logits: torch.Tensor) -> Any:
         seed = sampler._sampling.seed
+        if seed == 12:  # what torch.multinomial refuses
+            logits = logits + torch.inf
         return choose(sampler, logits * torch.nan if seed == 13 else logits)
 
     monkeypatch.setattr(Sampler, "choose", poisoned)
-    client.send("bad", prompt="l", seed=13)
-    client.send("good", prompt="l", seed=14, max_new_tokens=4)
+    for seed in (12, 13, 14):
+        client.send(str(seed), prompt="l", seed=seed, max_new_tokens=4)
     client.drain()
-    assert client.events("bad")[-1]["event"] == "error"
-    assert client.events("good")[-1]["event"] == "done"
+    assert [client.events(str(seed))[-1]["event"] for seed in (12, 13, 14)] == [
+        "error",
+        "error",
+        "done",
+    ]
 
 
 def test_a_step_that_fails_fails_who_was_in_it_and_the_next_are_served(
@@ -261,8 +273,6 @@ def test_who_waited_longer_than_its_deadline_is_told_so(worker: Worker[Job, Answ
 
 
 def test_messages_are_written_by_the_folders_template(folder: Path, tmp_path: Path) -> None:
-    from transformers import AutoTokenizer
-
     from preheat.models.text.request import Reader
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -271,7 +281,7 @@ def test_messages_are_written_by_the_folders_template(folder: Path, tmp_path: Pa
         "{{ m.role[0] }}:{{ m.content }};{% endfor %}"
         "{% if add_generation_prompt %}a:{% endif %}"
     )
-    reader = Reader(config(folder).text, tokenizer)  # type: ignore[arg-type]
+    reader = Reader(config(folder).text, tokenizer, 300)  # type: ignore[arg-type]
 
     def asked(*messages: dict[str, Any]) -> Call:
         return Call({"body": {"messages": list(messages)}})

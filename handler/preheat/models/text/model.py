@@ -97,7 +97,8 @@ class TextModel(LoadedModel[Job, Answer]):
 
     def runner(self, execution: Execution) -> TextRunner:
         ends = stop_tokens(self._model, self._tokenizer)
-        reader = Reader(self._own, self._tokenizer)
+        embeddings = self._model.get_input_embeddings()
+        reader = Reader(self._own, self._tokenizer, embeddings.num_embeddings)
         return TextRunner(execution, self.slots, reader, ends, self._own)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from preheat.config.text import TextConfig
-from preheat.errors import RequestError
+from preheat.errors import RequestError, is_panic
 from preheat.models.text.job import Job, bucket
 from preheat.models.text.sampler import Sampling
 from preheat.protocol.call import Call
@@ -35,6 +35,8 @@ _UNSERVED = {
 }
 _SEND = 'send JSON: {"prompt": "..."}'
 _MOST_SEED = 2**63 - 1
+_LEAST_TEMPERATURE = 1e-6
+"""But for 0: logits are divided by it, and infinity over infinity is no probability."""
 
 
 class Tokenizer(Protocol):
@@ -57,6 +59,8 @@ class Reader:
 
     config: TextConfig
     tokenizer: Tokenizer
+    num_embeddings: int
+    """Tokens that the model knows; its tokenizer may know more."""
 
     def read(self, call: Call) -> Job:
         """The request as a job, its prompt in tokens.
@@ -91,11 +95,9 @@ class Reader:
                 "prompt",
             )
         field = "prompt" if messages is None else "messages"
-        if text is None:
-            # the template writes what begins a text itself
-            tokens = self.tokenizer(self._chat(messages), add_special_tokens=False)["input_ids"]
-        else:
-            tokens = self.tokenizer(text)["input_ids"]
+        # a template writes what begins a text itself
+        written = self._chat(messages) if text is None else text
+        tokens = self._tokens(written, field, special=text is not None)
         most = max(self.config.prefill_buckets)
         if not tokens:
             raise RequestError("is empty: a text goes on from one token at least", field)
@@ -105,7 +107,18 @@ class Reader:
                 "(text.prefill_buckets in the YAML)",
                 field,
             )
-        return list(tokens)
+        return tokens
+
+    def _tokens(self, text: str, field: str, *, special: bool) -> list[int]:
+        try:
+            tokens = list(self.tokenizer(text, add_special_tokens=special)["input_ids"])
+        except BaseException as error:
+            if not isinstance(error, Exception) and not is_panic(error):
+                raise
+            raise RequestError(f"cannot be tokenized ({type(error).__name__})", field) from error
+        if tokens and max(tokens) >= self.num_embeddings:  # an index that would cost a GPU
+            raise RequestError("holds a token that the model has no embedding of", field)
+        return tokens
 
     def _chat(self, messages: object) -> str:
         if self.tokenizer.chat_template is None:
@@ -152,6 +165,11 @@ class Reader:
     def _sampling(self, fields: Fields, seed: int) -> Sampling:
         defaults = self.config.defaults
         temperature = fields.number("temperature", 100.0)
+        if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE:
+            raise RequestError(
+                f"must be 0, or from {_LEAST_TEMPERATURE:g} to 100, got {temperature}",
+                "temperature",
+            )
         top_k = fields.whole("top_k", 0, 1_000_000)
         top_p = fields.number("top_p", 1.0, zero=False)
         return Sampling(

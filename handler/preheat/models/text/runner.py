@@ -129,10 +129,11 @@ class TextRunner(StepRunner[Job, Answer]):
             logits, run = self.execution.run(
                 partial(self._model.prefill, slot, job.prompt), num_rows=1, num_real_rows=1
             )
-            answer.note(run)
-            self._write({slot: logits})
         except Exception as error:  # noqa: BLE001  whatever a model raises
             self._fail([answer], self._failure(error))
+            return
+        answer.note(run)
+        self._write({slot: logits})
 
     def _decode(self) -> None:
         running = dict(self._slots.running)
@@ -159,8 +160,8 @@ class TextRunner(StepRunner[Job, Answer]):
             answer = self._slots.running[slot]
             try:
                 self._writers[slot].write(own)
-            except PipelineFailure as error:
-                self._fail([answer], error)
+            except Exception as error:  # noqa: BLE001  whatever torch makes of odd logits
+                self._fail([answer], self._failure(error))
             if answer.finish is not None:
                 self._slots.leave(answer)
 
@@ -175,6 +176,8 @@ class TextRunner(StepRunner[Job, Answer]):
         Raises:
             SystemExit: the device is lost.
         """
+        if isinstance(error, RunError):
+            return error
         if is_device_lost(error):
             raise SystemExit("the device is lost; TorchServe starts a new worker") from error
         if is_out_of_memory(error):
