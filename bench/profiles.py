@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,8 @@ class Profile:
     num_steps: int
     build: Callable[[Path], Path]
     """Makes the pipeline in a folder."""
-    dtype: str
+    dtypes: tuple[str, ...]
+    """That strategies are compared in; everything else is measured in the first one."""
     on_gpu: bool = False
     """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would
     be measured.
@@ -53,6 +55,10 @@ class Profile:
     """From the start of the run: after this no request is sent any more, so that a bench always
     ends.
     """
+
+    @property
+    def dtype(self) -> str:
+        return self.dtypes[0]
 
 
 def model_yaml(
@@ -100,17 +106,17 @@ def model_yaml(
     }
 
 
-def build_full_size(folder: Path) -> Path:
-    """`bench.full_size` in a process of its own, which gives the GPU's memory back when it ends.
+def build_sdxl(size: str, folder: Path) -> Path:
+    """`bench.sdxl` in a process of its own, which gives its memory back when it ends.
 
     Raises:
-        PreheatError: there is no CUDA device, or it failed.
+        PreheatError: this size needs a CUDA device that is not there, or it failed.
     """
     search = os.pathsep.join(
         [str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")]
     )
     done = subprocess.run(
-        [sys.executable, "-m", "bench.full_size", str(folder)],
+        [sys.executable, "-m", "bench.sdxl", size, str(folder)],
         check=False,
         capture_output=True,
         text=True,
@@ -118,12 +124,8 @@ def build_full_size(folder: Path) -> Path:
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PreheatError(f"no SDXL of real size could be made: {said[-1]}")
+        raise PreheatError(f"no SDXL of size {size} could be made: {said[-1]}")
     return folder
-
-
-def _tiny(folder: Path) -> Path:
-    return build_tiny("sdxl", folder)
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -135,8 +137,20 @@ PROFILES: Mapping[str, Profile] = {
         num_requests=150,
         num_distinct=30,
         num_steps=4,
-        build=_tiny,
-        dtype="float32",
+        build=partial(build_tiny, "sdxl"),
+        dtypes=("float32",),
+    ),
+    # Three buckets of equal area, as SDXL was trained on them: 1:1, 3:2 and 2:3.
+    "small": Profile(
+        name="tiny-sdxl",
+        buckets=(Bucket(320, 320), Bucket(384, 256), Bucket(256, 384)),
+        max_planned=5,
+        canonical=Bucket(320, 320),
+        num_requests=24,
+        num_distinct=12,
+        num_steps=8,
+        build=partial(build_sdxl, "small"),
+        dtypes=("float32", "bfloat16"),
     ),
     # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to
     # fit into ten minutes.
@@ -148,8 +162,8 @@ PROFILES: Mapping[str, Profile] = {
         num_requests=12,
         num_distinct=6,
         num_steps=20,
-        build=build_full_size,
-        dtype="bfloat16",
+        build=partial(build_sdxl, "real"),
+        dtypes=("bfloat16",),
         on_gpu=True,
         limit_seconds=500,
     ),

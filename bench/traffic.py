@@ -1,7 +1,7 @@
 """The same traffic against a real TorchServe once per strategy, and eager: what each costs, before
 and after READY.
 
-    python -m bench.traffic [--profile tiny|sdxl] [--csv sizes.csv] ...
+    python -m bench.traffic [--profile tiny|small|sdxl] [--csv sizes.csv] ...
 
 Every strategy gets a server of its own with an empty compile cache of its own, and the same
 requests in the same order, one at a time. No request is left out of the count: the first after
@@ -144,7 +144,7 @@ def _answer(reply: Reply) -> Answer:
 @app.command()
 def bench(
     profile: Annotated[
-        str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")
+        str, typer.Option(help=f"{', '.join(PROFILES)}; sdxl needs a CUDA GPU.")
     ] = "tiny",
     csv: Annotated[
         Path | None,
