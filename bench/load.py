@@ -41,15 +41,14 @@ from bench.bare_spec import Spec
 from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
 from bench.machine import machine, versions
 from bench.processes import CACHE, BareProcess, run_module
-from bench.profiles import PROFILES, Profile, model_yaml
-from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
+from bench.profiles import PROFILES, RESULTS, STATE, Profile, model_yaml
+from bench.traffic import GUIDANCE_SCALE, PROMPTS, READY_SECONDS
 from preheat.errors import PreheatError
 from preheat.protocol import images
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
 
-GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
 NUM_ROUNDS = 3
 NUM_PROFILED = 12

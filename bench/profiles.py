@@ -20,10 +20,24 @@ from preheat.cli.demo import build_tiny
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 
-STRATEGIES = ("eager", "buckets", "planned", "fixed", "dynamic", "exact")
-"""In the order they run: what the others are compared with comes first, what takes the longest
-last. `planned` is `buckets` with those that `preheat plan` chooses for the traffic.
+STATE = server.ROOT / ".preheat"
+RESULTS = server.ROOT / "bench" / "results"
+STRATEGIES = {
+    "eager": "eager",
+    "buckets": "buckets",
+    "masked": "buckets, masked",
+    "planned": "planned",
+    "fixed": "fixed",
+    "dynamic": "dynamic",
+    "exact": "exact",
+}
+"""Titles, in the order in which servers start: what the others are compared with comes first.
+`masked` is `buckets` with `fit: mask`, `planned` those that `preheat plan` chooses for the traffic.
 """
+WITHOUT_SHAPES = ("dynamic", "exact")
+"""They name no shapes to make models for, so that their engine is always torch's own compiler."""
+SERVED_AS = {"eager": "exact", "masked": "buckets", "planned": "buckets"}
+"""The YAML's own name of a strategy, where it is another one."""
 LOAD = (
     "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
 )
@@ -51,6 +65,12 @@ class Profile:
     """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would
     be measured.
     """
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    """Those that are compared where none are named."""
+    num_compared: int = 24
+    """Requests of each traffic whose pictures are held against those of diffusers alone."""
+    num_rounds: int = 3
+    """How often each strategy is sent all requests."""
     limit_seconds: float = float("inf")
     """From the start of the run: after this no request is sent any more, so that a bench always
     ends.
@@ -67,6 +87,7 @@ def model_yaml(
     *,
     backend: str = "inductor",
     planned: Sequence[Bucket] = (),
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The model YAML, as data, that `strategy` is served with.
 
@@ -77,21 +98,24 @@ def model_yaml(
     base: dict[str, Any] = yaml.safe_load(
         (server.ROOT / "model-config" / f"{profile.name}.yaml").read_text()
     )
+    if strategy in WITHOUT_SHAPES and backend == "openvino":
+        backend = "inductor"
     compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
     if strategy not in ("eager", "exact"):
         compiled["dynamic"] = False
     buckets = {"fixed": [profile.canonical], "planned": planned}.get(strategy, profile.buckets)
     shapes = {
-        "strategy": {"eager": "exact", "planned": "buckets"}.get(strategy, strategy),
+        "strategy": SERVED_AS.get(strategy, strategy),
         "buckets": [[bucket.height, bucket.width] for bucket in buckets],
         "batch_sizes": [1],
         "oversize": "downscale",  # a log may hold sizes that no bucket covers
+        **({"fit": "mask"} if strategy == "masked" else {}),
     }
     pipeline = {
         **base["pipeline"],
         "guidance": "on",
         "tasks": ["text-to-image"],
-        "dtype": profile.dtype,
+        "dtype": dtype or profile.dtype,
     }
     return {
         "minWorkers": 1,
@@ -151,6 +175,8 @@ PROFILES: Mapping[str, Profile] = {
         num_steps=8,
         build=partial(build_sdxl, "small"),
         dtypes=("float32", "bfloat16"),
+        # Inductor compiles this denoiser for over a minute: `exact` in every request of a new size
+        strategies=tuple(name for name in STRATEGIES if name not in WITHOUT_SHAPES),
     ),
     # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to
     # fit into ten minutes.
@@ -164,6 +190,8 @@ PROFILES: Mapping[str, Profile] = {
         num_steps=20,
         build=partial(build_sdxl, "real"),
         dtypes=("bfloat16",),
+        num_compared=2,
+        num_rounds=1,
         on_gpu=True,
         limit_seconds=500,
     ),

@@ -33,14 +33,12 @@ from rich.table import Table
 
 from bench import report
 from bench.machine import machine, versions
-from bench.profiles import PROFILES, Profile, model_yaml
+from bench.profiles import PROFILES, RESULTS, STATE, Profile, model_yaml
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client, Reply
 
-STATE = server.ROOT / ".preheat"
-RESULTS = server.ROOT / "bench" / "results"
 READY_SECONDS = 3600
 NUM_TOGETHER = 4
 NUM_FIRST = 10
