@@ -1,6 +1,6 @@
 """Ask a running server for pictures of all sizes and compare each with what diffusers alone paints.
 
-    python tests/fit.py [--family sdxl] [--count 200] [--seed N] [--clients 8] [--fit pad]
+    PYTHONPATH=. python tests/fit.py [--family sdxl] [--count 200] [--seed N] [--clients 8] [--fit pad]
 
 Starts a TorchServe for each family and scheduler, with a tiny model. The requests follow from the
 seed alone; `--fit pad` must fail.
@@ -30,7 +30,7 @@ from diffusers.utils import logging as diffusers_logging
 from numpy.typing import NDArray
 from transformers.utils import logging as transformers_logging
 
-from plain_diffusers import Plain
+from bench.plain_diffusers import Plain
 from preheat.models import tiny
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive

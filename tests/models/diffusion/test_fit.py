@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
+from bench.plain_diffusers import Plain
 from fit import GRID, SCHEDULERS, Tally, build, model_config, random_request
-from plain_diffusers import Plain
 from preheat.config.model import ModelConfig
 from preheat.models.diffusion.job import Answer
 from preheat.status import StatusFile

@@ -15,9 +15,9 @@ from preheat.errors import RequestError
 from preheat.models.diffusion import geometry, image_processor
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Job
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.pipeline import Family
 from preheat.models.diffusion.request import ImageRequest
-from preheat.models.diffusion.roads import Roads
 from preheat.protocol import images
 
 
@@ -40,13 +40,13 @@ class Sized(Protocol):
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
 
-    roads: Roads
+    own_sizes: OwnSizes
     """Decides which pictures are painted without their bucket; until it is measured, none."""
 
     def __init__(self, pipeline: Sized, shapes: ShapesConfig, config: PipelineConfig) -> None:
         self._pipeline, self._shapes, self._limits = pipeline, shapes, config.limits
         self._keeps_unmasked = config.keep_unmasked
-        self.roads = Roads()
+        self.own_sizes = OwnSizes()
 
     def prepare(
         self, request: ImageRequest, deadline: float | None = None, *, alone: bool = False
@@ -70,7 +70,7 @@ class Planner:
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
-        if alone or self.roads.is_own_quicker(plan, request.num_images, doubled=doubled):
+        if alone or self.own_sizes.are_quicker(plan, request.num_images, doubled=doubled):
             plan = geometry.alone(plan)
         if image is not None:
             image = image_processor.fit_to(image, height, width)

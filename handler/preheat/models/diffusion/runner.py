@@ -28,12 +28,13 @@ from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.lending import Party, lend
+from preheat.models.diffusion.masking.seats import VaeBuckets
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
-from preheat.models.diffusion.roads import Roads
-from preheat.models.diffusion.seats import Party, lend
 from preheat.models.diffusion.streaming import emit_step
 from preheat.models.diffusion.variants import (
     Variant,
@@ -41,6 +42,7 @@ from preheat.models.diffusion.variants import (
     covering,
     own,
     plan_variants,
+    seated,
 )
 from preheat.protocol import images
 from preheat.protocol.call import Call
@@ -91,7 +93,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             self._pipeline.tasks,
             self._shapes.masks,
         )
-        return tuple(variant for variant in every if self._painted(variant) is not None)
+        painted = [replace(each, painted=self._painted(each)) for each in every]
+        known = tuple(each for each in painted if each.painted is not None)
+        if not self._shapes.vae_buckets:
+            return known
+        vae = VaeBuckets(self._shapes.vae_buckets, self._always_masked)
+        return seated(known, vae, self._pipeline.multiple)
 
     @property
     def _always_masked(self) -> bool:
@@ -116,8 +123,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             # with masks where there are any: the other graphs' inputs are among theirs
             masked = any(v.masked for v in every)
             smallest = next(v for v in reversed(every) if v.masked == masked)
-            kind = smallest.bucket, smallest.task, masked
-            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
+            kind = smallest.bucket, smallest.task, masked, smallest.painted
+            guided = [v for v in every if (v.bucket, v.task, v.masked, v.painted) == kind]
             return [guided[0], guided[-1]]
         return []
 
@@ -156,12 +163,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         return _timing(time.perf_counter() - began, ended, self._pipeline.order)
 
     def measure_padding(self) -> Mapping[str, float | str]:
-        """Of the denoiser with masks, which was looked at before it was compiled."""
+        """Of what has masks, which was looked at before it was compiled."""
         return self._pipeline.mask_error
 
     def measure_alone(self, timings: Mapping[AnyVariant, Timing]) -> Mapping[AnyVariant, Timing]:
         """With masks every picture has two roads, but where all are to be the same to the last bit,
-        or one is as good as the other; see `roads`.
+        or one is as good as the other; see `own_sizes`.
         """
         compiles = any(not router.idle for router in self.execution.routers.values())
         if not any(self._shapes.masks) or self._shapes.invariant or not compiles:
@@ -180,14 +187,14 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             except OutOfMemory as error:
                 logger.warning("not painted without its bucket: %s", error)
         met = {**timings, **alone}
-        self.planner.roads = Roads.measured(
+        self.planner.own_sizes = OwnSizes.measured(
             self.execution.batch_sizes, {variant: met[variant] for variant in own(list(met))}
         )
         return alone
 
     def _fitted(self, job: Job, variant: Variant) -> Job:
         """The variant's job, whose picture fills as much of the bucket as the variant's do."""
-        painted = self._painted(variant)
+        painted = variant.painted
         if painted is None or painted == job.plan.painted:
             return job
         shift = painted.volume if job.shift else 0

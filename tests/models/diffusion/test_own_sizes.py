@@ -13,15 +13,15 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench.plain_diffusers import Plain
 from models.diffusion.test_engine import Bench
-from plain_diffusers import Plain
 from preheat.buckets import Bucket
 from preheat.compilation.pace import Budget, Load, Timing
 from preheat.compilation.router import Router
 from preheat.config.model import ModelConfig
 from preheat.models import tiny
 from preheat.models.diffusion.geometry import alone, plan
-from preheat.models.diffusion.roads import Roads
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.models.diffusion.variants import Variant, alone_variants
 from preheat.protocol.call import Call
@@ -29,7 +29,7 @@ from preheat.status import StatusFile
 from preheat.worker.worker import Worker
 
 BUCKET, GRID = Bucket(256, 256), 16
-ALWAYS = Roads((1, 4), {BUCKET: {1: 1e9}}, {256 * 256: {1: 0.0}})
+ALWAYS = OwnSizes((1, 4), {BUCKET: {1: 1e9}}, {256 * 256: {1: 0.0}})
 
 
 def masked(height: int, width: int) -> Any:
@@ -48,7 +48,7 @@ def variant(side: int, rows: int, *, own: bool) -> Variant:
     return Variant(Bucket(side, side), rows, False, "text-to-image", masked=not own, alone=own)
 
 
-TABLE = Roads.measured(
+TABLE = OwnSizes.measured(
     (1, 4),
     {
         variant(256, 1, own=False): Timing(0.0, 4.0),
@@ -65,7 +65,7 @@ TABLE = Roads.measured(
 
 def test_what_costs_fewer_seconds_is_taken() -> None:
     taken = {
-        side: TABLE.is_own_quicker(masked(side, side), 1, doubled=False)
+        side: TABLE.are_quicker(masked(side, side), 1, doubled=False)
         for side in (16, 128, 144, 176, 192, 208, 256)
     }
     assert taken == {16: True, 128: True, 144: True, 176: False, 192: False, 208: False, 256: False}
@@ -73,7 +73,7 @@ def test_what_costs_fewer_seconds_is_taken() -> None:
 
 def test_a_picture_of_few_pixels_costs_the_overhead_of_a_step() -> None:
     slow = replace(TABLE, own={64 * 64: {1: 5.0}, 128 * 128: {1: 6.0}})
-    assert not slow.is_own_quicker(masked(16, 16), 1, doubled=False)
+    assert not slow.are_quicker(masked(16, 16), 1, doubled=False)
 
 
 @given(st.integers(1, 256), st.integers(1, 256), st.integers(1, 9), st.booleans())
@@ -82,9 +82,9 @@ def test_nothing_is_painted_alone_that_was_not_measured_or_fills_its_bucket(
 ) -> None:
     known = replace(ALWAYS, own={128 * 128: {1: 0.0}})
     one = masked(height, width)
-    own = known.is_own_quicker(one, pictures, doubled=doubled)
+    own = known.are_quicker(one, pictures, doubled=doubled)
     assert own == (one.painted.volume <= 128 * 128 and one.painted != BUCKET)
-    assert not Roads().is_own_quicker(one, pictures, doubled=doubled)
+    assert not OwnSizes().are_quicker(one, pictures, doubled=doubled)
 
 
 @given(st.integers(1, 256), st.integers(1, 256))
@@ -146,8 +146,8 @@ def test_eager_code_is_measured_where_there_are_two_roads(
 def test_what_a_request_may_cost_does_not_depend_on_its_road() -> None:
     bench = Bench(buckets=[Bucket(64, 64)], fit="mask")
     call = Call({"body": {"prompt": "a", "height": 40, "width": 40}}, {}, None, None)
-    for roads in (Roads(), Roads((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
-        bench.runner.planner.roads = roads
+    for known in (OwnSizes(), OwnSizes((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
+        bench.runner.planner.own_sizes = known
         with patch("preheat.models.diffusion.runner.check_cost") as checked:
             job = bench.runner.preprocess(call)
         assert checked.call_args.args[1] == Bucket(64, 64)
@@ -177,8 +177,8 @@ def test_a_picture_is_painted_without_its_bucket_where_that_is_quicker(tmp_path:
     with Worker[Any, Any](config, tmp_path, cpu, status=status) as service:
         assert isinstance(service.runner, DiffusionRunner)
         assert [row["size"] for row in service.state.own_sizes] == ["16x16", "32x32", "56x64"]
-        for roads in (Roads(), Roads((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
-            service.runner.planner.roads = roads
+        for known in (OwnSizes(), OwnSizes((1,), {Bucket(64, 64): {1: 2.0}}, {64 * 56: {1: 1.0}})):
+            service.runner.planner.own_sizes = known
             (answer,) = service.run([service.parse({"body": request})])
             answer.raise_if_failed()
             told[answer.bucket] = answer.engine

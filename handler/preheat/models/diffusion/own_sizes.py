@@ -17,7 +17,7 @@ Seconds = Mapping[int, float]
 
 
 @dataclass(frozen=True, slots=True)
-class Roads:
+class OwnSizes:
     """What both take, as warm-up has measured it: the same request always takes the same one.
 
     Args:
@@ -31,7 +31,7 @@ class Roads:
     own: Mapping[int, Seconds] = field(default_factory=dict)
 
     @classmethod
-    def measured(cls, batch_sizes: Sequence[int], timings: Mapping[Variant, Timing]) -> Roads:
+    def measured(cls, batch_sizes: Sequence[int], timings: Mapping[Variant, Timing]) -> OwnSizes:
         """Of runs that are alike the quickest counts, which nothing held up."""
         graphs: dict[Bucket, dict[int, float]] = {}
         own: dict[int, dict[int, float]] = {}
@@ -46,7 +46,7 @@ class Roads:
             column[rows] = min(column.get(rows, timing.per_step), timing.per_step)
         return cls(batch_sizes, graphs, own)
 
-    def is_own_quicker(self, plan: Plan, pictures: int, *, doubled: bool) -> bool:
+    def are_quicker(self, plan: Plan, pictures: int, *, doubled: bool) -> bool:
         """Whether eager code is, both by themselves; never for more pixels than were measured."""
         graph, most = self.graphs.get(plan.bucket), max(self.own, default=0)
         if graph is None or not plan.is_masked or plan.painted.volume > most:

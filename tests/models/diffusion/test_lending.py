@@ -15,7 +15,7 @@ from PIL import Image
 from models.diffusion.test_engine import REQUESTS, Bench
 from preheat.buckets import Bucket, split_rows
 from preheat.errors import DeadlinePassed
-from preheat.models.diffusion.seats import Party, lend
+from preheat.models.diffusion.lending import Party, lend
 from preheat.protocol.call import Call
 
 SMALL, LARGE = Bucket(64, 64), Bucket(128, 128)
