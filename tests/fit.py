@@ -1,6 +1,6 @@
 """Ask a running server for pictures of all sizes and compare each with what diffusers alone paints.
 
-    PYTHONPATH=. python tests/fit.py [--family sdxl] [--count 200] [--seed N] [--clients 8] [--fit pad]
+    make test-fit FIT_OPTIONS="--family sdxl --count 200 --seed 1 --clients 8"
 
 Starts a TorchServe for each family and scheduler, with a tiny model. The requests follow from the
 seed alone; `--fit pad` must fail.
