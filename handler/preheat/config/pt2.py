@@ -45,6 +45,10 @@ class ShapesConfig(Section):
     mask_only: bool = False
     """With `fit: mask`: pictures that fill their bucket run the graph with masks too, which halves
     warm-up and makes their steps a little slower."""
+    vae_buckets: Listed[BucketPair] = ()
+    """With `fit: mask` and `vae.decoder` or `vae.encoder` among the targets: `[height, width]` in
+    pixels of what those work at, one picture at a time, in the smallest that covers it. Empty: the
+    same as `buckets`."""
     oversize: Oversize = "reject"
     """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape (with `fit:
     mask` the one that holds most of the asked shape), enlarged. `eager`: as it is, uncompiled."""
@@ -89,6 +93,9 @@ class ShapesConfig(Section):
             )
         if self.mask_only and self.fit != "mask":
             raise ConfigError("is for fit: mask", "pt2.shapes.mask_only")
+        refuse_twice(self.vae_buckets, "pt2.shapes.vae_buckets")
+        if self.vae_buckets and not any(self.masks):
+            raise ConfigError("is for fit: mask", "pt2.shapes.vae_buckets")
         return self
 
     @property
@@ -217,16 +224,21 @@ class Pt2Config(Section):
                 "use buckets or fixed",
                 "pt2.export.aot_compile",
             )
-        if self.export.aot_compile and self.shapes.fit == "mask":
-            raise ConfigError(
-                "packages have no masks; use fit: pad, or compile at start",
-                "pt2.export.aot_compile",
-            )
         if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):
             raise ConfigError(
                 "freezes weights into the code, and packages compiled ahead of time hold none; "
                 "leave it out",
                 "pt2.compile.options.freezing",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vae_is_compiled(self) -> Pt2Config:
+        if self.shapes.vae_buckets and not any(name.startswith("vae.") for name in self.targets):
+            raise ConfigError(
+                "is for a VAE that is compiled; add vae.decoder or vae.encoder to pt2.targets, or "
+                "leave it out",
+                "pt2.shapes.vae_buckets",
             )
         return self
 

@@ -43,7 +43,8 @@ class ServerState:
     padding: Mapping[str, float | str] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
-    what masks change in its denoiser, `border_share` and `outside_error` too; empty for others."""
+    what masks change in its denoiser, and in the VAE where that is compiled, `border_share` and
+    `outside_error` too; empty for others."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0

@@ -63,7 +63,7 @@ from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
-from preheat.models.base import LoadedModel, ModelRunner
+from preheat.models.base import LoadedModel, ModelRunner, StepRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
@@ -74,6 +74,7 @@ from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.asked import AskedSizes
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
+from preheat.worker.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -238,6 +239,9 @@ class Worker(Generic[JobT, ResultT]):
             self.runner, self.routers = prepared.runner, prepared.routers
             self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
+            self.turns: Turns[JobT, ResultT] | None = None
+            if isinstance(self.runner, StepRunner) and config.continuousBatching:
+                self.turns = Turns(self, self.runner)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
 
@@ -301,7 +305,7 @@ class Worker(Generic[JobT, ResultT]):
         self._budget.begin()
         with self._metrics.timed("preheat_preprocess_seconds"):
             return [
-                Pending(response=call) if isinstance(call, Response) else self._pending(call)
+                Pending(response=call) if isinstance(call, Response) else self.pending(call)
                 for call in calls
             ]
 
@@ -325,7 +329,8 @@ class Worker(Generic[JobT, ResultT]):
                 self._metrics.failed(result.error.code)
         return [each.response or next(encoded) for each in pending]
 
-    def _pending(self, call: Call) -> Pending[JobT, ResultT]:
+    def pending(self, call: Call) -> Pending[JobT, ResultT]:
+        """A request as a job, or with its response if it is refused."""
         try:
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
@@ -358,7 +363,12 @@ class Worker(Generic[JobT, ResultT]):
     def run(self, jobs: Sequence[JobT]) -> list[ResultT]:
         """Serve the jobs; results come in their order."""
         results = list(self.runner.inference(jobs))
-        self.state.requests += len(jobs)
+        self.served(results)
+        return results
+
+    def served(self, results: Sequence[ResultT]) -> None:
+        """Count requests that are through, or have failed."""
+        self.state.requests += len(results)
         for result in results:
             if result.error is None:
                 self._count(result)
@@ -369,7 +379,6 @@ class Worker(Generic[JobT, ResultT]):
                 self._count_size(result.job.asked)
         self._metrics.state(self.current_state())
         self._status.serve(self.document)
-        return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
