@@ -11,6 +11,7 @@ MODEL ?=
 NAME ?=
 OUT ?= .preheat/archives
 FORMAT ?= zip-store
+BACKEND ?= auto
 EXTERNAL ?=
 AOT ?=
 WATCH ?=
@@ -66,8 +67,8 @@ $(IPEX_STAMP): pyproject.toml constraints-ipex.txt
 	$(IPEX_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-ipex.txt -e '.[dev,ipex]'
 	touch $@
 
-demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet]
-	$(BIN)/preheat demo $(MODEL_OPTION)
+demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet] [BACKEND=inductor]
+	$(BIN)/preheat demo $(MODEL_OPTION) --backend '$(BACKEND)'
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest $(TWO_PROCESSES)

@@ -44,7 +44,12 @@ from preheat.compilation.choosing import choose_roads
 from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
-from preheat.compilation.targets import build_router, lay_out_eager, uses_cuda_graphs
+from preheat.compilation.targets import (
+    build_router,
+    keep_graphs,
+    lay_out_eager,
+    uses_cuda_graphs,
+)
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
@@ -479,6 +484,8 @@ class Worker(Generic[JobT, ResultT]):
             progress=partial(self._show, sharing),
             own_folder=sharing.folder if sharing is not None else None,
         )
+        if self._folder is not None:
+            keep_graphs(self.routers.values(), self._folder, self.state.fingerprint)
         warmup.observe(plan.observe)
         self._choose_roads(warmup, started)
         with self._headers():
