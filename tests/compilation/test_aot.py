@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import logging
@@ -17,9 +18,11 @@ import torch
 from torch import nn
 
 import old_folders
+from masked_modules import EXAMPLES, pair
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.backends.base import CompiledCode, Precompiled
+from preheat.compilation.closeness import mismatch
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
 from preheat.compilation.signatures import Inputs
@@ -31,6 +34,7 @@ from preheat.errors import AheadError, ConfigError
 from preheat.worker.build_packages import build, rehearse
 from preheat.worker.worker import AnyPrepared, load
 
+EXPORT = {"aot_compile": True}
 CPU, OWNER = torch.device("cpu"), Trust("owner")
 FINGERPRINT = "f" * 64
 MOST_ROWS = 6
@@ -449,6 +453,27 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
     assert sorted(wanted.target for wanted in every) == sorted(names), (
         "one package each: batches are sliced"
     )
+
+
+def test_a_package_of_a_masked_unet_gives_every_row_what_eager_gives_it(tmp_path: Path) -> None:
+    """Sizes are an argument, so it serves those that it has not met."""
+    example, module = EXAMPLES["sdxl, 2 levels"], copy.deepcopy(pair("sdxl, 2 levels")[1])
+    config = Pt2Config.model_validate({"compile": {"enable": False}, "export": EXPORT})
+    router = build_router("unet", module, config, torch.float32, CPU)
+    with torch.inference_mode(), router.observing(keep=True) as calls:
+        example.together(module, example.picture())
+    ((args, kwargs),) = calls.examples.values()
+    (plan,) = aot.specs([(args, kwargs)])
+    aot.build(module, plan, tmp_path / "unet.pt2", {})
+    entry = aot.describe(tmp_path / "unet.pt2", "unet", ["128x160"], plan)
+    package = aot.Package(entry, (tmp_path / "unet.pt2").read_bytes(), module, CPU)
+    for sizes in (example.sizes, [(15, 19), (7, 3), (9, 13), (1, 5)]):
+        call = {**kwargs, "sizes": torch.tensor(sizes)}
+        assert package.matches((args, call))
+        with torch.inference_mode():
+            result, expected = package(*args, **call), router.forward(*args, **call)
+        assert mismatch(result, expected) is None
+        assert (result[0] - expected[0]).abs().max() < 1e-5
 
 
 def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(

@@ -121,6 +121,9 @@ class PipelineConfig(FamilyConfig):
         "inpainting",
     )
     """What a request may ask; one for another is a 400."""
+    keep_unmasked: bool = False
+    """Inpainting leaves what is outside the mask to the bit; otherwise it comes out of the VAE, as
+    in diffusers, which changes every pixel a little. Its previews are the VAE's."""
     fused_lora: Text | None = None
     """Folder of a safetensors LoRA that is fused before compiling."""
     limits: LimitsConfig = LimitsConfig()

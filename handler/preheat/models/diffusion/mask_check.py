@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from preheat.buckets import Bucket, round_up
+from preheat.buckets import Bucket
 from preheat.compilation.closeness import Closeness, Tolerance, compare
 from preheat.errors import ConfigError
 from preheat.models.diffusion.masking.call import Call
@@ -26,9 +26,15 @@ a bias where the row's own border has zeros.
 """
 
 
-def odd_size(bucket: Bucket, grid: int) -> Bucket:
-    """About five eighths of each side, in pixels: not a size that halves like the bucket does."""
-    return round_up(Bucket(bucket.height * 5 // 8, bucket.width * 5 // 8), grid)
+def odd_size(bucket: Bucket, multiple: int) -> Bucket:
+    """About five eighths of each side, in pixels: an odd number of `multiple`, so that no halving
+    of it is even.
+    """
+    height, width = (
+        max(1, side * 5 // 8 // multiple - 1 | 1) * multiple
+        for side in (bucket.height, bucket.width)
+    )
+    return Bucket(height, width)
 
 
 @dataclass(frozen=True, slots=True)

@@ -106,7 +106,7 @@ def _resolved_vae_buckets(
         if smallest_covering(vae_buckets, bucket) is None:
             raise ConfigError(f"has none that covers the bucket {bucket}", path)
     own = VaeBuckets(vae_buckets, mask_only=False)
-    met = {seat.bucket for seat in own.seats(buckets, pipeline.grid)}
+    met = {seat.bucket for seat in own.seats(buckets, pipeline.multiple)}
     for index, bucket in enumerate(vae_buckets):
         for side, pixels in enumerate((bucket.height, bucket.width)):
             if pixels % pipeline.cell:

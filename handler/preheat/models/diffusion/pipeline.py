@@ -272,7 +272,7 @@ class DiffusionPipeline:
 
         def calls() -> Iterator[tuple[str, Call]]:
             for bucket in buckets:
-                call = self._first_call(bucket, odd_size(bucket, self.grid))
+                call = self._first_call(bucket, odd_size(bucket, self.multiple))
                 yield f"{self.family.denoiser} in {bucket}", call
             for part, bucket in product(compiled, vae_buckets.sizes if vae_buckets else ()):
                 yield f"vae.{part} in {bucket}", vae.call(part, bucket, odd_size(bucket, cell))

@@ -69,7 +69,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         super().__init__(execution, config.pt2.shapes.buckets)
         self._pipeline, self._most = pipeline, config.batchSize
         self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
-        self.planner = Planner(pipeline, self._shapes, self._own.limits)
+        self.planner = Planner(pipeline, self._shapes, self._own)
         # The model's own threads sleep meanwhile, so there is a core for each.
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
@@ -86,7 +86,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         if not self._shapes.vae_buckets:
             return known
         vae = VaeBuckets(self._shapes.vae_buckets, self._always_masked)
-        return seated(known, vae, self._pipeline.grid)
+        return seated(known, vae, self._pipeline.multiple)
 
     @property
     def _always_masked(self) -> bool:
@@ -96,7 +96,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """What a variant's rows fill of its bucket; None where a masked one's cannot fill less."""
         if not variant.masked or self._always_masked:
             return variant.bucket
-        return geometry.smaller(variant.bucket, self._pipeline.grid)
+        return geometry.smaller(variant.bucket, self._pipeline.multiple)
 
     def covering(self, variants: Sequence[AnyVariant]) -> tuple[Variant, ...]:
         return covering(own(variants))
@@ -269,9 +269,13 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
+            flagged = generated.flagged is not None and bool(generated.flagged[index])
+            around = answer.job.around
+            if around is not None and not flagged:  # a blackened picture stays black
+                picture.paste(around, mask=around)
             answer.pictures.append(picture)
             if generated.flagged is not None:
-                answer.flagged.append(bool(generated.flagged[index]))
+                answer.flagged.append(flagged)
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:

@@ -71,15 +71,15 @@ def plan_variants(
     )
 
 
-def seated(variants: Sequence[Variant], vae: VaeBuckets, grid: int) -> tuple[Variant, ...]:
+def seated(variants: Sequence[Variant], vae: VaeBuckets, multiple: int) -> tuple[Variant, ...]:
     """`variants`, each with its seat at the VAE, and one more for each seat that none of them has
-    and a picture on `grid` can have.
+    and a picture can have.
     """
     known = [replace(each, seat=vae.seat(each.painted or each.bucket)) for each in variants]
     buckets = list({each.bucket for each in known})
     met = {each.seat for each in known}
     more: dict[Variant, list[Variant]] = {}
-    for seat, picture in vae.seats(buckets, grid).items():
+    for seat, picture in vae.seats(buckets, multiple).items():
         bucket = smallest_covering(buckets, picture)
         if seat in met:
             continue

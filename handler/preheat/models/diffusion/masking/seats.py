@@ -31,11 +31,11 @@ class VaeBuckets:
     def seat(self, picture: Bucket) -> Seat | None:
         """Of a picture of this size in pixels; None where no bucket covers it."""
         bucket = smallest_covering(self.sizes, picture)
-        return bucket and Seat(bucket, self.mask_only or picture != bucket)
+        return None if bucket is None else Seat(bucket, self.mask_only or picture != bucket)
 
-    def seats(self, buckets: Sequence[Bucket], grid: int) -> Mapping[Seat, Bucket]:
-        """Every seat that pictures on `grid` in the denoiser's `buckets` can have, with a picture
-        that has it.
+    def seats(self, buckets: Sequence[Bucket], multiple: int) -> Mapping[Seat, Bucket]:
+        """Every seat that pictures in the denoiser's `buckets` can have, with a picture that
+        has it; sides are multiples of `multiple`.
 
         Where any picture has a bucket for its seat, the largest that fits there has: what covers
         that one covers all smaller ones.
@@ -43,18 +43,19 @@ class VaeBuckets:
         found: dict[Seat, Bucket] = {}
         for own in self.sizes:
             for bucket in buckets:
-                for picture in _largest(own, bucket, grid):
+                for picture in _largest(own, bucket, multiple):
                     seat = self.seat(picture)
                     if seat is not None:
                         found.setdefault(seat, picture)
         return found
 
 
-def _largest(one: Bucket, other: Bucket, grid: int) -> Iterator[Bucket]:
+def _largest(one: Bucket, other: Bucket, multiple: int) -> Iterator[Bucket]:
     """The largest picture that fits into both, and the largest two that do not fill it."""
     high, wide = (
-        min(pair) // grid * grid for pair in ((one.height, other.height), (one.width, other.width))
+        min(pair) // multiple * multiple
+        for pair in ((one.height, other.height), (one.width, other.width))
     )
-    for height, width in ((high, wide), (high - grid, wide), (high, wide - grid)):
+    for height, width in ((high, wide), (high - multiple, wide), (high, wide - multiple)):
         if height > 0 and width > 0:
             yield Bucket(height, width)
