@@ -325,6 +325,7 @@ def test_the_vae_works_in_the_smallest_of_its_own_buckets(
     service = start(
         folders / "sdxl",
         shapes={"buckets": [[64, 64]], "batch_sizes": [4], "vae_buckets": [[80, 64], [48, 32]]},
+        pipeline={"guidance": "on"},
         **VAE,
     )
     closed.append(service)
