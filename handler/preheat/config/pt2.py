@@ -194,9 +194,9 @@ class Pt2Config(Section):
         """Whether targets become OpenVINO models."""
         return self.compile.enable and self.compile.kwargs.get("backend") == "openvino"
 
-    @model_validator(mode="after")
-    def _openvino_exports(self) -> Pt2Config:
-        """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
+    @property
+    def against_openvino(self) -> dict[str, str]:
+        """By YAML path, what means nothing for a graph that torch.export made and OpenVINO runs."""
         reasons = {
             "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
             and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models "
@@ -205,12 +205,15 @@ class Pt2Config(Section):
             and "OpenVINO takes whole targets; use scope: full",
             "pt2.attention": self.attention != "default"
             and "OpenVINO has an attention of its own; leave it out",
-            "pt2.export.aot_compile": self.export.aot_compile
-            and "packages are Inductor's; use backend: inductor",
         }
-        for path, reason in reasons.items():
-            if self.openvino and reason:
-                raise ConfigError(reason, path)
+        return {path: reason for path, reason in reasons.items() if reason}
+
+    @model_validator(mode="after")
+    def _openvino_exports(self) -> Pt2Config:
+        packages = {"pt2.export.aot_compile": "packages are Inductor's; use backend: inductor"}
+        reasons = self.against_openvino | (packages if self.export.aot_compile else {})
+        for path, reason in reasons.items() if self.openvino else ():
+            raise ConfigError(reason, path)
         return self
 
     @model_validator(mode="after")

@@ -30,6 +30,10 @@ class ServerState:
     """
     buckets: Sequence[WarmupRow] = ()
     """One row per bucket, batch size and target."""
+    roads: Mapping[str, object] = field(default_factory=dict)
+    """By target: `chosen`, `source` (`named`, `measured`, `order`, `kept`), and `roads`, a row for
+    each that was looked at: what was measured in milliseconds a call, beside eager, on the largest
+    bucket, and the `reason` that it does not serve."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""

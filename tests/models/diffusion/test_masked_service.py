@@ -18,7 +18,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
-from plain_diffusers import Plain
+from bench.plain_diffusers import Plain
 from preheat.compilation.watch import CompileWatch
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError

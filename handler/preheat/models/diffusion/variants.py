@@ -73,7 +73,7 @@ def plan_variants(
 
 def seated(variants: Sequence[Variant], vae: VaeBuckets, multiple: int) -> tuple[Variant, ...]:
     """`variants`, each with its seat at the VAE, and one more for each seat that none of them has
-    and a picture can have.
+    and a picture whose sides are multiples of `multiple` can have.
     """
     known = [replace(each, seat=vae.seat(each.painted or each.bucket)) for each in variants]
     buckets = list({each.bucket for each in known})

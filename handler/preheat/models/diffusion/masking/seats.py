@@ -31,11 +31,13 @@ class VaeBuckets:
     def seat(self, picture: Bucket) -> Seat | None:
         """Of a picture of this size in pixels; None where no bucket covers it."""
         bucket = smallest_covering(self.sizes, picture)
-        return None if bucket is None else Seat(bucket, self.mask_only or picture != bucket)
+        if bucket is None:
+            return None
+        return Seat(bucket, self.mask_only or picture != bucket)
 
     def seats(self, buckets: Sequence[Bucket], multiple: int) -> Mapping[Seat, Bucket]:
-        """Every seat that pictures in the denoiser's `buckets` can have, with a picture that
-        has it; sides are multiples of `multiple`.
+        """Every seat that pictures in the denoiser's `buckets`, sides multiples of `multiple`, can
+        have, with a picture that has it.
 
         Where any picture has a bucket for its seat, the largest that fits there has: what covers
         that one covers all smaller ones.
