@@ -305,6 +305,7 @@ def test_a_model_that_is_given_is_checked_and_none_is_made(
 
 
 TWO = "buckets: [[64, 64], [64, 96]]"
+MASKED = f"targets: [unet, vae.decoder], shapes: {{{TWO}, fit: mask"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +318,8 @@ TWO = "buckets: [[64, 64], [64, 96]]"
         (f"shapes: {{{TWO}, batch_sizes: dynamic}}", "guidance: 'on'", 2),
         (f"targets: [unet, vae.decoder], shapes: {{{TWO}}}", "guidance: 'off'", 4),
         ("targets: [vae.decoder]", "", 1),
+        (f"{MASKED}}}", "guidance: 'off'", 8),
+        (f"{MASKED}, mask_only: true, vae_buckets: [[64, 96]]}}", "guidance: 'off'", 3),
         ("shapes: {strategy: exact}", "", None),
     ],
 )

@@ -364,6 +364,7 @@ def test_the_vae_works_in_the_smallest_of_its_own_buckets(
     service = start(
         folders / "sdxl",
         shapes={"buckets": [[64, 64]], "batch_sizes": [4], "vae_buckets": [[80, 64], [48, 32]]},
+        pipeline={"guidance": "on"},
         **VAE,
     )
     closed.append(service)
@@ -384,8 +385,8 @@ def test_the_vae_works_in_the_smallest_of_its_own_buckets(
         for part in ("vae.decoder", "vae.encoder")
         for seat in [
             ("80x64", "64x64"),
-            ("80x64", "16x64"),
-            ("80x64", "48x64"),
+            ("80x64", "16x56"),
+            ("80x64", "40x64"),
             ("48x32",),
         ]
     }
