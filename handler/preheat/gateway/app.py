@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 
 import preheat
 from preheat.errors import RequestError, RunError
-from preheat.gateway import errors, health, metrics, predictions
+from preheat.gateway import errors, health, metrics, openai_images, predictions
 from preheat.gateway.backend import Backend
 from preheat.gateway.bodies import MAX_BYTES, BodyLimit
 from preheat.gateway.metrics import Measured, Waits
@@ -35,6 +35,7 @@ def create_app(backend: Backend, *, max_body_bytes: int = MAX_BYTES) -> FastAPI:
     for kind in (RequestError, RunError, HTTPException):
         app.add_exception_handler(kind, errors.refused)
     app.include_router(predictions.router(backend))
+    app.include_router(openai_images.router(backend))
     app.include_router(health.router(backend))
     app.include_router(metrics.router(backend, waits))
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
