@@ -403,6 +403,65 @@ def gateway(
 
 
 @app.command()
+def paint(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file: .png, .jpg or .webp.")
+    ] = Path("out.png"),
+    size: Annotated[str | None, typer.Option(help="Width x height in pixels: 640x360.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to paint over.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to paint over it: what is white in here.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to paint over it, above 0 to 1.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How closely the prompt is kept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same one paints the same again.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write previews beside the file while it is painted.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Default: the only one there is.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A gateway or TorchServe. Default: the server started here, else :8000."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="PREHEAT_API_KEY", help="An API key of the gateway.")
+    ] = None,
+    name: Name = None,
+) -> None:
+    """Paint a picture, with a bar while it is painted, and print what was said of it."""
+    from preheat.cli import paint
+    from preheat.torchserve import server
+
+    known = None if url else _recorded(name, required=name is not None)
+    if known is not None:
+        running = server.recall(Path(known["run_dir"]))
+        assert running is not None
+        url = running.front or running.inference
+        model = model or (running.models[0] if len(running.models) == 1 else None)
+    asked = paint.request(
+        prompt,
+        output,
+        size,
+        {"image": image, "mask_image": mask},
+        {
+            "strength": strength,
+            "negative_prompt": negative,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "seed": seed,
+        },
+    )
+    door = paint.Door((url or f"http://{LOOPBACK}:8000").rstrip("/"), model, key)
+    previews = output.with_name(f"{output.stem}.preview.jpg") if stream else None
+    paint.paint(door, asked, output, previews)
+
+
+@app.command()
 def stop(name: Name = None) -> None:
     """Stop a server that `preheat serve` started here, and no other."""
     known = _recorded(name, required=True)
