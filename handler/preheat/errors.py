@@ -10,6 +10,7 @@
     │   ├── OutOfMemory      507: not even alone does it fit
     │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
     │   └── PipelineFailure  500: the model raised
+    ├── QueueFull        429 of the gateway: too many requests wait; `retry_after` says until when
     ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
     ├── AheadError       a target cannot be compiled ahead of time
@@ -154,6 +155,14 @@ class AnswerTooLarge(RunError):
 
 class PipelineFailure(RunError):
     """The pipeline raised on this request's group; the log has the traceback."""
+
+
+class QueueFull(PreheatError):
+    """Too many requests wait; `retry_after` seconds of work are before a new one."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class LogError(PreheatError):
