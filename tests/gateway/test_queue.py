@@ -51,33 +51,38 @@ def test_the_oldest_request_says_whose_turn_it_is_and_others_like_it_go_along(
         queue.offer("key", group, 1.0)
     first = queue.take()
     assert _groups(first) == "AABB"
-    second = _answer(queue, first[:2])
-    assert _groups(second) == "C"  # it is older than the last A
-    assert _groups(_answer(queue, first[2:])) == "A"
+    assert _answer(queue, first[:2]) == []  # the worker has a run, and C's could still fill
+    then = _answer(queue, first[2:])
+    assert _groups(then) == "C"  # it is older than the last A
+    assert _groups(_answer(queue, then)) == "A"
 
 
-def test_a_run_that_waits_in_the_host_is_filled_before_another_begins(clock: Clock) -> None:
+def test_a_run_goes_ahead_of_a_free_worker_only_if_it_is_full(clock: Clock) -> None:
     queue = _queue(clock, batch_size=2)
     for group in "AAB":
         queue.offer("key", group, 1.0)
-    assert _groups(queue.take()) == "AAB"
+    assert _groups(queue.take()) == "AA"
     queue.offer("key", "C", 1.0)
+    assert queue.take() == []
     queue.offer("key", "B", 1.0)
-    assert _groups(queue.take()) == "B"
+    assert _groups(queue.take()) == "BB"
 
 
 def test_another_group_waits_while_the_host_still_collects(clock: Clock) -> None:
     queue = _queue(clock, batch_size=4, settle=0.02)
     queue.offer("key", "A", 1.0)
-    assert _groups(queue.take()) == "A"
+    first = queue.take()
+    assert _groups(first) == "A"
     queue.offer("key", "B", 1.0)
     assert queue.take() == []
     assert queue.next_event() == 0.02
     queue.offer("key", "A", 1.0)
-    assert _groups(queue.take()) == "A"
+    more = queue.take()
+    assert _groups(more) == "A"
     clock.now = 0.02
-    assert _groups(queue.take()) == "B"
+    assert queue.take() == []
     assert queue.next_event() == math.inf
+    assert _groups(_answer(queue, [*first, *more])) == "B"
 
 
 def test_who_cannot_be_answered_in_time_is_refused_at_once(clock: Clock) -> None:

@@ -1,9 +1,9 @@
 """Who goes to the host next: a queue without I/O, whose clock is given.
 
 The host (TorchServe, Ray) runs what it gets first come, first served, in batches; what it has once
-it cannot give back. So it gets two runs a worker, one that runs and one that is ready, and the rest
-waits here, where the order is free. A run is requests that can share one (`group`); the request at
-the head of the queue says which.
+it cannot give back. So it gets a run for each free worker, and one more for each that is busy, if
+that is full: the rest waits here, where the order is free and a run may still fill. A run is
+requests that can share one (`group`); the request at the head of the queue says which.
 
 Keys (clients) share by start-time fair queuing (Goyal, Vin, Cheng 1996): a key's tag grows by the
 seconds of work that it was given, and the least tag's oldest request is the head. Who rides along
@@ -67,9 +67,8 @@ class _Run:
     group: Hashable
     inside: set[Entry] = field(default_factory=set)
     num_sent: int = 0
-    front_since: float | None = None
-    """When a worker was free for it."""
-    begun: bool = False
+    open_until: float = -math.inf
+    """Until then its worker waits for it to fill."""
 
 
 class _Line:
@@ -154,19 +153,11 @@ class Queue:
         """Those that go to the host now, in this order; each is inside until it is removed."""
         now, taken = self._clock(), list[Entry]()
         self._sweep(now)
-        self._advance(now)
         while self.num_queued:
-            last = self._runs[-1] if self._runs else None
-            if last is not None and self._closes(last) > now:
-                more = self._fill(last)
-                if not more:
-                    break  # the host would put another group's into the same batch
-                taken += more
-            elif len(self._runs) < self.limits.num_workers * RUNS_A_WORKER:
-                taken += self._begin()
-                self._advance(now)
-            else:
+            more = self._fill(self._runs[-1]) if self._is_open(now) else self._begin(now)
+            if not more:  # the host would put what is not alike into a batch that is open
                 break
+            taken += more
         return taken
 
     def expired(self) -> list[Entry]:
@@ -180,10 +171,9 @@ class Queue:
         if (run := entry.run) is not None:
             entry.run = None
             run.inside.remove(entry)
-            run.begun = True
+            run.open_until = -math.inf
             if not run.inside:
                 self._runs.remove(run)
-                self._advance(self._clock())
         elif (line := self._lines.get(entry.key)) and entry in line.entries:
             line.remove(entry)
         elif entry in self._late:
@@ -194,19 +184,33 @@ class Queue:
         happens; infinity: never.
         """
         first = min((entry.latest for entry in self._queued()), default=math.inf)
-        closes = self._closes(self._runs[-1]) if self._runs and self.num_queued else math.inf
-        return min(first, closes if closes > self._clock() else math.inf)
+        if self.num_queued and self._is_open(self._clock()):
+            return min(first, self._runs[-1].open_until)
+        return first
 
     def _queued(self) -> Iterator[Entry]:
         return (entry for line in self._lines.values() for entry in line.entries)
 
-    def _begin(self) -> list[Entry]:
-        """A run of what may go with the head of the queue."""
+    def _begin(self, now: float) -> list[Entry]:
+        """A run of what may go with the head of the queue, if the host takes one."""
         lead = min((line for line in self._lines.values() if line.entries), key=_turn)
+        group, size = lead.head.group, self.limits.batch_size
+        run = _Run(group)
+        if len(self._runs) < self.limits.num_workers:
+            run.open_until = now + self.limits.settle
+        elif len(self._runs) >= RUNS_A_WORKER * self.limits.num_workers:
+            return []
+        elif sum(len(line.groups.get(group, ())) for line in self._lines.values()) < size:
+            return []  # no worker is free, and it may fill meanwhile
         self._virtual = max(self._virtual, lead.tag)
-        run = _Run(lead.head.group)
         self._runs.append(run)
         return [self._send(lead, lead.head, run), *self._fill(run)]
+
+    def _is_open(self, now: float) -> bool:
+        """Whether the host adds what it gets now to the run that it got last."""
+        return bool(self._runs) and (
+            self._runs[-1].num_sent < self.limits.batch_size and self._runs[-1].open_until > now
+        )
 
     def _fill(self, run: _Run) -> list[Entry]:
         """What joins a run: of the keys that have such, the least tag's oldest."""
@@ -235,18 +239,6 @@ class Queue:
         run.inside.add(entry)
         run.num_sent += 1
         return entry
-
-    def _closes(self, run: _Run) -> float:
-        """Until when the host adds to it what it gets."""
-        if run.begun or run.num_sent >= self.limits.batch_size:
-            return -math.inf
-        return math.inf if run.front_since is None else run.front_since + self.limits.settle
-
-    def _advance(self, now: float) -> None:
-        """The oldest runs have a worker each."""
-        for run in self._runs[: self.limits.num_workers]:
-            if run.front_since is None:
-                run.front_since = now
 
     def _sweep(self, now: float) -> None:
         late = [entry for entry in self._queued() if entry.latest <= now]
