@@ -9,6 +9,7 @@
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
     │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
+    │   ├── Unreachable      503: the gateway's host does not answer
     │   └── PipelineFailure  500: the model raised
     ├── QueueFull        429 of the gateway: too many requests wait; `retry_after` says until when
     ├── LogError         a log of asked sizes cannot be read; names the line
@@ -151,6 +152,12 @@ class AnswerTooLarge(RunError):
     """The request was served, and TorchServe would end the worker that answers with so much."""
 
     code = 413
+
+
+class Unreachable(RunError):
+    """The host behind the gateway does not answer, or stopped in the middle."""
+
+    code = 503
 
 
 class PipelineFailure(RunError):

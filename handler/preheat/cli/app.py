@@ -326,6 +326,30 @@ def serve(
 
 
 @app.command()
+def gateway(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, Port(help="HTTP: pictures, health, OpenAI's API.")] = 8000,
+    inference: Annotated[
+        str | None, typer.Option(help="URL of TorchServe's inference API.")
+    ] = None,
+    management: ManagementUrl = None,
+    metrics: Annotated[str | None, typer.Option(help="URL of TorchServe's metrics.")] = None,
+    name: Name = None,
+    token_file: TokenFile = None,
+) -> None:
+    """Put the gateway in front of a TorchServe, in the foreground: by default the one that was
+    started here, else one on TorchServe's own ports.
+    """
+    from preheat.gateway import serving
+    from preheat.gateway.torchserve import Places
+
+    known = None if inference or management else _recorded(name, required=name is not None)
+    given = {"inference": inference, "management": management, "metrics": metrics}
+    places = Places.of(known or {}, given, token_file, os.environ.get(STATUS_DIR_VARIABLE))
+    serving.run(places, host, port)
+
+
+@app.command()
 def stop(name: Name = None) -> None:
     """Stop a server that `preheat serve` started here, and no other."""
     known = _recorded(name, required=True)
