@@ -11,6 +11,7 @@ import pytest
 from preheat.errors import DeadlinePassed, QueueFull
 from preheat.gateway.admission import UNKNOWN_SECONDS, Admission, Costs
 from preheat.gateway.queue import Limits
+from preheat.torchserve.overview import BucketView
 
 
 def _run(body: Coroutine[Any, Any, None]) -> None:
@@ -100,15 +101,16 @@ def test_a_full_queue_refuses_and_more_workers_make_room() -> None:
 
 
 def test_work_is_what_the_workers_measured() -> None:
-    rows: list[dict[str, object]] = [
-        {"bucket": "64x64", "batch_size": 1, "target": "unet", "seconds_per_step": 0.1},
-        {"bucket": "64x64", "batch_size": 4, "target": "unet", "seconds_per_step": 0.2},
-        {"bucket": "64x64", "batch_size": 4, "target": "vae.decoder", "seconds_per_step": 0.2},
-        {"bucket": "128x64", "batch_size": 4, "target": "unet", "seconds_per_step": 0.4},
+    rows = [
+        BucketView("64x64", 1, "unet", "compiled", "", 0.1),
+        BucketView("64x64", 4, "unet", "compiled", "", 0.2),
+        BucketView("64x64", 4, "vae.decoder", "compiled", "", 0.1),
+        BucketView("128x64", 4, "unet", "compiled", "", 0.4),
+        BucketView("128x128", 4, "unet", "compiled", "", 0.0),
     ]
     costs = Costs.of(rows)
     assert costs.seconds("64x64", steps=10) == pytest.approx(10 * 0.2 / 4)
     assert costs.seconds("64x64", steps=10, rows=2) == pytest.approx(10 * 0.2 / 2)
     assert costs.seconds("9x9", steps=10) == pytest.approx(10 * 0.3 / 4)
+    assert costs.seconds("128x128", steps=10) == costs.seconds("9x9", steps=10)
     assert Costs.of([]).seconds("64x64", steps=3) == 3 * UNKNOWN_SECONDS
-    assert Costs.of([{**rows[0], "seconds_per_step": 0.0}]).seconds("64x64") == UNKNOWN_SECONDS

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Hashable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from statistics import median
 
 from preheat.errors import DeadlinePassed
 from preheat.gateway.queue import Entry, Limits, Queue
+from preheat.torchserve.overview import BucketView
 
 UNKNOWN_SECONDS = 1.0
 """A request's work where nothing was measured: keys then share by requests."""
@@ -96,20 +97,13 @@ class Costs:
         )
 
     @classmethod
-    def of(cls, buckets: Sequence[Mapping[str, object]]) -> Costs:
-        """From the rows `buckets` of a worker's state; of several targets the slowest counts."""
+    def of(cls, rows: Iterable[BucketView]) -> Costs:
+        """From what the workers say of their buckets; of several targets the slowest counts."""
         found: dict[str, dict[int, float]] = {}
-        for row in buckets:
-            bucket, rows, seconds = row["bucket"], row["batch_size"], row["seconds_per_step"]
-            if (
-                isinstance(bucket, str)
-                and isinstance(rows, int)
-                and isinstance(seconds, int | float)
-                and rows > 0
-                and 0 < seconds < math.inf
-            ):
-                own = found.setdefault(bucket, {})
-                own[rows] = max(own.get(rows, 0.0), float(seconds))
+        for row in rows:
+            if row.seconds_per_step > 0:
+                own = found.setdefault(row.bucket, {})
+                own[row.batch_size] = max(own.get(row.batch_size, 0.0), row.seconds_per_step)
         return cls({bucket: Step(by_rows) for bucket, by_rows in found.items()})
 
     def seconds(self, bucket: str, steps: int = 1, rows: int = 1) -> float:
