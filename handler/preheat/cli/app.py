@@ -87,6 +87,12 @@ TokenFile = Annotated[
     Path | None,
     typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
 ]
+KeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="API keys (preheat key). Default: none, and this machine alone.", dir_okay=False
+    ),
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -389,6 +395,15 @@ def gateway(
     metrics: Annotated[str | None, typer.Option(help="URL of TorchServe's metrics.")] = None,
     name: Name = None,
     token_file: TokenFile = None,
+    keys: KeysFile = None,
+    is_open: Annotated[
+        bool, typer.Option("--open", help="Without keys, serve other machines too.")
+    ] = False,
+    access_log: Annotated[
+        Path | None, typer.Option(help="Write a JSON line here for each request.")
+    ] = None,
+    max_queued: Annotated[int, typer.Option(min=1, help="Of each model; more get a 429.")] = 100,
+    max_queued_per_key: Annotated[int, typer.Option(min=1, help="The same, of one key.")] = 100,
 ) -> None:
     """Put the gateway in front of a TorchServe, in the foreground: by default the one that was
     started here, else one on TorchServe's own ports.
@@ -399,7 +414,37 @@ def gateway(
     known = None if inference or management else _recorded(name, required=name is not None)
     given = {"inference": inference, "management": management, "metrics": metrics}
     places = Places.of(known or {}, given, token_file, os.environ.get(STATUS_DIR_VARIABLE))
-    serving.run(places, host, port)
+    admits = serving.Admits(
+        keys=keys,
+        is_open=is_open,
+        access_log=access_log,
+        max_queued=max_queued,
+        max_queued_per_key=max_queued_per_key,
+    )
+    serving.run(places, host, port, admits)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose it is, as the access log has it.")],
+    keys: Annotated[
+        Path, typer.Option(help="The file that it is added to.", dir_okay=False)
+    ] = Path("keys.jsonl"),
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most; none.")] = None,
+    pixel_steps_per_minute: Annotated[
+        float | None,
+        typer.Option(help="At most; pixels x steps x pictures, 31e6 for 1024x1024 in 30 steps."),
+    ] = None,
+) -> None:
+    """Make an API key for the gateway: printed once, kept as a hash. A line taken out of the file
+    withdraws its key at once.
+    """
+    from preheat.gateway.keys import Quota, create
+
+    quota = Quota(
+        requests_per_minute=requests_per_minute, pixel_steps_per_minute=pixel_steps_per_minute
+    )
+    print(create(keys, name, quota))
 
 
 @app.command()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -13,11 +14,26 @@ from preheat.errors import RequestError, RunError
 from preheat.gateway import errors, health, metrics, openai_images, predictions
 from preheat.gateway.backend import Backend
 from preheat.gateway.bodies import MAX_BYTES, BodyLimit
+from preheat.gateway.door import Door
+from preheat.gateway.keys import Keys
 from preheat.gateway.metrics import Measured, Waits
 
 
-def create_app(backend: Backend, *, max_body_bytes: int = MAX_BYTES) -> FastAPI:
-    """The app in front of `backend`, which it closes in the end."""
+def create_app(
+    backend: Backend,
+    *,
+    max_body_bytes: int = MAX_BYTES,
+    keys: Keys | None = None,
+    access: logging.Logger | None = None,
+    local: bool = False,
+) -> FastAPI:
+    """The app in front of `backend`, which it closes in the end.
+
+    Args:
+        keys: who may ask; None: everybody.
+        access: gets a line for each request.
+        local: it listens for this machine alone.
+    """
     waits = Waits()
 
     @asynccontextmanager
@@ -39,5 +55,6 @@ def create_app(backend: Backend, *, max_body_bytes: int = MAX_BYTES) -> FastAPI:
     app.include_router(health.router(backend))
     app.include_router(metrics.router(backend, waits))
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
-    app.add_middleware(Measured, waits=waits)  # the last one is the outermost
+    app.add_middleware(Measured, waits=waits)
+    app.add_middleware(Door, keys=keys, access=access, local=local)  # the last is the outermost
     return app

@@ -40,6 +40,10 @@ class ServerState:
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
     what masks change in its denoiser, `border_share` and `outside_error` too; empty for others."""
+    request_defaults: Mapping[str, object] = field(default_factory=dict)
+    """Of a pipeline what a request gets that does not say (`height` and `width`,
+    `num_inference_steps`, `guidance_scale`, `strength`), and `fit` and `oversize`; empty for
+    others."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0
