@@ -144,7 +144,7 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
         return server.TorchServe(run_dir, server.Ports(), 1, 0.0, ("fox",), here)
 
     monkeypatch.setattr(server, "start", start)
-    monkeypatch.setattr(front, "start", lambda running, _: running)
+    monkeypatch.setattr(front, "start", lambda running, *_: running)
     mar, folder = tmp_path / "fox.mar", tmp_path / "owl"
     with zipfile.ZipFile(mar, "w") as archive:
         archive.writestr(str(MANIFEST), "{}")

@@ -93,6 +93,10 @@ KeysFile = Annotated[
         help="API keys (preheat key). Default: none, and this machine alone.", dir_okay=False
     ),
 ]
+IsOpen = Annotated[bool, typer.Option("--open", help="Without keys, serve other machines too.")]
+AccessLog = Annotated[
+    Path | None, typer.Option(help="The gateway writes a JSON line here for each request.")
+]
 
 
 def _print_version(wanted: bool) -> None:
@@ -305,6 +309,9 @@ def serve(
     gateway_port: GatewayPort = 8000,
     gateway: WithGateway = True,
     gateway_host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = LOOPBACK,
+    keys: KeysFile = None,
+    is_open: IsOpen = False,
+    access_log: AccessLog = None,
     grpc_host: Annotated[str, typer.Option(help="Address for gRPC predictions.")] = LOOPBACK,
     properties: Annotated[
         Path | None,
@@ -330,6 +337,8 @@ def serve(
     from preheat.torchserve.archive import archives_in, build_archive
 
     archives = archives_in(config)
+    if not archives and config.is_dir():
+        raise PreheatError(f"{config} holds no archive, nor is it one")
     if archives and model is not None:
         raise PreheatError(
             f"{config} is an archive, which holds its model or names it: leave out --model (make: "
@@ -363,7 +372,9 @@ def serve(
     )
     try:
         if gateway:
-            running = front.start(running, gateway_host)
+            files = {"--keys": keys, "--access-log": access_log}
+            options = [f"{name}={path}" for name, path in files.items() if path is not None]
+            running = front.start(running, gateway_host, [*options, *(["--open"] * is_open)])
         _say_started(running, config)
         if foreground:
             front.stay(running)
@@ -396,12 +407,8 @@ def gateway(
     name: Name = None,
     token_file: TokenFile = None,
     keys: KeysFile = None,
-    is_open: Annotated[
-        bool, typer.Option("--open", help="Without keys, serve other machines too.")
-    ] = False,
-    access_log: Annotated[
-        Path | None, typer.Option(help="Write a JSON line here for each request.")
-    ] = None,
+    is_open: IsOpen = False,
+    access_log: AccessLog = None,
     max_queued: Annotated[int, typer.Option(min=1, help="Of each model; more get a 429.")] = 100,
     max_queued_per_key: Annotated[int, typer.Option(min=1, help="The same, of one key.")] = 100,
 ) -> None:

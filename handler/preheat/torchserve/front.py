@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -21,9 +22,14 @@ GRACE = 120
 _COMMAND = "from preheat.cli.app import main; main()"
 
 
-def start(server: TorchServe, host: str = HOST, *, seconds: float = 60) -> TorchServe:
+def start(
+    server: TorchServe, host: str = HOST, options: Sequence[str] = (), *, seconds: float = 60
+) -> TorchServe:
     """Start the gateway of a server that `server.start` started, on the port that its `ports` name,
     and return when it answers; the server as it is recorded from now on.
+
+    Args:
+        options: more of `preheat gateway`'s.
 
     Raises:
         ServerError: it ended, or does not listen within `seconds`; the server runs on.
@@ -37,7 +43,7 @@ def start(server: TorchServe, host: str = HOST, *, seconds: float = 60) -> Torch
         keeper = subprocess.Popen(
             [
                 *(sys.executable, "-m", "preheat.gateway.keeper"),
-                *(*gateway, "--host", host, "--port", str(port)),
+                *(*gateway, "--host", host, "--port", str(port), *options),
             ],
             env=env,
             stdin=subprocess.DEVNULL,
