@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 import preheat
 from preheat.errors import RequestError, RunError
-from preheat.gateway import errors, health, metrics, predictions
+from preheat.gateway import errors, health, metrics, page, predictions
 from preheat.gateway.backend import Backend
 from preheat.gateway.bodies import MAX_BYTES, BodyLimit
 from preheat.gateway.door import Door
@@ -52,6 +52,7 @@ def create_app(
         app.add_exception_handler(kind, errors.refused)
     app.include_router(predictions.router(backend))
     app.include_router(health.router(backend))
+    app.include_router(page.router(backend))
     app.include_router(metrics.router(backend, waits))
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(Measured, waits=waits)
