@@ -30,6 +30,8 @@ MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
 GRPC_PORT ?= 7070
 GRPC_MANAGEMENT_PORT ?= 7071
+GATEWAY_PORT ?= 8000
+GATEWAY ?= 1
 
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
@@ -47,7 +49,8 @@ IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_f
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT) \
+	--gateway-port $(GATEWAY_PORT) $(if $(filter 0,$(GATEWAY)),--no-gateway)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
@@ -97,7 +100,7 @@ fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
-serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+serve: $(STAMP) ## start TorchServe and the gateway: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [GATEWAY_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]

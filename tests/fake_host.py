@@ -94,6 +94,8 @@ class FakeHost:
         if asked.get("num_images", 1) > 4:
             message = "num_images must be a whole number from 1 to 4, got 5"
             return _error(400, "InvalidRequest", message, "num_images")
+        if not isinstance(asked.get("stream", False), bool):
+            return _error(400, "InvalidRequest", "stream must be true or false", "stream")
         if prompt.startswith("fail "):
             _, code, kind, *_ = prompt.split()
             again = {"retry-after": "0"} if kind == "PutOff" else {}

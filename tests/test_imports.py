@@ -60,7 +60,7 @@ WINGS: dict[str, Wing] = {
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "cli": Wing(
         {"ground", "config", "torchserve", "planning", "gateway", "cli"},
-        {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
+        {"typer", "rich", "click", "PIL", "httpx", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }

@@ -17,7 +17,7 @@ from preheat.cli import app, demo
 from preheat.cli.check import num_graphs
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PreheatError
-from preheat.torchserve import server
+from preheat.torchserve import front, server
 from preheat.torchserve.archive import MANIFEST, is_archive
 
 ROOT = Path(__file__).parents[2]
@@ -138,13 +138,13 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
     tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[list[Path]] = []
-    running = server.TorchServe(here, server.Ports(), 1, 0.0, ("fox",), here)
 
-    def start(archives: list[Path], *_: object, **__: object) -> server.TorchServe:
+    def start(archives: list[Path], run_dir: Path, **__: object) -> server.TorchServe:
         started.append(archives)
-        return running
+        return server.TorchServe(run_dir, server.Ports(), 1, 0.0, ("fox",), here)
 
     monkeypatch.setattr(server, "start", start)
+    monkeypatch.setattr(front, "start", lambda running, *_: running)
     mar, folder = tmp_path / "fox.mar", tmp_path / "owl"
     with zipfile.ZipFile(mar, "w") as archive:
         archive.writestr(str(MANIFEST), "{}")
@@ -157,12 +157,13 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
             app.serve(path, model="tiny:sdxl")
         with pytest.raises(PreheatError, match=f"archive already.*preheat serve {path}"):
             app.archive(path)
-    assert started == [[mar], [folder]]
+    app.serve(tmp_path, name="both")
+    assert started == [[mar], [folder], [mar, folder]]
     said = capsys.readouterr().out
     assert (
         f"fox serves {mar}" in said
         and "/predictions/fox\n" in said
-        and "/predictions/owl\n" in said
+        and f"both serves {tmp_path}" in said
     )
 
 

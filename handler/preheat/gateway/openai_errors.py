@@ -7,7 +7,14 @@ from types import MappingProxyType
 from typing import Any
 
 THEIR_NAMES: Mapping[str, str] = MappingProxyType(
-    {"num_images": "n", "mask_image": "mask", "height": "size", "width": "size"}
+    {
+        "num_images": "n",
+        "mask_image": "mask",
+        "mask_channel": "mask",
+        "num_previews": "partial_images",
+        "height": "size",
+        "width": "size",
+    }
 )
 """Of our fields, where OpenAI's have others."""
 FINAL = frozenset({"PipelineFailure", "OutOfMemory", "AnswerTooLarge", "DeadlinePassed"})
@@ -16,21 +23,25 @@ _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
+def renamed(said: Mapping[str, Any]) -> dict[str, Any]:
+    """A worker's error document about a field that OpenAI's API names otherwise."""
+    ours, message = said.get("field"), str(said.get("message", ""))
+    theirs = THEIR_NAMES.get(str(ours), ours)
+    if ours and message.startswith(f"{ours} "):
+        message = f"{theirs}{message[len(str(ours)) :]}"
+    return {**said, "field": theirs, "message": message}
+
+
 def document(status: int, said: Mapping[str, Any]) -> dict[str, Any]:
-    """The worker's error document `said` in OpenAI's form."""
-    field, message = said.get("field"), str(said.get("message", ""))
-    param = THEIR_NAMES.get(field, field) if isinstance(field, str) else None
-    if isinstance(field, str) and message.startswith(f"{field} "):
-        message = f"{param}{message[len(field) :]}"
+    """The error document `said` in OpenAI's form."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {
-        "error": {
-            "message": message,
-            "type": kind,
-            "param": param,
-            "code": _CODES.get(status) or said.get("type"),
-        }
+    error = {
+        "message": said.get("message", ""),
+        "type": kind,
+        "param": said.get("field"),
+        "code": _CODES.get(status) or said.get("type"),
     }
+    return {"error": error}
 
 
 def headers(status: int, said: Mapping[str, Any]) -> dict[str, str]:
