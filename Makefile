@@ -6,6 +6,9 @@ STAMP := .venv/.preheat-installed
 IPEX_BIN := .venv-ipex/bin
 IPEX_STAMP := .venv-ipex/.preheat-installed
 
+CHROMIUM ?= /usr/bin/chromium
+AXE := .preheat/browser/node_modules/axe-core/axe.min.js
+
 CONFIG ?= model-config/tiny-sdxl.yaml
 MODEL ?=
 NAME ?=
@@ -40,7 +43,7 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 # and what trains the examples.
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
-	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks cli config e2e examples gpu planning protocol \
+	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks browser cli config e2e examples gateway gpu planning protocol \
 	torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
@@ -52,7 +55,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
-	setup-ipex test-ipex reference clean
+	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +83,13 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/mypy --strict handler tests bench examples
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
+
+# The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
+$(AXE):
+	npm install --silent --no-audit --no-fund --prefix .preheat/browser axe-core@4.10.3
+
+test-browser: $(STAMP) $(AXE) ## the gateway's page in headless Chromium (CHROMIUM=, of the system): needs npm
+	CHROMIUM='$(CHROMIUM)' AXE='$(AXE)' $(BIN)/python -m pytest tests/browser
 
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)

@@ -543,7 +543,8 @@ def plan(
         Path | None,
         typer.Option(
             help="Sizes that were asked for: columns height,width[,count] in pixels, or a module's "
-            "dimension, such as sequence[,count]. Default: what the workers here have counted."
+            "dimension, such as sequence[,count]; or the gateway's access log. Default: what the "
+            "workers here have counted."
         ),
     ] = None,
     max_buckets: Annotated[int, typer.Option(min=1, max=32, help="So many, or fewer.")] = 5,
@@ -595,12 +596,12 @@ def plan(
     from rich.console import Console
 
     from preheat.cli import plan_picture, planner
-    from preheat.planning.demand import read_csv
+    from preheat.planning.demand import read
     from preheat.planning.plan import Wanted
 
     states: list[Mapping[str, Any]] = [planner.read_state(path) for path in cost or ()]
     if csv is not None:
-        demand = read_csv(csv)
+        demand = read(csv)
     elif states:
         asked = [state.get("asked_sizes", {}) for state in states]
         demand = planner.from_workers(asked, ", ".join(map(str, cost or ())))

@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 
 import preheat
 from preheat.errors import RequestError, RunError
-from preheat.gateway import errors, health, metrics, openai_images, predictions
+from preheat.gateway import errors, health, metrics, openai_images, page, predictions
 from preheat.gateway.backend import Backend
 from preheat.gateway.bodies import MAX_BYTES, BodyLimit
 from preheat.gateway.door import Door
@@ -53,6 +53,7 @@ def create_app(
     app.include_router(predictions.router(backend))
     app.include_router(openai_images.router(backend))
     app.include_router(health.router(backend))
+    app.include_router(page.router(backend))
     app.include_router(metrics.router(backend, waits))
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     app.add_middleware(Measured, waits=waits)

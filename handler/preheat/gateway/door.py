@@ -16,7 +16,7 @@ from preheat.gateway import errors
 from preheat.gateway.keys import Keys, bearer
 from preheat.gateway.record import LEFT, REQUEST_ID, Record, client, current, request_id
 
-OPEN = ("/health", "/v2", "/warmup", "/metrics", "/page")
+OPEN = ("/health", "/v2", "/warmup", "/metrics")
 """Paths, with all below them, that want no key, as `/` does: probes have none."""
 LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 

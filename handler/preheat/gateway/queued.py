@@ -7,15 +7,16 @@ import logging
 import math
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 
 from preheat.errors import Unreachable
 from preheat.gateway.admission import Admission, Costs
 from preheat.gateway.asked import Asked, Model, read
 from preheat.gateway.backend import Answer, Backend, Call, Health
-from preheat.gateway.queue import Limits, Queue
+from preheat.gateway.queue import Entry, Limits, Queue
 from preheat.gateway.record import client, current
+from preheat.gateway.slow import unhurried
 from preheat.protocol.fields import DEADLINE_HEADER, parse_deadline
 from preheat.torchserve.overview import ModelView
 
@@ -56,7 +57,7 @@ class Queued:
             return
         deadline = parse_deadline(call.headers.get(DEADLINE_HEADER))
         asked = await read(call.body, call.headers.get("content-type", ""), host.model)
-        record, who, came = current.get(), client.get(), time.monotonic()
+        record, who = current.get(), client.get()
         if record is not None:
             record.model, record.height, record.width = call.model, asked.height, asked.width
             record.steps, record.images = asked.steps, asked.num_images
@@ -64,7 +65,17 @@ class Queued:
             who.spend(asked.pixel_steps)
         patience = math.inf if deadline is None else deadline - time.time()
         name = who.name if who is not None else ANYBODY
-        async with host.admission.place(name, asked.group, _seconds(host, asked), patience):
+        turn = host.admission.place(name, asked.group, _seconds(host, asked), patience)
+        async with unhurried(self._served(turn, call)) as answer:
+            yield answer
+
+    @asynccontextmanager
+    async def _served(
+        self, turn: AbstractAsyncContextManager[Entry], call: Call
+    ) -> AsyncIterator[Answer]:
+        """The answer when its turn has come; the place is free when it ends."""
+        record, came = current.get(), time.monotonic()
+        async with turn:
             if record is not None:
                 record.queued_seconds = round(time.monotonic() - came, 4)
             async with self._inner.predict(call) as answer:

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 
 from preheat.errors import GatewayError
 from preheat.gateway.app import create_app
+from preheat.gateway.connections import Patience, protocol
 from preheat.gateway.keys import Keys
 from preheat.gateway.queued import Queued
 from preheat.gateway.record import access_log
@@ -21,11 +22,14 @@ GRACE = 120
 """Seconds that answers under way have, once it is told to end."""
 
 
-def configured(app: FastAPI, host: str, port: int) -> uvicorn.Config:
+def configured(
+    app: FastAPI, host: str, port: int, patience: Patience | None = None
+) -> uvicorn.Config:
     return uvicorn.Config(
         cast(Any, app),  # Starlette's types of an ASGI app are wider than uvicorn's
         host,
         port,
+        http=protocol(patience or Patience()),
         log_level="warning",
         access_log=False,
         server_header=False,
