@@ -4,6 +4,8 @@ served.
 
 from __future__ import annotations
 
+import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -326,3 +328,14 @@ def test_the_number_of_graphs_follows_from_the_yaml(
 ) -> None:
     text = f"batchSize: 4\npt2: {{compile: {{enable: true}}, {pt2}}}\npipeline: {{{more}}}"
     assert num_graphs(ModelConfig.parse(yaml.safe_load(text))) == graphs
+
+
+@pytest.mark.parametrize("command", ["ready", "status"])
+def test_a_gateway_that_has_ended_for_good_is_told_of(command: str, here: Path) -> None:
+    recorded = here / ".preheat" / "run" / "fox" / "server.json"
+    recorded.parent.mkdir(parents=True)
+    document = {"management": "http://127.0.0.1:9", "models": ["fox"], "status_dir": str(here)}
+    for pid, ended in ((os.getpid(), False), (2**22 + 1, True)):  # the kernel gives none so large
+        recorded.write_text(json.dumps({**document, "gateway": [pid, 0.0]}))
+        said = CliRunner().invoke(app.app, [command]).output
+        assert ("the gateway has ended" in said) is ended

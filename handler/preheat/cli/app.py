@@ -816,12 +816,13 @@ def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
 
 
 def _say_trouble(asked: _Asked) -> None:
-    """On the terminal, where the gateway of a server that was started here has ended."""
-    from preheat.torchserve import front, server
-
-    running = server.recall(Path(asked.known["run_dir"])) if asked.known else None
-    said = front.trouble(running) if running is not None else None
-    if said:
+    """On the terminal, where the gateway of a server that was started here has ended for good."""
+    known = asked.known or {}
+    kept = known.get("gateway")
+    # by its number alone: psutil would be half of what a probe loads
+    if kept and not Path("/proc", str(kept[0])).exists():
+        log = Path(known["run_dir"], "logs", "gateway.log")
+        said = f"the gateway has ended, and is not started again; see {log}"
         typer.secho(said, fg=typer.colors.YELLOW, err=True)
 
 
