@@ -137,7 +137,7 @@ def test_a_size_is_dragged_and_its_bucket_shown(page: Page, host: Painter) -> No
     said = page.inner_text("#where").replace("\u00d7", "x")
     assert f"{across} x {down} goes into bucket 768 x 512" in said
     assert f"{round(100 * (1 - across * down / (768 * 512)))} % padding" in said
-    assert "openvino" in said
+    assert "openvino, 20 ms a step" in said  # of a picture alone
     page.fill("#width", "2000")
     assert "No bucket covers" in page.inner_text("#where")
 

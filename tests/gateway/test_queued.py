@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import httpx
 import pytest
@@ -47,6 +48,21 @@ def test_requests_of_a_bucket_go_together_and_the_rest_waits_here() -> None:
         assert {answer.status_code for answer in await asyncio.gather(*asked)} == {200}
         first, *then = host.inside
         assert (first, sorted(then[:2]), sorted(then[2:])) == ("a1", ["b1", "b2"], ["a2", "a3"])
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_slots_take_requests_one_by_one() -> None:
+    async def body() -> None:
+        host = MemoryHost(batch_size=2)
+        (worker,) = host.seen.workers
+        slots = replace(worker, request_defaults={"slots": 2})
+        host.seen = replace(host.seen, workers=(slots,))
+        gateway = Gateway(host)
+        asked = [gateway.ask(prompt) for prompt in "abcde"]
+        await host.until(*"abcd")  # two a slot, which wait for no others like them
+        host.go.set()
+        await asyncio.gather(*asked)
 
     asyncio.run(asyncio.wait_for(body(), 30))
 

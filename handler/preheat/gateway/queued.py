@@ -106,15 +106,9 @@ class Queued:
             self._looked, self._looking = time.monotonic(), None
 
     def _update(self, view: ModelView) -> None:
-        limits = Limits(
-            num_workers=max(1, view.ready or view.wanted),
-            batch_size=max(1, view.batch_size),
-            settle=view.max_batch_delay,
-            max_queued=self._max_queued,
-            max_queued_per_key=self._per_key,
-        )
         rows = [row for worker in view.workers for row in worker.buckets]
         defaults = next((w.request_defaults for w in view.workers if w.request_defaults), {})
+        limits = self._limits(view, has_slots="slots" in defaults)
         model, costs = Model.of([row.bucket for row in rows], defaults), Costs.of(rows)
         known = self._hosts.get(view.model)
         if known is None:
@@ -124,6 +118,19 @@ class Queued:
             known.model, known.costs = model, costs
         if limits != known.admission.queue.limits:
             known.admission.resize(limits)
+
+    def _limits(self, view: ModelView, *, has_slots: bool) -> Limits:
+        """Slots take a request as soon as one is free, whatever the others are doing: each is a
+        worker for runs of one.
+        """
+        workers, size = max(1, view.ready or view.wanted), max(1, view.batch_size)
+        return Limits(
+            num_workers=workers * size if has_slots else workers,
+            batch_size=1 if has_slots else size,
+            settle=0.0 if has_slots else view.max_batch_delay,
+            max_queued=self._max_queued,
+            max_queued_per_key=self._per_key,
+        )
 
     async def models(self) -> list[str]:
         return await self._inner.models()

@@ -47,8 +47,8 @@ class ServerState:
     `outside_error` too; empty for others."""
     request_defaults: Mapping[str, object] = field(default_factory=dict)
     """Of a pipeline what a request gets that does not say (`height` and `width`,
-    `num_inference_steps`, `guidance_scale`, `strength`), and `fit` and `oversize`; empty for
-    others."""
+    `num_inference_steps`, `guidance_scale`, `strength`), and `fit` and `oversize`; of a language
+    model its `slots`; empty for others."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0
