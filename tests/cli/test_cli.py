@@ -339,3 +339,15 @@ def test_a_gateway_that_has_ended_for_good_is_told_of(command: str, here: Path) 
         recorded.write_text(json.dumps({**document, "gateway": [pid, 0.0]}))
         said = CliRunner().invoke(app.app, [command]).output
         assert ("the gateway has ended" in said) is ended
+
+
+def test_the_token_of_a_server_that_was_started_here_is_its_own(here: Path) -> None:
+    run_dir = here / ".preheat" / "run" / "fox"
+    run_dir.mkdir(parents=True)
+    (run_dir / "server.json").write_text(json.dumps({"management": "http://127.0.0.1:9"}))
+    assert app._Asked.of(None, None, None, None).token is None
+    for key_file, key in ((run_dir / "key_file.json", "own"), (here / "other.json", "other")):
+        key_file.write_text(json.dumps({"management": {"key": key}}))
+    assert app._Asked.of(None, "fox", None, None).token == "own"
+    assert app._Asked.of(None, "fox", None, here / "other.json").token == "other"
+    assert app._Asked.of("http://127.0.0.1:9", None, None, None).token is None

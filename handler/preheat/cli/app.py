@@ -85,7 +85,10 @@ ServerName = Annotated[
 ]
 TokenFile = Annotated[
     Path | None,
-    typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
+    typer.Option(
+        help="TorchServe's key_file.json, where the management API wants a token. Default: that of "
+        "the server started here."
+    ),
 ]
 KeysFile = Annotated[
     Path | None,
@@ -729,8 +732,10 @@ class _Asked:
 
         known = None if management else _recorded(name, required=name is not None)
         started = known or {}
+        own = Path(started["run_dir"], "key_file.json") if started else None
+        key_file = token_file or (own if own is not None and own.exists() else None)
         try:
-            token = readiness.read_token(token_file) if token_file else None
+            token = readiness.read_token(key_file) if key_file else None
         except (OSError, ValueError) as error:
             _fail(f"no token: {error}")
         folder = started.get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
