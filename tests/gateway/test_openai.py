@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_host import FakeHost, png
-from preheat.gateway.openai_answers import lines
+from preheat.gateway.backend import Answer
+from preheat.gateway.openai_answers import lines, pictures
 
 SIZED: dict[str, Any] = {"prompt": "a cat", "size": "120x200"}
 
@@ -253,13 +254,40 @@ def test_bodies_that_are_none_are_refused(host: FakeHost, gateway: str) -> None:
     assert code("none", json={}) == 404
 
 
+@given(
+    num_data=st.integers(0, 9000),
+    num_after=st.integers(0, 20),
+    cuts=st.lists(st.integers(0, 10_000), max_size=5),
+)
+def test_an_answer_is_completed_wherever_it_is_cut(
+    num_data: int, num_after: int, cuts: list[int]
+) -> None:
+    said = {"data": [{"b64_json": "A" * num_data}], "width": 120, "height": 200, "bucket": [3, 1]}
+    said["more"] = "x" * num_after
+    text = json.dumps(said).encode()
+    ends = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
+
+    async def told() -> bytes:
+        async def come() -> AsyncIterator[bytes]:
+            for begin, end in pairwise(ends):
+                yield text[begin:end]
+
+        reply = await pictures(Answer(200, {"x-preheat-seed": "7", "content-length": "1"}, come()))
+        assert "content-length" not in reply.headers and reply.headers["x-preheat-seed"] == "7"
+        return b"".join([part async for part in reply.body])
+
+    document = json.loads(asyncio.run(told()))
+    assert document.pop("created") > 1_700_000_000
+    assert document == {**said, "size": "120x200"}
+
+
 @given(text=st.binary(max_size=30), cuts=st.lists(st.integers(0, 30), max_size=5))
 def test_lines_are_the_same_wherever_they_are_cut(text: bytes, cuts: list[int]) -> None:
     ends = sorted({0, *(min(cut, len(text)) for cut in cuts), len(text)})
     parts = [text[a:b] for a, b in pairwise(ends)]
 
     async def told() -> list[bytes]:
-        async def come() -> Any:
+        async def come() -> AsyncIterator[bytes]:
             for part in parts:
                 yield part
 
