@@ -24,6 +24,8 @@ logger = logging.getLogger(__name__)
 
 FRESH = 2.0
 """Seconds after which the host is looked at again."""
+TRAVEL = 0.02
+"""Seconds from here to the host's queue, at most as a rule: it collects so much later."""
 ANYBODY = ""
 """The queue's key of who needs none."""
 
@@ -127,7 +129,7 @@ class Queued:
         return Limits(
             num_workers=workers * size if has_slots else workers,
             batch_size=1 if has_slots else size,
-            settle=0.0 if has_slots else view.max_batch_delay,
+            settle=0.0 if has_slots else view.max_batch_delay + TRAVEL,
             max_queued=self._max_queued,
             max_queued_per_key=self._per_key,
         )
