@@ -6,6 +6,9 @@ STAMP := .venv/.preheat-installed
 IPEX_BIN := .venv-ipex/bin
 IPEX_STAMP := .venv-ipex/.preheat-installed
 
+CHROMIUM ?= /usr/bin/chromium
+AXE := .preheat/browser/node_modules/axe-core/axe.min.js
+
 CONFIG ?= model-config/tiny-sdxl.yaml
 MODEL ?=
 NAME ?=
@@ -29,6 +32,8 @@ MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
 GRPC_PORT ?= 7070
 GRPC_MANAGEMENT_PORT ?= 7071
+GATEWAY_PORT ?= 8000
+GATEWAY ?= 1
 
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
@@ -40,18 +45,19 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 # and what trains the examples.
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
-	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks cli config e2e examples gpu planning protocol \
+	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks browser cli config e2e examples gateway gpu planning protocol \
 	torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT) \
+	--gateway-port $(GATEWAY_PORT) $(if $(filter 0,$(GATEWAY)),--no-gateway)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint test-fit fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
-	setup-ipex test-ipex reference clean
+	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -80,6 +86,13 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
+# The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
+$(AXE):
+	npm install --silent --no-audit --no-fund --prefix .preheat/browser axe-core@4.10.3
+
+test-browser: $(STAMP) $(AXE) ## the gateway's page in headless Chromium (CHROMIUM=, of the system): needs npm
+	CHROMIUM='$(CHROMIUM)' AXE='$(AXE)' $(BIN)/python -m pytest tests/browser
+
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
 
@@ -92,7 +105,7 @@ fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
-serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+serve: $(STAMP) ## start TorchServe and the gateway: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [GATEWAY_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]

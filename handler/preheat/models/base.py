@@ -56,6 +56,12 @@ class LoadedModel(ABC, Generic[JobT, ResultT]):
         classes and configs, without the weights.
         """
 
+    def request_defaults(self) -> Mapping[str, object]:
+        """What a request gets that does not say, as plain data, for whoever has to know before it
+        is run; empty where nothing is.
+        """
+        return {}
+
     @abstractmethod
     def runner(self, execution: Execution) -> ModelRunner[JobT, ResultT]:
         """What serves it, now that routers stand in for its targets.

@@ -103,6 +103,15 @@ def is_archive(path: Path) -> bool:
     return path.suffix == ".mar" or zipfile.is_zipfile(path)
 
 
+def archives_in(path: Path) -> list[Path]:
+    """`path` if it is an archive, else the archives in the folder that it is; empty where there are
+    none.
+    """
+    if is_archive(path):
+        return [path]
+    return sorted(each for each in path.iterdir() if is_archive(each)) if path.is_dir() else []
+
+
 def verify(config: Path) -> ModelConfig:
     """The YAML, if an archive can be made of it.
 

@@ -48,6 +48,10 @@ class ServerState:
     own_sizes: Sequence[Mapping[str, object]] = ()
     """With `fit: mask` how long a step takes eagerly at some sizes, by the denoiser's rows: a
     picture for which that is less than in its bucket is painted so."""
+    request_defaults: Mapping[str, object] = field(default_factory=dict)
+    """Of a pipeline what a request gets that does not say (`height` and `width`,
+    `num_inference_steps`, `guidance_scale`, `strength`), and `fit` and `oversize`; of a language
+    model its `slots`; empty for others."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0

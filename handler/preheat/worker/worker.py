@@ -249,6 +249,7 @@ class Worker(Generic[JobT, ResultT]):
         prepared, pt2 = self._prepared, self.config.pt2
         self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.request_defaults = self.model.request_defaults()
         self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:

@@ -64,6 +64,20 @@ class DiffusionModel(LoadedModel[Job, Answer]):
     def fingerprint_facts(self) -> Mapping[str, object]:
         return {"dtype": str(self.dtype), **self.pipeline.structure()}
 
+    def request_defaults(self) -> Mapping[str, object]:
+        """The YAML's defaults, the first bucket, and what becomes of sizes between buckets."""
+        first, shapes = self.sizes[0], self.config.pt2.shapes
+        own = self.config.section(PipelineConfig).defaults
+        return {
+            "height": first.height,
+            "width": first.width,
+            "num_inference_steps": own.num_inference_steps,
+            "guidance_scale": own.guidance_scale,
+            "strength": own.strength,
+            "fit": shapes.fit,
+            "oversize": shapes.oversize,
+        }
+
     def runner(self, execution: Execution) -> DiffusionRunner:
         return DiffusionRunner(execution, self.pipeline, self.config)
 

@@ -65,7 +65,12 @@ class Planner:
         if request.image is not None:
             image = images.decode(request.image, field="image", max_pixels=most)
         if request.mask_image is not None:
-            mask = images.decode_mask(request.mask_image, field="mask_image", max_pixels=most)
+            mask = images.decode_mask(
+                request.mask_image,
+                field="mask_image",
+                max_pixels=most,
+                channel=request.mask_channel,
+            )
         height, width = _asked_size(request, image, self._shapes.buckets[0])
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
