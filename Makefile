@@ -21,6 +21,7 @@ COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
+DOCTOR_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -48,7 +49,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check doctor serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -86,6 +87,9 @@ fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 
 check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
+
+doctor: $(STAMP) ## say what would go wrong in production, and what mends it: CONFIG= [MODEL=] [DOCTOR_OPTIONS=]
+	$(BIN)/preheat doctor '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(DOCTOR_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)

