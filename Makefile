@@ -22,6 +22,7 @@ SEED ?=
 BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
 DOCTOR_OPTIONS ?=
+PROFILE_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -49,7 +50,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check doctor serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check doctor profile serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -90,6 +91,9 @@ check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=fo
 
 doctor: $(STAMP) ## say what would go wrong in production, and what mends it: CONFIG= [MODEL=] [DOCTOR_OPTIONS=]
 	$(BIN)/preheat doctor '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(DOCTOR_OPTIONS)
+
+profile: $(STAMP) ## say where the time of a request goes, and what compiling gains at most: CONFIG= [MODEL=] [PROFILE_OPTIONS=]
+	$(BIN)/preheat profile '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(PROFILE_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)

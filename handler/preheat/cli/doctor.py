@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import subprocess
 import sys
 import tempfile
 import zipfile
@@ -96,7 +95,9 @@ def examine(
     Raises:
         PreheatError: something is in the way of looking.
     """
+    from preheat.cli.aside import ask, staged
     from preheat.cli.planner import read_state
+    from preheat.preflight.facts import Seen
     from preheat.torchserve.archive import is_archive
 
     measured = read_state(state) if state is not None else None
@@ -105,11 +106,13 @@ def examine(
         folder = Path(temp)
         try:
             loaded, yaml_file, place = (
-                _opened(config, folder) if is_archive(config) else _staged(config, model, folder)
+                _opened(config, folder) if is_archive(config) else staged(config, model, folder)
             )
         except (ConfigError, ArchiveError) as error:
             return Report([_refused(error)], None, 1)
-        seen = look(*_arguments(yaml_file, prompts))
+        looked_at = [yaml_file, yaml_file.parent] if yaml_file is not None else []
+        given = [prompts.absolute()] if prompts is not None and yaml_file is not None else []
+        seen = Seen.model_validate_json(ask("look", *looked_at, *given))
     return judge(loaded, seen, place=place, server=server, state=measured)
 
 
@@ -137,54 +140,6 @@ def judge(
     )
     named = (place or "of a factory") if seen.model is not None else None
     return Report(diagnose(context), named, len(CHECKS))
-
-
-def look(*arguments: str) -> Seen:
-    """What `preflight.look` sees, in a process of its own.
-
-    Raises:
-        PreheatError: it ends otherwise than it should, as where memory ran out.
-    """
-    from preheat.preflight.facts import Seen
-    from preheat.torchserve.archive import PACKAGE
-
-    path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    with tempfile.TemporaryDirectory(prefix="preheat-look-") as temp:
-        out = Path(temp, "seen.json")
-        done = subprocess.run(
-            [sys.executable, "-m", "preheat.preflight.look", str(out), *arguments],
-            check=False,
-            env={"GOMP_SPINCOUNT": "1000", **os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-        )
-        if done.returncode:
-            said = done.stderr.strip().splitlines()[-1:] or [f"exit status {done.returncode}"]
-            raise PreheatError(f"loading the model ended: {said[0].removeprefix('preheat: ')}")
-        return Seen.model_validate_json(out.read_bytes())
-
-
-def _arguments(yaml_file: Path | None, prompts: Path | None) -> list[str]:
-    if yaml_file is None:
-        return []
-    return [str(each) for each in (yaml_file, yaml_file.parent, prompts) if each is not None]
-
-
-def _staged(
-    config: Path, model: str | None, folder: Path
-) -> tuple[ModelConfig, Path | None, str | None]:
-    """The YAML, what a worker would find of it (None where no model is named), and where its model
-    lies.
-    """
-    from preheat.cli.app import place_of_model
-    from preheat.torchserve.archive import packaged_place, unpacked, verify
-
-    loaded = verify(config)
-    family = loaded.family
-    if family.made_by is None and model is None and family.path in (None, "."):
-        return loaded, None, None
-    place = packaged_place(loaded, place_of_model(config, model), external=True)
-    return loaded, unpacked(config, loaded, place, folder), place
 
 
 def _opened(archive: Path, folder: Path) -> tuple[ModelConfig, Path | None, str | None]:

@@ -16,7 +16,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel
+from preheat.models.base import LoadedModel, Part
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import DiffusionPipeline
@@ -55,6 +55,9 @@ class DiffusionModel(LoadedModel[Job, Answer]):
 
     def fingerprint_facts(self) -> Mapping[str, object]:
         return {"dtype": str(self.dtype), **self.pipeline.structure()}
+
+    def parts(self) -> dict[str, Part]:
+        return self.pipeline.parts()
 
     def num_dropped(self, text: str) -> int:
         return self.pipeline.prompts.num_dropped(text, "prompt")

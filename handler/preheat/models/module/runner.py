@@ -175,6 +175,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
                 made[name] = made[name].clamp(*self._reader.ranges[name]).to(dtype)
         return self.prepare(made, "application/json")
 
+    def example(self, bucket: Bucket, steps: int | None = None) -> Job:
+        return self.sample(dict(bucket.sizes), seed=0)
+
     def alone(self, job: Job) -> Answer:
         """The job's answer as the module gives it eagerly and without padding: what a bucket's
         answer is compared with.
