@@ -23,6 +23,7 @@ BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
 DOCTOR_OPTIONS ?=
 PROFILE_OPTIONS ?=
+INIT_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -50,7 +51,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check doctor profile serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -94,6 +95,9 @@ doctor: $(STAMP) ## say what would go wrong in production, and what mends it: CO
 
 profile: $(STAMP) ## say where the time of a request goes, and what compiling gains at most: CONFIG= [MODEL=] [PROFILE_OPTIONS=]
 	$(BIN)/preheat profile '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(PROFILE_OPTIONS)
+
+init: $(STAMP) ## write a YAML for a model folder, with timeouts that are measured: MODEL= [CSV=] [INIT_OPTIONS=]
+	$(BIN)/preheat init '$(MODEL)' $(if $(CSV),--csv '$(CSV)') $(INIT_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)

@@ -55,6 +55,7 @@ WINGS: dict[str, Wing] = {
     ),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "preflight": Wing({"ground", "config", "cache", "planning"}, {"pydantic"}),
+    "preflight/rehearse.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "preflight/measure.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "preflight/look.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "cli": Wing(

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from preheat.cli.doctor import doctor
+from preheat.cli.init import init
 from preheat.cli.profiler import profile
 from preheat.errors import ConfigError, PreheatError
 from preheat.status import STATUS_DIR_VARIABLE
@@ -192,6 +193,7 @@ def check(
 
 app.command()(doctor)
 app.command()(profile)
+app.command()(init)
 
 
 @app.command()
