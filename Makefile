@@ -117,13 +117,13 @@ archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl
 plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
 	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)
 
-bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
+bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFILE=tiny|small|sdxl] [CSV=height,width[,count]] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.traffic --profile '$(PROFILE)' $(if $(CSV),--csv '$(CSV)') $(BENCH_OPTIONS)
 
-bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
-bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|sdxl] [BENCH_OPTIONS=]
+bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]

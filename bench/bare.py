@@ -23,6 +23,8 @@ from diffusers import StableDiffusionXLPipeline
 
 from bench.bare_spec import Spec
 from preheat.buckets import Bucket, smallest_covering
+from preheat.compilation.targets import build_router
+from preheat.config.pt2 import Pt2Config
 from preheat.device import DTYPES, keep_freed_memory, pick_device, share_cpu
 from preheat.protocol import images
 
@@ -45,7 +47,19 @@ class BareLoop:
         pipe.set_progress_bar_config(disable=True)
         self._pipe = pipe.to(device)
         torch._dynamo.config.recompile_limit = 10 + 2 * len(self._buckets) * len(spec.batch_sizes)
-        self._pipe.unet = torch.compile(self._pipe.unet, backend=spec.backend, dynamic=False)
+        self._compile(device)
+
+    def _compile(self, device: torch.device) -> None:
+        """The denoiser, by torch; OpenVINO's models are made by Preheat, since torch.compile has
+        no such backend.
+        """
+        backend, unet = self._spec.backend, self._pipe.unet
+        if backend != "openvino":
+            self._pipe.unet = torch.compile(unet, backend=backend, dynamic=False)
+            return
+        config = {"compile": {"enable": True, "kwargs": {"backend": backend}}}
+        dtype = DTYPES[self._spec.dtype]
+        build_router("unet", unet, Pt2Config.model_validate(config), dtype, device)
 
     def warm(self) -> None:
         """Compile everything, and meet it once more."""

@@ -1,7 +1,7 @@
 """Load from real clients on a real TorchServe, against the bare diffusers pipeline in a loop on the
 same machine.
 
-    python -m bench.load [--profile tiny|sdxl] ...
+    python -m bench.load [--profile tiny|small|sdxl] ...
 
 Both generate the same sizes with the same steps through the same compiler on the same number of
 threads, and both encode every picture; what is left between them is the road. The clients live on
@@ -41,15 +41,14 @@ from bench.bare_spec import Spec
 from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
 from bench.machine import machine, versions
 from bench.processes import CACHE, BareProcess, run_module
-from bench.profiles import PROFILES, Profile, model_yaml
-from bench.traffic import PROMPTS, READY_SECONDS, RESULTS, STATE
+from bench.profiles import PROFILES, RESULTS, STATE, Profile, model_yaml
+from bench.traffic import GUIDANCE_SCALE, PROMPTS, READY_SECONDS
 from preheat.errors import PreheatError
 from preheat.protocol import images
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
 
-GUIDANCE_SCALE = 5.0
 NUM_MIXED = 48
 NUM_ROUNDS = 3
 NUM_PROFILED = 12
@@ -273,7 +272,7 @@ def scraped_after(
 @app.command()
 def bench(
     profile: Annotated[
-        str, typer.Option(help=f"{' or '.join(PROFILES)}; sdxl needs a CUDA GPU.")
+        str, typer.Option(help=f"{', '.join(PROFILES)}; sdxl needs a CUDA GPU.")
     ] = "tiny",
     seconds: Annotated[float, typer.Option(help="Of each load.")] = 10,
     batch: Annotated[int, typer.Option(min=2, help="Most requests of a batch.")] = 4,
@@ -354,6 +353,7 @@ def bench(
                 load_report.write(document, output)
     console.print(load_report.table(document))
     console.print(load_report.stages_table(document))
+    console.print(load_report.denoiser_share(document))
     console.print(load_report.verdict(document), markup=False)
     console.print(f"{document['seconds']:.0f} s; load.json and load.png are in {output}/")
 

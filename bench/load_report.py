@@ -94,6 +94,13 @@ def stages_table(document: Mapping[str, Any]) -> Table:
     return table
 
 
+def denoiser_share(document: Mapping[str, Any]) -> str:
+    """What compiling the denoiser can at best gain from, in a line."""
+    stages: Mapping[str, float] = document["stages_ms"]["text to image"]
+    share = stages["denoiser"] / sum(stages.values())
+    return f"denoiser: {share:.0%} of an eager request in the handler"
+
+
 def verdict(document: Mapping[str, Any]) -> str:
     """Where sizes are mixed, requests of several buckets share no run, while the bare loop sorts
     them: not the same batch size.

@@ -14,7 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 from bench.bare_spec import Spec
-from bench.traffic import STATE
+from bench.profiles import STATE
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 

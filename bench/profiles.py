@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,24 @@ from preheat.cli.demo import build_tiny
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 
-STRATEGIES = ("eager", "buckets", "planned", "fixed", "dynamic", "exact")
-"""In the order they run: what the others are compared with comes first, what takes the longest
-last. `planned` is `buckets` with those that `preheat plan` chooses for the traffic.
+STATE = server.ROOT / ".preheat"
+RESULTS = server.ROOT / "bench" / "results"
+STRATEGIES = {
+    "eager": "eager",
+    "buckets": "buckets",
+    "masked": "buckets, masked",
+    "planned": "planned",
+    "fixed": "fixed",
+    "dynamic": "dynamic",
+    "exact": "exact",
+}
+"""Titles, in the order in which servers start: what the others are compared with comes first.
+`masked` is `buckets` with `fit: mask`, `planned` those that `preheat plan` chooses for the traffic.
 """
+WITHOUT_SHAPES = ("dynamic", "exact")
+"""They name no shapes to make models for, so that their engine is always torch's own compiler."""
+SERVED_AS = {"eager": "exact", "masked": "buckets", "planned": "buckets"}
+"""The YAML's own name of a strategy, where it is another one."""
 LOAD = (
     "closed loop, one client: never more than one request under way, so batches of 1 and no queue"
 )
@@ -44,15 +59,26 @@ class Profile:
     num_steps: int
     build: Callable[[Path], Path]
     """Makes the pipeline in a folder."""
-    dtype: str
+    dtypes: tuple[str, ...]
+    """That strategies are compared in; everything else is measured in the first one."""
     on_gpu: bool = False
     """The tiny model stays on the CPU where there is a GPU too: on one, nothing but overhead would
     be measured.
     """
+    strategies: tuple[str, ...] = tuple(STRATEGIES)
+    """Those that are compared where none are named."""
+    num_compared: int = 24
+    """Requests of each traffic whose pictures are held against those of diffusers alone."""
+    num_rounds: int = 3
+    """How often each strategy is sent all requests."""
     limit_seconds: float = float("inf")
     """From the start of the run: after this no request is sent any more, so that a bench always
     ends.
     """
+
+    @property
+    def dtype(self) -> str:
+        return self.dtypes[0]
 
 
 def model_yaml(
@@ -61,6 +87,7 @@ def model_yaml(
     *,
     backend: str = "inductor",
     planned: Sequence[Bucket] = (),
+    dtype: str | None = None,
 ) -> dict[str, Any]:
     """The model YAML, as data, that `strategy` is served with.
 
@@ -71,21 +98,24 @@ def model_yaml(
     base: dict[str, Any] = yaml.safe_load(
         (server.ROOT / "model-config" / f"{profile.name}.yaml").read_text()
     )
+    if strategy in WITHOUT_SHAPES and backend == "openvino":
+        backend = "inductor"
     compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
     if strategy not in ("eager", "exact"):
         compiled["dynamic"] = False
     buckets = {"fixed": [profile.canonical], "planned": planned}.get(strategy, profile.buckets)
     shapes = {
-        "strategy": {"eager": "exact", "planned": "buckets"}.get(strategy, strategy),
+        "strategy": SERVED_AS.get(strategy, strategy),
         "buckets": [[bucket.height, bucket.width] for bucket in buckets],
         "batch_sizes": [1],
         "oversize": "downscale",  # a log may hold sizes that no bucket covers
+        **({"fit": "mask"} if strategy == "masked" else {}),
     }
     pipeline = {
         **base["pipeline"],
         "guidance": "on",
         "tasks": ["text-to-image"],
-        "dtype": profile.dtype,
+        "dtype": dtype or profile.dtype,
     }
     return {
         "minWorkers": 1,
@@ -100,17 +130,17 @@ def model_yaml(
     }
 
 
-def build_full_size(folder: Path) -> Path:
-    """`bench.full_size` in a process of its own, which gives the GPU's memory back when it ends.
+def build_sdxl(size: str, folder: Path) -> Path:
+    """`bench.sdxl` in a process of its own, which gives its memory back when it ends.
 
     Raises:
-        PreheatError: there is no CUDA device, or it failed.
+        PreheatError: this size needs a CUDA device that is not there, or it failed.
     """
     search = os.pathsep.join(
         [str(server.ROOT), str(server.ROOT / "handler"), os.environ.get("PYTHONPATH", "")]
     )
     done = subprocess.run(
-        [sys.executable, "-m", "bench.full_size", str(folder)],
+        [sys.executable, "-m", "bench.sdxl", size, str(folder)],
         check=False,
         capture_output=True,
         text=True,
@@ -118,12 +148,8 @@ def build_full_size(folder: Path) -> Path:
     )
     if done.returncode:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
-        raise PreheatError(f"no SDXL of real size could be made: {said[-1]}")
+        raise PreheatError(f"no SDXL of size {size} could be made: {said[-1]}")
     return folder
-
-
-def _tiny(folder: Path) -> Path:
-    return build_tiny("sdxl", folder)
 
 
 PROFILES: Mapping[str, Profile] = {
@@ -135,8 +161,22 @@ PROFILES: Mapping[str, Profile] = {
         num_requests=150,
         num_distinct=30,
         num_steps=4,
-        build=_tiny,
-        dtype="float32",
+        build=partial(build_tiny, "sdxl"),
+        dtypes=("float32",),
+    ),
+    # Three buckets of equal area, as SDXL was trained on them: 1:1, 3:2 and 2:3.
+    "small": Profile(
+        name="tiny-sdxl",
+        buckets=(Bucket(320, 320), Bucket(384, 256), Bucket(256, 384)),
+        max_planned=5,
+        canonical=Bucket(320, 320),
+        num_requests=24,
+        num_distinct=12,
+        num_steps=8,
+        build=partial(build_sdxl, "small"),
+        dtypes=("float32", "bfloat16"),
+        # Inductor compiles this denoiser for over a minute: `exact` in every request of a new size
+        strategies=tuple(name for name in STRATEGIES if name not in WITHOUT_SHAPES),
     ),
     # Two buckets and a dozen requests: five or more cold compiles of 2.6 billion parameters have to
     # fit into ten minutes.
@@ -148,8 +188,10 @@ PROFILES: Mapping[str, Profile] = {
         num_requests=12,
         num_distinct=6,
         num_steps=20,
-        build=build_full_size,
-        dtype="bfloat16",
+        build=partial(build_sdxl, "real"),
+        dtypes=("bfloat16",),
+        num_compared=2,
+        num_rounds=1,
         on_gpu=True,
         limit_seconds=500,
     ),

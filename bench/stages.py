@@ -22,6 +22,7 @@ from typing import Any
 
 from ts.metrics.metric_cache_yaml_impl import MetricsCacheYamlImpl
 
+from preheat.compilation.router import Router
 from preheat.models.batching import BatchRunner
 from preheat.models.diffusion import image_processor, responses
 from preheat.models.diffusion.pipeline import DiffusionPipeline
@@ -36,6 +37,7 @@ STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "lay": [(image_processor, "fit_to"), (image_processor, "place")],
     "plan": [(Planner, "plan")],
     "group": [(BatchRunner, "run")],
+    "denoiser": [(Router, "__call__")],
     "model": [(DiffusionPipeline, "generate")],
     "crop": [(image_processor, "finish")],
     "encode": [(responses, "encoded")],
@@ -43,9 +45,9 @@ STAGES: Mapping[str, Sequence[tuple[Any, str]]] = {
     "rest": [(PreheatHandler, "handle")],
 }
 """By name, the functions whose own time it is: parsing with the request's limits, decoding its
-images, laying them in the bucket, choosing the bucket, grouping and filling up rows, the pipeline's
-call, cutting the pictures out, encoding them, headers and bodies, and what is left of
-BaseHandler's."""
+images, laying them in the bucket, choosing the bucket, grouping and filling up rows, the denoiser's
+calls, the rest of the pipeline's, cutting the pictures out, encoding them, headers and bodies, and
+what is left of BaseHandler's."""
 
 
 class Stopwatch:

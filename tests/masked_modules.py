@@ -206,20 +206,21 @@ def _call_vae(
 
 
 _EVEN = ((16, 20), (8, 12), (12, 4), (2, 18))
+_ODD = ((16, 20), (7, 11), (13, 5), (1, 19))
 EXAMPLES: Mapping[str, Example] = {
-    "sdxl, 2 levels": Example(lambda: _unet(2, **SIZED), _call_unet, 4, (16, 20), _EVEN),
+    "sdxl, 2 levels": Example(lambda: _unet(2, **SIZED), _call_unet, 4, (16, 20), _ODD),
     "sdxl, 3 levels": Example(
         lambda: _unet(3, **SIZED, transformer_layers_per_block=[1, 1, 2]),
         _call_unet,
         4,
         (16, 20),
-        ((16, 20), (8, 12), (12, 4), (4, 16)),
+        _ODD,
     ),
     "sd15, 4 levels": Example(
-        lambda: _unet(4), _call_unet, 4, (16, 24), ((16, 24), (8, 16), (16, 8), (8, 24))
+        lambda: _unet(4), _call_unet, 4, (16, 24), ((16, 24), (7, 11), (13, 5), (1, 23))
     ),
     "sd15, scale and shift": Example(
-        lambda: _unet(2, resnet_time_scale_shift="scale_shift"), _call_unet, 4, (16, 20), _EVEN
+        lambda: _unet(2, resnet_time_scale_shift="scale_shift"), _call_unet, 4, (16, 20), _ODD
     ),
     "sd3": Example(_sd3, _call_sd3, 4, (16, 20), _EVEN),
     "sd3.5": Example(

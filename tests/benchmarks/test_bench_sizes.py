@@ -5,24 +5,39 @@ from __future__ import annotations
 import io
 import json
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import httpx
+import numpy as np
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from bench import report, sizes
 from bench.machine import machine, versions
-from bench.profiles import PROFILES, STRATEGIES, model_yaml
+from bench.profiles import PROFILES, STRATEGIES, WITHOUT_SHAPES, model_yaml
 from bench.report import Answer, Measured
+from bench.rounds import turns
 from bench.sizes import LEAST_SIDE, Size, TrafficError
-from bench.traffic import plan_buckets
+from bench.traffic import (
+    BUCKETS,
+    USERS,
+    Asked,
+    Served,
+    bucket_sizes,
+    in_rounds,
+    payloads,
+    plan_buckets,
+)
 from preheat.buckets import Bucket, smallest_covering
 from preheat.config.diffusion import PipelineConfig
 from preheat.config.model import ModelConfig
 from preheat.errors import LogError
 from preheat.planning.demand import PICTURE, Demand
 from preheat.planning.plan import usage
+from preheat.torchserve.client import Reply
 
 TINY = PROFILES["tiny"].buckets
 LIMITS = {"least": 16, "most": 2048}
@@ -169,12 +184,21 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("backend", ["inductor", "openvino"])
 def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
-    profile: Any, strategy: str
+    profile: Any, strategy: str, backend: str
 ) -> None:
     planned = [Bucket(64, 64)]
-    config = ModelConfig.parse(model_yaml(profile, strategy, planned=planned))
-    served = {"eager": "exact", "planned": "buckets"}.get(strategy, strategy)
+    config = ModelConfig.parse(
+        model_yaml(profile, strategy, backend=backend, planned=planned, dtype="bfloat16")
+    )
+    assert config.section(PipelineConfig).dtype == "bfloat16"
+    assert (config.pt2.shapes.fit == "mask") == (strategy == "masked")
+    # which takes no strategy without shapes
+    assert config.pt2.openvino == (
+        backend == "openvino" and strategy not in ("eager", *WITHOUT_SHAPES)
+    )
+    served = {"eager": "exact", "planned": "buckets", "masked": "buckets"}.get(strategy, strategy)
     assert config.pt2.shapes.strategy == served
     assert (config.pt2.shapes.buckets == (Bucket(64, 64),)) == (strategy == "planned")
     assert config.pt2.compile.enable == (strategy != "eager")
@@ -210,24 +234,33 @@ def test_percentiles_lie_between_the_nearest_ranks() -> None:
     assert report.percentile([7.0], 99) == 7.0
 
 
+SIZES = [(200, 200), (100, 100)]
+
+
 def measured(
-    milliseconds: list[float], *, num_requests: int | None = None, **state: Any
+    *rounds: list[float], num_requests: int | None = None, dtype: str = "float32", **state: Any
 ) -> Measured:
-    answers = [Answer(value, 200, 1000, 0.25, "compiled") for value in milliseconds]
+    """Requests of two sizes in turn, milliseconds by round."""
+    answers = [
+        [
+            Answer(value, 200, 1000, 0.25, "compiled", SIZES[place % 2], "256x256", 30.0 + place)
+            for place, value in enumerate(each)
+        ]
+        for each in rounds
+    ]
     seen = {
         "compiles_at_boot": 3,
         "compiles_since_ready": 0,
         "peak_memory_bytes": 2**29,
         "ready_seconds": 5.0,
     }
-    return Measured(
-        9.0, sum(milliseconds) / 1000, answers, seen | state, num_requests or len(answers)
-    )
+    total = num_requests or sum(map(len, rounds))
+    return Measured(9.0, answers, seen | state, total, dtype=dtype)
 
 
 def test_a_summary_says_what_was_measured() -> None:
     eager = measured([200.0] * 4)
-    row = report.summary(measured([100.0] * 4, compiles_since_ready=2), eager)
+    row = report.summary(measured([100.0] * 4, compiles_since_ready=2), eager, eager)
     assert (row["compiles_at_boot"], row["compiles_since_ready"], row["ready_seconds"]) == (
         3,
         2,
@@ -244,7 +277,53 @@ def test_a_summary_says_what_was_measured() -> None:
         0.25,
         {"compiled": 4},
     )
-    assert report.summary(eager, None)["throughput_over_eager"] is None
+    assert row["psnr_db"] == {"median": 31.5, "least": 30.0}
+    alone = report.summary(eager, None)
+    assert (alone["throughput_over_eager"], alone["x_eager"]) == (None, None)
+
+
+def test_ratios_are_of_a_round_and_the_median_of_the_rounds_is_told() -> None:
+    """A machine twice as slow in the second round changes no ratio."""
+    eager = measured([200.0, 50.0], [400.0, 100.0], [200.0, 50.0])
+    mine = measured([100.0, 100.0], [200.0, 200.0], [120.0, 130.0])
+    row = report.summary(mine, eager, measured([400.0, 100.0], [800.0, 200.0], [400.0, 100.0]))
+    assert row["x_eager"] == {"median": 1.25, "low": 1.0, "high": 1.25, "rounds": 3}
+    assert row["x_first_eager"]["median"] == 2.5
+    assert row["slowest_size_x_eager"] == 0.5, "the small size loses what the large one wins"
+
+
+def test_a_machine_that_drifts_is_told_and_a_quiet_one_is_not() -> None:
+    eager = measured([200.0, 50.0], [400.0, 100.0])
+    runs = {"eager": eager, "mine": measured([100.0, 25.0], [200.0, 50.0])}
+    (drift,) = report.doubtful(runs, {"float32": eager})
+    assert drift.startswith("eager float32 itself: the rounds spread over 67%")
+    runs["mine"] = measured([100.0, 25.0], [100.0, 25.0])
+    assert any(
+        said.startswith("mine over eager") for said in report.doubtful(runs, {"float32": eager})
+    )
+    quiet = measured([200.0, 50.0], [201.0, 50.0])
+    assert report.doubtful({"eager": quiet}, {"float32": quiet}) == []
+
+
+def test_who_begins_changes_from_turn_to_turn() -> None:
+    assert [turns("abc", index) for index in range(4)] == [
+        list(o) for o in ("abc", "bca", "cab", "abc")
+    ]
+    assert turns([], 3) == []
+
+
+def test_what_is_computed_in_vain_bounds_what_can_be_reached() -> None:
+    eager = report.summary(measured([200.0]), measured([200.0]))
+    mine = report.summary(measured([100.0]), measured([200.0]))
+    assert report.bound(mine | {"padded_share": 0.4}, eager | {"padded_share": 0.04}, mine) == 1.25
+    assert report.bound(mine, eager, report.summary(measured([]), None)) is None
+
+
+def test_equal_pictures_are_as_near_as_can_be_told() -> None:
+    black, grey = np.zeros((4, 4, 3), np.uint8), np.full((4, 4, 3), 255, np.uint8)
+    assert report.decibels(black, black) == report.MOST_DECIBELS
+    assert report.decibels(black, grey) == 0.0
+    assert report.decibels(black, black + 1) == pytest.approx(48.13, abs=0.01)
 
 
 def test_a_run_that_was_cut_short_is_compared_over_what_it_answered() -> None:
@@ -255,37 +334,91 @@ def test_a_run_that_was_cut_short_is_compared_over_what_it_answered() -> None:
 
 def test_a_refused_request_is_counted_and_is_no_latency() -> None:
     answers = [Answer(100.0, 200, 1000, 0.5, "eager"), Answer(1.0, 503)]
-    row = report.summary(Measured(1.0, 0.1, answers, {}, 2), measured([100.0, 100.0]))
+    row = report.summary(Measured(1.0, [answers], {}, 2), measured([100.0, 100.0]))
     assert (row["answered"], row["failed"], row["p50_ms"], row["padded_share"]) == (
         1,
         1,
         100.0,
         0.5,
     )
-    assert row["milliseconds"] == [100.0, None] and row["throughput_over_eager"] == 1.0
-    assert "p50_ms" not in report.summary(Measured(1.0, 0.1, answers[1:], {}, 1), None)
+    assert row["milliseconds"] == [[100.0, None]] and row["throughput_over_eager"] == 1.0
+    assert "p50_ms" not in report.summary(Measured(1.0, [answers[1:]], {}, 1), None)
 
 
 def test_padding_is_weighed_by_the_pixels_painted() -> None:
     answers = [Answer(1.0, 200, 3000, 0.0, "compiled"), Answer(1.0, 200, 1000, 0.8, "compiled")]
-    assert report.summary(Measured(1.0, 1.0, answers, {}, 2), None)["padded_share"] == 0.2
+    assert report.summary(Measured(1.0, [answers], {}, 2), None)["padded_share"] == 0.2
+
+
+class Answering:
+    """A server's client; the requests it was sent are in `log`, under its name."""
+
+    def __init__(self, name: str, log: list[tuple[str, int]]) -> None:
+        self._name, self._log = name, log
+
+    def predict(self, payload: Mapping[str, Any]) -> Reply:
+        self._log.append((self._name, payload["seed"]))
+        if payload["seed"] == 2:
+            raise httpx.ConnectError("gone")
+        buffer = io.BytesIO()
+        Image.new("RGB", (payload["width"], payload["height"])).save(buffer, "png")
+        headers = {
+            "x-preheat-bucket": "200x200",
+            "x-preheat-padding": "0.5",
+            "x-preheat-engine": "compiled",
+        }
+        return Reply(200, buffer.getvalue(), 10.0, headers)
+
+
+def test_every_server_gets_a_request_before_the_next_request_is_sent() -> None:
+    log: list[tuple[str, int]] = []
+    wanted = [Size(100, 200, "log"), Size(200, 200, "log"), Size(100, 100, "log")]
+    asked = Asked(wanted, payloads(wanted, 4), [np.zeros((100, 200, 3), np.uint8)])
+    served = {
+        name: Served(cast(Any, Answering(name, log)), 1.0, {"shapes": {"fit": fit}})
+        for name, fit in (("pad", "pad"), ("mask", "mask"))
+    }
+    answers = in_rounds(served, asked, 2, until=float("inf"))
+    assert [number for _, number in log] == [0, 0, 1, 1, 2, 2] * 2
+    assert [name for name, _ in log[:4]] == ["pad", "mask", "mask", "pad"]
+    assert [len(each) for each in answers["pad"]] == [3, 3]
+    first, _, gone = answers["mask"][0]
+    assert (first.painted_pixels, first.padding, first.decibels) == (40000, 0.5, 99.0)
+    assert answers["mask"][0][1].padding == 0.0, "all of its cells were asked for"
+    assert answers["pad"][0][1].padding == 0.5, "as the header says"
+    assert answers["mask"][1][0].decibels is None, "compared once"
+    assert not gone.good
+    assert in_rounds(served, asked, 2, until=0.0) == {"pad": [[]], "mask": [[]]}
+
+
+def test_bucket_sizes_are_the_buckets_own_in_turn() -> None:
+    made = bucket_sizes(PROFILES["small"])
+    assert len(made) == PROFILES["small"].num_requests
+    assert {Bucket(size.height, size.width) for size in made} == set(PROFILES["small"].buckets)
 
 
 def canned() -> dict[str, Any]:
     runs = {
-        "eager": measured([200.0, 210.0]),
-        "buckets": measured([100.0, 101.0]),
+        "eager (float32)": measured([200.0, 210.0]),
+        "buckets, masked (bfloat16)": measured([100.0, 101.0]),
         "exact": measured([99.0, 40_000.0]),
     }
-    rows: dict[str, Any] = {name: report.summary(run, runs["eager"]) for name, run in runs.items()}
+    rows: dict[str, Any] = {
+        name: report.summary(run, runs["eager (float32)"]) for name, run in runs.items()
+    }
+    traffic = {
+        "requests": sizes.describe(generated(0, 2, 2), TINY),
+        "strategies": {**rows, "fixed": {"error": "ServerError: it [ended]\nlog"}},
+        "doubts": [],
+    }
     return {
         "profile": "tiny",
         "machine": machine(),
         "on_gpu": False,
         "versions": versions(),
         "steps": 4,
-        "requests": sizes.describe(generated(0, 2, 2), TINY),
-        "strategies": {**rows, "fixed": {"error": "ServerError: it [ended]\nlog"}},
+        "rounds": 1,
+        "traffics": {USERS: traffic, BUCKETS: traffic},
     }
 
 
@@ -295,13 +428,20 @@ def test_a_report_is_a_json_file_a_picture_and_a_table(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results" / "traffic.json").read_text()) == document
     assert (tmp_path / "results" / "traffic.png").read_bytes().startswith(b"\x89PNG")
     shown = io.StringIO()
-    Console(width=120, file=shown).print(report.table(document))
+    Console(width=120, file=shown).print(report.table(document, USERS))
     text = shown.getvalue()
-    assert "buckets" in text and "failed" in text and str(versions()["torch"]) in text
+    assert (
+        "buckets, masked (bfloat16)" in text
+        and "failed" in text
+        and str(versions()["torch"]) in text
+    )
+    assert "2.04 (2.04-2.04)" in text
 
 
 def test_a_report_without_answers_has_no_picture(tmp_path: Path) -> None:
-    document = canned() | {"strategies": {"fixed": {"error": "ServerError: it ended"}}}
+    document = canned()
+    for traffic in document["traffics"].values():
+        traffic["strategies"] = {"fixed": {"error": "ServerError: it ended"}}
     report.write(document, tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["traffic.json"]
 

@@ -19,6 +19,7 @@ def row(ready: float) -> dict[str, Any]:
         "ready_seconds": ready,
         "first_image_seconds": ready + 1,
         "first_request_ms": 1000.0,
+        "first_ten_p99_ms": 1001.5,
         "engine": "compiled",
         "initialize_seconds": ready - 5,
         "warmed": {"hit": 1, "partial": 0, "miss": 2},
@@ -64,3 +65,4 @@ def test_the_result_is_a_file_a_picture_and_a_table(tmp_path: Path) -> None:
     console.print(start.table(DOCUMENT))
     text = console.export_text()
     assert "second worker, shared cache" in text and "failed" in text
+    assert "1001.5" in text

@@ -350,7 +350,7 @@ def test_a_graph_break_in_user_code_with_its_line(watch: CompileWatch, nets: Any
 
 def test_a_guard_that_traffic_breaks(watch: CompileWatch, nets: Any) -> None:
     found = diagnose(nets(COUNTER))
-    assert {finding.check for finding in found} == {"guards"}
+    assert {finding.check for finding in found} == {"guards"}, found
     assert "calls" in found[0].what and "buffer" in found[0].remedy and not found[0].blocks
     assert all(finding.blocks for finding in diagnose(nets(COUNTER, on_failure="fail")))
     assert diagnose(nets(BUFFER)) == []

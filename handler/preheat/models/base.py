@@ -4,6 +4,7 @@ routers. A family's jobs and results pass through the worker unread.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import torch
 from torch import nn
 
 from preheat.buckets import Bucket
+from preheat.compilation.backends.base import slowest
 from preheat.compilation.pace import Pace, Timing
 from preheat.compilation.variants import Variant
 from preheat.config.family import Manifest
@@ -24,7 +26,7 @@ from preheat.protocol.responses import Response
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class TimedPart:
     """Of a model, for who measures where the time goes: the calls that it is entered by, each an
     object and the name of its method.
     """
@@ -66,10 +68,10 @@ class LoadedModel(ABC, Generic[JobT, ResultT]):
         classes and configs, without the weights.
         """
 
-    def parts(self) -> Mapping[str, Part]:
+    def parts(self) -> Mapping[str, TimedPart]:
         """Where the time of a request may go, by name; a target by its own."""
         return {
-            name: Part([(target, "forward")], is_target=True)
+            name: TimedPart([(target, "forward")], is_target=True)
             for name, target in self.targets().items()
         }
 
@@ -176,3 +178,39 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
 
     def close(self) -> None:
         """Let go of threads; nothing is served afterwards."""
+
+
+class StepRunner(ModelRunner[JobT, ResultT]):
+    """Serves a loaded model whose requests come and go in the middle of each other's: a step takes
+    each of those that have begun a little further. Hosts that bring requests in batches get a whole
+    batch at once, as from any runner.
+    """
+
+    @abstractmethod
+    def join(self, result: ResultT) -> None:
+        """Begin it, in order of arrival, as soon as there is room."""
+
+    @abstractmethod
+    def leave(self, result: ResultT) -> None:
+        """Nobody waits for it any more: its room is free at the next step."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take everyone who has begun one step further; who is through, or has failed, is `done`
+        and has left.
+        """
+
+    def run_chunk(self, chunk: Chunk[ResultT], size: int) -> RunReport:
+        answers, began = [answer for answer, _ in chunk], time.perf_counter()
+        for answer in answers:
+            self.join(answer)
+        while not all(answer.done for answer in answers):
+            self.step()
+        return RunReport(
+            num_rows=size,
+            num_real_rows=len(answers),
+            engine=slowest({answer.engine for answer in answers}),
+            seconds=time.perf_counter() - began,
+            unwarmed=any(answer.unwarmed for answer in answers),
+            fallback=any(answer.fallback for answer in answers),
+        )

@@ -232,7 +232,7 @@ def startup(context: Context) -> Iterator[Finding]:
 
 def cold_start_seconds(context: Context) -> float:
     """To compile all graphs, as they are documented."""
-    backend = context.config.pt2.compile.kwargs.get("backend", "inductor")
+    backend = context.config.pt2.compile.for_inductor.get("backend", "inductor")
     if backend == "inductor":
         backend += "-gpu" if context.on_gpu else "-cpu"
     return (num_graphs(context.config) or 0) * GRAPH_SECONDS.get(backend, _OTHER_SECONDS)
@@ -286,24 +286,24 @@ def response_size(context: Context) -> Iterator[Finding]:
     limits: Any = getattr(context.config.family, "limits", None)
     if limits is None:
         return
-    name, most = (
-        context.config.family.name,
-        int(context.server.get("max_response_size", _MAX_RESPONSE_SIZE)),
-    )
-    if limits.max_response_bytes > most:
+    name = context.config.family.name
+    answer = getattr(limits, "max_response_bytes", 0)
+    most = int(context.server.get("max_response_size", _MAX_RESPONSE_SIZE))
+    if answer > most:
         yield Finding(
-            f"{name}.limits.max_response_bytes: {limits.max_response_bytes} is over the server's "
-            f"max_response_size, {most}",
+            f"{name}.limits.max_response_bytes: {answer} is over the server's max_response_size, "
+            f"{most}",
             "an answer between the two ends the worker, and its whole batch with it",
             f"{name}: {{limits: {{max_response_bytes: {most}}}}}, or in config.properties "
-            f"max_response_size={limits.max_response_bytes}",
+            f"max_response_size={answer}",
         )
+    image = getattr(limits, "max_image_bytes", 0)
+    needed = -(-4 * image // 3)  # as base64
     most = int(context.server.get("max_request_size", _MAX_REQUEST_SIZE))
-    needed = -(-4 * limits.max_image_bytes // 3)  # as base64
     if needed > most:
         yield Finding(
-            f"{name}.limits.max_image_bytes: {limits.max_image_bytes} as base64 is over the "
-            f"server's max_request_size, {most}",
+            f"{name}.limits.max_image_bytes: {image} as base64 is over the server's "
+            f"max_request_size, {most}",
             "such a request has its connection reset, without an answer that says why",
             f"{name}: {{limits: {{max_image_bytes: {3 * most // 4}}}}}, or in config.properties "
             f"max_request_size={needed}",

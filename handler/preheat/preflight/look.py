@@ -42,6 +42,9 @@ from preheat.worker.worker import AnyPrepared, load
 
 _RUNS = 3
 """Of the traced variant, once it is traced: what counts its calls shows by then."""
+_GRAPHS = 64
+"""Of one code object: past it, what compiles at every call would look as if it could not be traced.
+"""
 _MOST = 20
 """Findings of a kind that are worth telling."""
 
@@ -88,8 +91,10 @@ def examine(config: ModelConfig, root: Path, prompts: Sequence[str] = ()) -> Mod
     pt2 = config.pt2
     missing = None
     if pt2.compile.enable:
-        why_not = openvino.why_not if pt2.openvino else inductor.why_not
-        missing = why_not(device, pt2)
+        roads = [openvino.why_not] if pt2.openvino or pt2.compile.auto else []
+        roads += [] if pt2.openvino else [inductor.why_not]
+        reasons = [why_not(device, pt2) for why_not in roads]
+        missing = None if None in reasons else "; ".join(filter(None, reasons))
     try:
         stale = _stale(config, root, device)
         prepared: AnyPrepared = load(_traced(config), root, device)
@@ -132,7 +137,7 @@ def _trace(prepared: AnyPrepared, root: Path) -> Mapping[str, object]:
     runner, routers = prepared.runner, prepared.routers
     variants = runner.variants(prepared.warmed_sizes)
     chosen = variants[-1]
-    raise_recompile_limits(8)
+    raise_recompile_limits(_GRAPHS)
     watch = CompileWatch()
     warmup = Warmup(runner.run_variant, routers, watch, on_failure="eager")
     graph_break_reasons.clear()

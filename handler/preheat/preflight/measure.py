@@ -26,7 +26,7 @@ from preheat.config.pt2 import ExportConfig
 from preheat.config.pt2_forms import CompileConfig
 from preheat.device import any_device, pick_device, share_cpu, synchronize
 from preheat.errors import ModelError, PreheatError
-from preheat.models.base import Part
+from preheat.models.base import TimedPart
 from preheat.preflight.profile import ENCODING, InBucket, Operator, Profile, Stopwatch
 from preheat.worker.worker import AnyPrepared, load
 
@@ -62,7 +62,7 @@ def measure(config: ModelConfig, root: Path, steps: int | None, trace: Path | No
 
 
 def _in_bucket(
-    prepared: AnyPrepared, parts: Mapping[str, Part], size: Bucket, steps: int | None
+    prepared: AnyPrepared, parts: Mapping[str, TimedPart], size: Bucket, steps: int | None
 ) -> InBucket:
     _answer(prepared, size, steps, Stopwatch())
     runs = []
@@ -91,7 +91,7 @@ def _now(device: torch.device) -> float:
 
 
 @contextmanager
-def _timed(parts: Mapping[str, Part], watch: Stopwatch) -> Iterator[None]:
+def _timed(parts: Mapping[str, TimedPart], watch: Stopwatch) -> Iterator[None]:
     """In here every call of a part's own is counted as the part's."""
 
     def counted(name: str, call: Any) -> Any:

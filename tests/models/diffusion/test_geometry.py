@@ -54,7 +54,6 @@ def planned(
         fit=fit,
         oversize=oversize,
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=has_image,
     )
 
@@ -72,7 +71,6 @@ def test_every_plan_gives_exactly_the_asked_size_from_inside_what_was_painted(
             fit=fit,
             oversize=oversize,
             multiple=MULTIPLE,
-            grid=MULTIPLE,
             has_image=has_image,
         )
     except RequestError as error:
@@ -112,7 +110,6 @@ def test_pad_paints_the_least_covering_bucket_and_resamples_nothing(
         fit="pad",
         oversize="reject",
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=has_image,
     )
     assert made.bucket in holding
@@ -133,7 +130,6 @@ def test_with_pad_the_cut_lies_where_the_image_was_laid(
         fit="pad",
         oversize="eager",
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=has_image,
     )
     assert made.image_at == (made.crop.top, made.crop.left)
@@ -158,7 +154,6 @@ def test_resize_scales_both_sides_alike_and_only_just_covers(
         fit="resize",
         oversize="reject",
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=False,
     )
     bucket, (tall, wide) = made.bucket, made.scaled
@@ -183,7 +178,6 @@ def test_resize_lays_the_image_where_the_output_map_brings_it_back(
         fit="resize",
         oversize="reject",
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=True,
     )
     for start, stop, at, size, scaled, side in (
@@ -224,7 +218,6 @@ def test_downscale_is_resize_once_nothing_covers(
             fit=fit,
             oversize=oversize,
             multiple=MULTIPLE,
-            grid=MULTIPLE,
             has_image=True,
         )
         for fit, oversize in SHRUNK_AND_RESIZED
@@ -246,7 +239,6 @@ def test_mask_and_downscale_paint_the_largest_picture_of_the_asked_proportions(
         fit="mask",
         oversize="downscale",
         multiple=MULTIPLE,
-        grid=MULTIPLE,
         has_image=False,
     )
     inner = {each: inner_size(each.height, each.width, height, width) for each in buckets}
@@ -267,7 +259,6 @@ def test_mask_and_downscale_by_example() -> None:
         fit="mask",
         oversize="downscale",
         multiple=8,
-        grid=32,
         has_image=False,
     )
     assert made.bucket == Bucket(1024, 640) and made.painted == Bucket(640, 640)
@@ -365,7 +356,6 @@ def test_a_refusal_leaves_out_buckets_that_lie_inside_others() -> None:
             fit="pad",
             oversize="reject",
             multiple=8,
-            grid=8,
             has_image=False,
         )
     assert "512x512" in caught.value.message and "256x256" not in caught.value.message
@@ -382,6 +372,6 @@ def test_what_cannot_be_planned_is_a_fault_of_the_caller() -> None:
     with pytest.raises(ValueError, match="positive"):
         planned(0, 10)
     with pytest.raises(ValueError, match="no buckets"):
-        plan(10, 10, buckets=[], fit="pad", oversize="reject", multiple=8, grid=8, has_image=False)
+        plan(10, 10, buckets=[], fit="pad", oversize="reject", multiple=8, has_image=False)
     with pytest.raises(ValueError, match="does not cover"):
         pad_into(Bucket(64, 64), 65, 10, has_image=False)

@@ -79,7 +79,6 @@ def test_the_output_is_exactly_what_was_asked_for(
             fit=fit,
             oversize=oversize,
             multiple=8,
-            grid=8,
             has_image=has_image,
         )
     except RequestError:
@@ -109,7 +108,6 @@ def test_cutting_undoes_laying_to_the_byte(
         fit="pad",
         oversize="eager",
         multiple=8,
-        grid=8,
         has_image=has_image,
     )
     back = finish(np.asarray(place(image, made)), made)
@@ -119,9 +117,7 @@ def test_cutting_undoes_laying_to_the_byte(
 def test_a_picture_of_its_buckets_size_is_neither_moved_nor_resampled() -> None:
     pixels = noise(96, 48, 3)
     for fit in get_args(Fit):
-        made = plan(
-            96, 48, buckets=BUCKETS, fit=fit, oversize="reject", multiple=8, grid=8, has_image=True
-        )
+        made = plan(96, 48, buckets=BUCKETS, fit=fit, oversize="reject", multiple=8, has_image=True)
         assert same(place(Image.fromarray(pixels), made), pixels)
         assert same(finish(pixels, made), pixels)
 

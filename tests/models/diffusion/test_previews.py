@@ -79,7 +79,6 @@ def test_a_preview_is_the_asked_part_of_the_bucket(height: int, width: int, resi
         fit="resize" if resize else "pad",
         oversize="reject",
         multiple=8,
-        grid=8,
         has_image=False,
     )
     cells = np.zeros((8, 6, 3), np.uint8)

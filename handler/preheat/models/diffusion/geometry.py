@@ -97,13 +97,12 @@ def plan(
     fit: Fit,
     oversize: Oversize,
     multiple: int,
-    grid: int,
     has_image: bool,
 ) -> Plan:
     """The plan for a picture of `height` x `width` pixels.
 
-    `multiple` is what the pipeline's sides must be divisible by; only sizes outside every bucket
-    are rounded to it. `grid` is what its network halves evenly, to which `fit: mask` rounds up.
+    `multiple` is what the pipeline's sides must be divisible by: `fit: mask` rounds up to it, and
+    what lies outside every bucket.
 
     Raises:
         NoBucket: no bucket covers the size, and `oversize` is `reject`.
@@ -115,14 +114,14 @@ def plan(
         raise ValueError("no buckets to plan with")
     if fit == "resize":
         return resize_into(nearest_aspect(buckets, height, width), height, width)
-    own = round_up(Bucket(height, width), grid) if fit == "mask" else None
+    own = round_up(Bucket(height, width), multiple) if fit == "mask" else None
     bucket = smallest_covering(buckets, own or Bucket(height, width))
     if bucket is not None:
         return replace(pad_into(own or bucket, height, width, has_image=has_image), bucket=bucket)
     if oversize == "downscale":
         if fit == "mask":
             bucket, inner = _roomiest(buckets, height, width)
-            return replace(resize_into(round_up(inner, grid), height, width), bucket=bucket)
+            return replace(resize_into(round_up(inner, multiple), height, width), bucket=bucket)
         return resize_into(nearest_aspect(buckets, height, width), height, width)
     if oversize == "eager":
         own = round_up(Bucket(height, width), multiple)
@@ -130,11 +129,13 @@ def plan(
     raise _too_large(height, width, buckets)
 
 
-def smaller(bucket: Bucket, grid: int) -> Bucket | None:
-    """The largest size on `grid` that does not fill the bucket; None where there is none."""
-    if bucket.height > grid:
-        return Bucket(bucket.height - grid, bucket.width)
-    return Bucket(bucket.height, bucket.width - grid) if bucket.width > grid else None
+def smaller(bucket: Bucket, multiple: int) -> Bucket | None:
+    """The largest size, sides multiples of `multiple`, that does not fill the bucket; None where
+    there is none.
+    """
+    if bucket.height > multiple:
+        return Bucket(bucket.height - multiple, bucket.width)
+    return Bucket(bucket.height, bucket.width - multiple) if bucket.width > multiple else None
 
 
 def pad_into(

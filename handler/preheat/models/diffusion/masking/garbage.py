@@ -19,7 +19,6 @@ _READ = (
     parts.MaskedConv2d,
     parts.MaskedDownsample2D,
     parts.MaskedGroupNorm,
-    parts.MaskedUpsample2D,
     Transformer2DModel,
 )
 """What masks the states that it is given, (rows, channels, height, width)."""

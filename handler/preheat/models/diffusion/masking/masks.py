@@ -29,13 +29,13 @@ class Masks:
         """At the level where the whole canvas is `height` x `width`: each row's own cells, (rows,
         1, height, width), and how many they are, (rows,) in float32.
 
-        Exact where every row's size is a whole number of this level's cells.
+        What a row is at each level is what a halving leaves of it, half cells rounded up.
         """
         known = self._made.get((height, width))
         if known is not None:
             return known
-        tall = self.sizes[:, 0] * height // self._height
-        wide = self.sizes[:, 1] * width // self._width
+        tall = (self.sizes[:, 0] * height + self._height - 1) // self._height
+        wide = (self.sizes[:, 1] * width + self._width - 1) // self._width
         down = torch.arange(height, device=tall.device) < tall[:, None]
         across = torch.arange(width, device=wide.device) < wide[:, None]
         cells = down[:, None, :, None] & across[:, None, None, :]

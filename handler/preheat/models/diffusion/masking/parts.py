@@ -15,7 +15,6 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.embeddings import PatchEmbed
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from diffusers.models.transformers.transformer_flux import FluxAttnProcessor
-from diffusers.models.upsampling import Upsample2D
 from torch import nn
 from torch.nn import functional
 
@@ -60,8 +59,8 @@ class MaskedGroupNorm(nn.GroupNorm):
 
 
 class MaskedDownsample2D(Downsample2D):
-    """Masked before the padding of (0, 1, 0, 1) that an encoder has here: that of a UNet, on the
-    other sides, needs no mask.
+    """Masked before the padding of (0, 1, 0, 1) that an encoder has here; that of a UNet is its
+    convolution's own.
     """
 
     canvas: Canvas
@@ -69,18 +68,6 @@ class MaskedDownsample2D(Downsample2D):
     def forward(self, hidden_states: torch.Tensor) -> Any:
         masks = self.canvas.masks
         return super().forward(hidden_states if masks is None else masks.keep(hidden_states))
-
-
-class MaskedUpsample2D(Upsample2D):
-    """Masked before it is four times as large."""
-
-    canvas: Canvas
-
-    def forward(self, hidden_states: torch.Tensor, output_size: int | None = None) -> Any:
-        masks = self.canvas.masks
-        if masks is None:
-            return super().forward(hidden_states, output_size)
-        return super().forward(masks.keep(hidden_states), output_size)
 
 
 class MaskedTransformer2DModel(Transformer2DModel):

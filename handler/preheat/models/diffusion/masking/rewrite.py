@@ -170,21 +170,15 @@ class _Rewriting:
             return "not a plain convolution"
         if type(conv) is not nn.Conv2d or (conv.kernel_size, conv.stride) != ((3, 3), (2, 2)):
             return "not a plain convolution"
-        self.settle(conv)  # padded to the left, it reads nothing past an even size
         if part.padding == 0:
+            self.settle(conv)
             self.become(part, parts.MaskedDownsample2D)
         return None
 
     def up(self, part: Any) -> str | None:
         if part.norm is not None or part.use_conv_transpose or not part.interpolate:
             return "not nearest and a convolution"
-        conv = part.conv if part.name == "conv" else part.Conv2d_0
-        if part.use_conv:
-            if conv.kernel_size != (3, 3) or conv.padding != (1, 1):
-                return "not nearest and a convolution"
-            self.settle(conv)
-        self.become(part, parts.MaskedUpsample2D)
-        return None
+        return None  # of an odd size it makes a cell too many, which the convolution is masked from
 
     def transformer(self, part: Any) -> str | None:
         if not part.is_input_continuous:

@@ -19,6 +19,7 @@ from diffusers import (
 )
 from numpy.typing import NDArray
 from PIL import Image
+from torch import nn
 
 MAKERS: Mapping[str, Any] = {
     "text-to-image": lambda pipe: pipe,
@@ -33,16 +34,33 @@ class Plain:
     Args:
         grid: pixels to which sizes are rounded up.
         scheduler: its class, where it is not the folder's own.
+        device: where it runs; noise is drawn on the CPU all the same.
         config: of the scheduler, where it is not as it stands there.
     """
 
-    def __init__(self, folder: Path, grid: int, scheduler: Any = None, **config: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        grid: int,
+        scheduler: Any = None,
+        *,
+        device: torch.device | None = None,
+        **config: Any,
+    ) -> None:
         self._grid = grid
         pipe = AutoPipelineForText2Image.from_pretrained(folder, use_safetensors=True)
+        pipe.to(device or torch.device("cpu"), torch.float32)
         kind = scheduler or type(pipe.scheduler)
         pipe.scheduler = kind.from_config(pipe.scheduler.config, **config)
         self._step = pipe.scheduler.step
         self._pipe = cache(lambda task: MAKERS[task](pipe))
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The pipelines' own."""
+        pipe = self._pipe("text-to-image")
+        module: nn.Module = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
+        return module
 
     def painted(self, request: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of what is painted for a request."""
