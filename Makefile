@@ -26,6 +26,9 @@ SEED ?=
 BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
 FIT_OPTIONS ?=
+DOCTOR_OPTIONS ?=
+PROFILE_OPTIONS ?=
+INIT_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -56,7 +59,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint test-fit fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -104,6 +107,15 @@ fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 
 check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
+
+doctor: $(STAMP) ## say what would go wrong in production, and what mends it: CONFIG= [MODEL=] [DOCTOR_OPTIONS=]
+	$(BIN)/preheat doctor '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(DOCTOR_OPTIONS)
+
+profile: $(STAMP) ## say where the time of a request goes, and what compiling gains at most: CONFIG= [MODEL=] [PROFILE_OPTIONS=]
+	$(BIN)/preheat profile '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(PROFILE_OPTIONS)
+
+init: $(STAMP) ## write a YAML for a model folder, with timeouts that are measured: MODEL= [CSV=] [INIT_OPTIONS=]
+	$(BIN)/preheat init '$(MODEL)' $(if $(CSV),--csv '$(CSV)') $(INIT_OPTIONS)
 
 serve: $(STAMP) ## start TorchServe and the gateway: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [GATEWAY_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)

@@ -59,8 +59,12 @@ WINGS: dict[str, Wing] = {
         {"fastapi", "starlette", "uvicorn", "httpx"},
     ),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
+    "preflight": Wing({"ground", "config", "cache", "planning"}, {"pydantic"}),
+    "preflight/rehearse.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
+    "preflight/measure.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
+    "preflight/look.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "planning", "gateway", "cli"},
+        {"ground", "config", "torchserve", "planning", "preflight", "gateway", "cli"},
         {"typer", "rich", "click", "PIL", "httpx", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from preheat.cli.doctor import doctor
+from preheat.cli.init import init
+from preheat.cli.profiler import profile
 from preheat.errors import ConfigError, PreheatError
 from preheat.status import STATUS_DIR_VARIABLE
 
@@ -207,6 +210,11 @@ def check(
     )
     server.check_free(STATE / "run" / _checked(name or config.stem), ports)
     print(f"{config.stem} can be served: {summary(loaded, place)}")
+
+
+app.command()(doctor)
+app.command()(profile)
+app.command()(init)
 
 
 @app.command()

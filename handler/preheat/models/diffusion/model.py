@@ -16,7 +16,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel
+from preheat.models.base import LoadedModel, TimedPart
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.masking.row_vae import PARTS
@@ -77,6 +77,12 @@ class DiffusionModel(LoadedModel[Job, Answer]):
             "fit": shapes.fit,
             "oversize": shapes.oversize,
         }
+
+    def parts(self) -> dict[str, TimedPart]:
+        return self.pipeline.parts()
+
+    def num_dropped(self, text: str) -> int:
+        return self.pipeline.prompts.num_dropped(text, "prompt")
 
     def runner(self, execution: Execution) -> DiffusionRunner:
         return DiffusionRunner(execution, self.pipeline, self.config)

@@ -200,6 +200,28 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         shift = painted.volume if job.shift else 0
         return replace(job, plan=replace(job.plan, painted=painted), shift=shift)
 
+    def example(self, bucket: Bucket, steps: int | None = None) -> Job:
+        defaults = self._own.defaults
+        request = ImageRequest(
+            prompt="a picture",
+            negative_prompt=None,
+            height=bucket.height,
+            width=bucket.width,
+            num_inference_steps=steps or defaults.num_inference_steps,
+            guidance_scale=defaults.guidance_scale,
+            seed=0,
+            image=None if "text-to-image" in self._own.tasks else _blank(bucket, "RGB"),
+            mask_image=_blank(bucket, "L") if self._own.tasks == ("inpainting",) else None,
+            strength=defaults.strength,
+            num_images=1,
+            output_format=defaults.output_format,
+            response_format="image",
+        )
+        return self.planner.prepare(request)
+
+    def num_steps(self, steps: int | None) -> int | None:
+        return steps or self._own.defaults.num_inference_steps
+
     def _sample(self, variant: Variant, seed: int) -> ImageRequest:
         """A request that meets exactly this variant, in as few steps as the schedulers take."""
         defaults = self._own.defaults
