@@ -29,7 +29,8 @@ from preheat.protocol.call import Call
 from preheat.protocol.responses import Response, json_response
 from preheat.status import StatusFile
 from preheat.user_code import left_out
-from preheat.worker.metrics import Metrics
+from preheat.worker.metrics import Arrival, Metrics
+from preheat.worker.turns import AnyTurns
 from preheat.worker.worker import AnyPending, AnyWorker
 
 # BaseHandler imports OpenVINO's backend of torch.compile wherever it is installed: two seconds of
@@ -55,6 +56,7 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
+        self._since: dict[str, Arrival] = {}
         gpus = num_gpus()
         properties = {
             **context.system_properties,
@@ -90,9 +92,44 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
             raise
         self.initialized = True
 
+    def handle(self, data: Sequence[Mapping[str, object]], context: Any) -> list[bytes]:
+        """Answer a batch; with `continuousBatching`, a part of every request that is open."""
+        if self.worker.turns is None:
+            answered: list[bytes] = super().handle(data, context)
+            return answered
+        self.context = context
+        return self._turn(self.worker.turns, data)
+
+    def _turn(self, turns: AnyTurns, data: Sequence[Mapping[str, object]]) -> list[bytes]:
+        """TorchServe brings every open request at every turn, its row and headers at the first one
+        only; who is missing has left.
+        """
+        ids: dict[int, str] = self.context.request_ids
+        self._since = {
+            name: self._since.get(name) or self.metrics.took(self._headers(index))
+            for index, name in ids.items()
+        }
+        parts = turns.take(
+            {ids[index]: partial(self._call, index, row) for index, row in enumerate(data)}
+        )
+        bodies, ends = [], {}
+        for index, name in list(ids.items()):
+            part, response = parts[name], parts[name].response
+            if response is None:
+                # whom the message does not name TorchServe sends nothing, and brings again
+                del ids[index]
+            else:
+                self._head(index, response)
+                ends[index] = partial(_told, None if part.refusal else part.last)
+            if part.last:
+                self.metrics.left([self._since[name]], [part.served_in])
+            bodies.append(response.body if response is not None else b"")
+        self.context.stopping_criteria = ends
+        return bodies
+
     def preprocess(self, data: Sequence[Mapping[str, object]]) -> Sequence[AnyPending]:
         """Every row as a job, or with the reason why not."""
-        self._arrivals: list[float] = []
+        self._arrivals = [self.metrics.took(self._headers(index)) for index in range(len(data))]
         return self.worker.preprocess(self._call(index, row) for index, row in enumerate(data))
 
     def inference(
@@ -129,7 +166,6 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
 
     def _call(self, index: int, row: Mapping[str, object]) -> Call | Response:
         headers = self._headers(index)
-        self._arrivals.append(self.metrics.took(headers))
         # The management port asks with an empty row. A client of the inference port can send the
         # header too, but its row holds at least a `body`, unless it is a form, and then it has a
         # content type.
@@ -192,3 +228,10 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     def _is_explain(self) -> bool:
         """Never: an `explain` header would send the whole batch down a road no pipeline has."""
         return False
+
+
+def _told(last: bool | None, _body: bytes) -> bool | None:
+    """What TorchServe asks of each answer of a turn (`Context.stopping_criteria`); None: it is no
+    part of a stream.
+    """
+    return last

@@ -8,14 +8,16 @@ import json
 import socket
 import struct
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
 import torch
 import yaml
 from ts.context import Context, RequestProcessor
-from ts.protocol.otf_message_handler import _retrieve_input_data
+from ts.protocol.otf_message_handler import _retrieve_input_data, create_predict_response
 
 from preheat.config.diffusion import DefaultsConfig, LimitsConfig
 from preheat.errors import PutOff
@@ -23,6 +25,7 @@ from preheat.models.batching import BaseJob, Outcome
 from preheat.models.diffusion.request import parse_row
 from preheat.protocol.responses import Response
 from preheat.worker.metrics import Metrics
+from preheat.worker.turns import Part
 from preheat.worker.worker import AnyPending
 from preheat_handler import PreheatHandler
 
@@ -160,4 +163,41 @@ def test_only_good_answers_have_a_latency_whatever_a_streams_last_part_says() ->
     put_off = Outcome(BaseJob(), error=PutOff())
     pending = [AnyPending(result=Outcome(BaseJob())), AnyPending(result=put_off), AnyPending()]
     handler.postprocess(pending)
+    assert samples["+Inf"] == 1
+
+
+def brought(handler: PreheatHandler, rows: Mapping[str, Mapping[str, object]]) -> dict[str, Any]:
+    """What TorchServe's worker sends of a turn, by request: body and `ts_stream_next`."""
+    context = handler.context
+    context.request_ids = dict(enumerate(rows))
+    context.request_processor = [RequestProcessor({"url_path": ""}) for _ in rows]
+    context.stopping_criteria = None
+    bodies = handler.handle([dict(row) for row in rows.values()], context)
+    create_predict_response(bodies, context.request_ids, "", 200, context)
+    return {
+        name: (bodies[index], context.get_response_headers(index).get("ts_stream_next"))
+        for index, name in context.request_ids.items()
+    }
+
+
+def test_at_every_turn_each_open_request_is_told_what_there_is() -> None:
+    parts = {
+        "new": Part(Response(200, b"a")),
+        "unary": Part(None),
+        "refused": Part(Response(400, b"no"), refusal=True),
+        "through": Part(Response(200, b"z"), last=True, served_in="fixed"),
+    }
+    turns = mock.Mock(**{"take.return_value": parts})
+    samples = Counter[str]()
+    handler = PreheatHandler()
+    handler.context, handler._since = Context("m", ".", {}, 4, None, "0.12.0"), {}
+    handler.metrics = Metrics(
+        lambda kind, name, value, unit, labels: samples.update({labels.get("le", ""): int(value)})
+    )
+    handler.worker = mock.Mock(turns=turns)
+    assert brought(handler, {name: {"body": {}} for name in parts}) == {
+        "new": (b"a", "true"),
+        "refused": (b"no", None),
+        "through": (b"z", "false"),
+    }, "and nothing of who can take one message only"
     assert samples["+Inf"] == 1

@@ -46,6 +46,7 @@ WINGS: dict[str, Wing] = {
     "models/module": Wing(
         SERVING - {"cache"}, {"torch", "numpy", "PIL", "safetensors", "transformers", "tokenizers"}
     ),
+    "models/text": Wing(SERVING - {"cache"}, {"torch", "transformers", "tokenizers"}),
     "models/registry.py": Wing({"config", "models"}, {"torch"}),
     "models/tiny.py": Wing({"config", "models/registry.py"}, {"torch"}),
     "worker": Wing(SERVING | {"models/registry.py", "worker"}, {"torch", "rich"}),
@@ -61,7 +62,7 @@ WINGS: dict[str, Wing] = {
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }
 """The table of who may import whom. A wing may always import itself."""
-FAMILIES = {"models/diffusion", "models/module"}
+FAMILIES = {"models/diffusion", "models/module", "models/text"}
 
 
 def wing_of(path: Path) -> str:

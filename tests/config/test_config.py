@@ -20,6 +20,7 @@ from preheat.config.model import SERVING_MODES, ModelConfig
 from preheat.config.module import ModuleConfig
 from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import TORCH_COMPILE_ARGUMENTS
+from preheat.config.text import TextConfig
 from preheat.config.yaml_text import read_yaml
 from preheat.errors import ConfigError
 
@@ -157,8 +158,10 @@ def test_the_shipped_configs_load_and_compile(path: Path) -> None:
     # one static graph per bucket, not one that adapts
     assert config.pt2.compile.kwargs["dynamic"] is False
     assert set(config.pt2.compile.kwargs) <= set(inspect.signature(torch.compile).parameters)
-    assert len(config.pt2.shapes.buckets) >= 3 or (
-        isinstance(config.family, ModuleConfig) and config.family.choices
+    assert (
+        len(config.pt2.shapes.buckets) >= 3
+        or (isinstance(config.family, ModuleConfig) and config.family.choices)
+        or len(config.section(TextConfig).prefill_buckets) >= 2
     )
     assert config.startupTimeout is not None
     assert config.startupTimeout >= 1800
@@ -290,7 +293,7 @@ def test_torch_knows_no_argument_that_the_legacy_form_does_not() -> None:
 
 
 MODES = [
-    ("continuousBatching: true", "continuousBatching", "it will be a language model's"),
+    ("continuousBatching: true", "continuousBatching", "it is a language model's (text)"),
     ("sequenceBatching: true", "sequenceBatching", "have no memory of each other"),
     ("asyncCommunication: true", "asyncCommunication", "a batch is answered as one"),
     ("parallelType: pp", "parallelType", "for more GPUs, minWorkers"),

@@ -227,9 +227,9 @@ def own_inductor_folder() -> Path:
     return folder
 
 
-def writable_inductor_folder() -> None:
+def writable_inductor_folder() -> Path | None:
     """See to it that Inductor can write to its folder and finds nothing there that others have put:
-    what it reads, it runs.
+    what it reads, it runs. Gives the folder, or None where it will be gone with this process.
 
     A folder that TORCHINDUCTOR_CACHE_DIR names is believed as it is. Inductor's default has a name
     that anybody can make first. Where the folder cannot be used, this process gets one of its own,
@@ -242,6 +242,7 @@ def writable_inductor_folder() -> None:
         if not os.environ.get(_FOLDER):
             keep_to_us(folder)
         _try_writing(folder)
+        return folder
     except (OSError, Untrusted) as error:
         own = own_inductor_folder()
         logger.warning(
@@ -250,6 +251,7 @@ def writable_inductor_folder() -> None:
             _text(error),
             own,
         )
+        return None
 
 
 def _try_writing(folder: Path) -> None:
@@ -271,7 +273,7 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
     from torch._inductor.codecache import CppPythonBindingsCodeCache as Kernels
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    _refuse_foreign_headers()
+    refuse_foreign_headers()
     digest = hashlib.sha256(f"{context}, {torch.get_num_threads()} threads".encode()).hexdigest()
     mark = Path(cache_dir()) / f"preheat-warmed-{digest[:32]}"
     if mark.exists() and "_get_uncompiled_header" in vars(Kernels):
@@ -287,7 +289,7 @@ def without_headers_if_warmed(context: str) -> Iterator[None]:
         mark.touch()
 
 
-def _refuse_foreign_headers() -> None:
+def refuse_foreign_headers() -> None:
     """Precompiled headers lie in Inductor's default folder whatever TORCHINDUCTOR_CACHE_DIR says,
     and go into all that is built.
     """

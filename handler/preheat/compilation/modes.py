@@ -9,19 +9,28 @@ from typing import Any
 
 import torch
 
-from preheat.compilation.backends.base import Backend, CompiledCode, EngineName, NoCode
+from preheat.compilation.backends.base import (
+    Backend,
+    CompiledCode,
+    EngineName,
+    NoCode,
+    RoadName,
+)
 from preheat.compilation.closeness import mismatch
+from preheat.compilation.race import run as race
+from preheat.compilation.roads import Roads
 from preheat.compilation.signatures import (
     DynamicDims,
     Inputs,
     Shapes,
     Signature,
+    leaves,
     map_tensors,
     signature,
     tensor_shapes,
 )
 from preheat.compilation.watch import GraphWatch, eagerly, hit_recompile_limit, refused_guards
-from preheat.device import is_device_lost, is_out_of_memory
+from preheat.device import is_device_lost, is_out_of_memory, synchronize
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +73,8 @@ class Visits:
     recompiled: set[Signature] = field(default_factory=set)
 
 
+_CALLS_TO_RECORD = 3
+"""Until a CUDA graph is replayed (torch/_inductor/cudagraph_trees.py)."""
 Layout = Callable[[torch.Tensor], torch.Tensor]
 """Image-to-image latents arrive channels_last, text-to-image latents do not: one graph is to serve
 both.
@@ -81,16 +92,22 @@ class Target:
     """What the modes of a router share: the target's code, and what is known of its calls."""
 
     def __init__(
-        self, name: str, forward: Callable[..., Any], backends: Sequence[Backend], layout: Layout
+        self,
+        name: str,
+        forward: Callable[..., Any],
+        backends: Sequence[Backend],
+        layout: Layout,
+        roads: Roads,
     ) -> None:
         self.name, self.backends, self.forward, self._layout = name, backends, forward, layout
+        self.roads = roads
         self.dims = DynamicDims()
         """The dimensions that one graph covers."""
         self.routes: Mapping[Signature, Route] = {}
         self.verified: list[CompiledCode] = []
         """Code that agreed with eager at some signature."""
         self.failure: str | None = None
-        """Of compiling in a request, where that is allowed."""
+        """Of compiling in a request, where that is allowed, or of every road that could be had."""
         self.run = Run()
         """What the run has met that `start_run` began last."""
 
@@ -109,6 +126,24 @@ class Target:
         reasons = [self.failure, *(backend.reason for backend in self.backends)]
         return "; ".join(filter(None, reasons)) or None
 
+    def settle(self, road: RoadName, why: str | None = None, *, source: str) -> bool:
+        """Serve by this road from now on, and by those behind it in the list what it has no code
+        for; False where it is not to be had.
+
+        Args:
+            road: `eager`: by none.
+            why: the failure that left nothing but eager.
+            source: see `Roads`.
+        """
+        names = [backend.road for backend in self.backends]
+        if road != "eager" and road not in names:
+            return False
+        self.backends = () if road == "eager" else tuple(self.backends[names.index(road) :])
+        self.failure = why if road == "eager" else None
+        self.roads.chosen, self.roads.source, self.roads.is_open = road, source, False
+        logger.info("%s: serves by %s (%s)", self.name, road, source)
+        return True
+
     def with_layout(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         return map_tensors(args, self._layout), map_tensors(kwargs, self._layout)
 
@@ -125,6 +160,10 @@ class Target:
 
 Done = tuple[CompiledCode, Any]
 """Code, and its result."""
+
+
+class LostRace(NoCode):
+    """Code that agrees with eager and is slower, where that is a reason not to choose it."""
 
 
 class Eager:
@@ -173,10 +212,7 @@ class Warm:
         route, done = self._routes.get(key), None
         reasons = [route.reason] if route is not None and route.reason else []
         if route is None:
-            for backend in target.backends:
-                done = self._tried(backend.engine, reasons, self._first, backend, args, kwargs)
-                if done is not None:
-                    break
+            done = self._found(reasons, args, kwargs)
         elif route.code is not None:
             done = self._tried(route.engine, reasons, self._again, route.code, args, kwargs)
         code, result = done or (None, None)
@@ -185,12 +221,34 @@ class Warm:
         # a fault of the model itself, not of its compilation, raises here
         return result if code is not None else target.eager(args, kwargs)
 
+    def _found(self, reasons: list[str], args: Any, kwargs: Any) -> Done | None:
+        """The first backend's code that there is, and its result. While the roads are open, that
+        is the choice; None is eager's.
+        """
+        target, roads = self._target, self._target.roads
+        chosen: RoadName = "eager"
+        done = None
+        for backend in target.backends:
+            before = len(reasons)
+            done = self._tried(backend.engine, reasons, self._first, backend, args, kwargs)
+            if done is not None:
+                chosen = backend.road
+                break
+            if roads.is_open and reasons[before:]:
+                roads.failures[backend.road] = "; ".join(reasons[before:])
+        if roads.is_open:
+            why = roads.failed if done is None else None
+            target.settle(chosen, why, source="measured" if roads.may_veto else "order")
+        return done
+
     def _tried(
         self, engine: EngineName, reasons: list[str], attempt: Callable[..., Done], *of_it: Any
     ) -> Done | None:
         """What the attempt gives; None where it fails, and then `reasons` has one more."""
         try:
             return attempt(*of_it)
+        except LostRace:
+            pass
         except NoCode as error:
             reasons.append(str(error))
         # compilers and exporters fail with any type, the lazy ones in the call itself
@@ -213,12 +271,14 @@ class Warm:
         if code.name in self._refuted:
             raise NoCode(self._refuted[code.name])
         _, result = self._again(code, args, kwargs)
-        if code.is_compared:
+        why = None
+        if code.engine == "compiled" and not self._graphs.ran_graph:
+            why = "torch.compile produced no graph for this module"
+        elif code.is_compared:
             why = mismatch(result, target.eager(args, kwargs), code.name)
-        else:
-            ran = self._graphs.ran_graph
-            why = None if ran else "torch.compile produced no graph for this module"
         if why is None:
+            if backend.road not in target.roads.races:
+                self._race(backend.road, code, args, kwargs)
             if code not in target.verified:
                 target.verified.append(code)
             return code, result
@@ -226,6 +286,41 @@ class Warm:
         if code.is_compared:
             self._refuted[code.name] = f"{backend.engine}: {why}"
         raise NoCode(f"{backend.engine}: {why}")
+
+    def _race(self, road: RoadName, code: CompiledCode, args: Any, kwargs: Any) -> None:
+        """Time the code beside eager, once a target: on the first shape, which is the largest.
+
+        Raises:
+            LostRace: it is slower, and that counts.
+        """
+        target, roads = self._target, self._target.roads
+        devices = {
+            leaf.device for _, leaf in leaves(args, kwargs) if isinstance(leaf, torch.Tensor)
+        }
+
+        def compiled() -> None:
+            code(*args, **kwargs)
+            for device in devices:
+                synchronize(device)
+
+        def eager() -> None:
+            with eagerly():
+                target.forward(*args, **kwargs)
+            for device in devices:
+                synchronize(device)
+
+        try:
+            for _ in range(_CALLS_TO_RECORD if road == "cuda_graphs" else 1):
+                compiled()
+                eager()
+            raced = race(compiled, eager, patient=roads.is_open, clock=roads.clock)
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            logger.warning("%s: %s cannot be timed: eager does not fit", target.name, road)
+            return
+        if roads.note(target.name, road, raced):
+            raise LostRace(road)
 
     def _again(self, code: CompiledCode, args: Any, kwargs: Any) -> Done:
         with self._graphs():

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from preheat.compilation.backends.base import Backend
+from preheat.compilation.backends.base import Backend, RoadName
 from preheat.compilation.modes import (
     Calls,
     Eager,
@@ -32,6 +32,7 @@ from preheat.compilation.modes import (
     Warm,
 )
 from preheat.compilation.modes import channels_last as _channels_last
+from preheat.compilation.roads import Roads
 from preheat.compilation.signatures import DynamicDims, Shapes, Signature
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ class Router(Target):
         backends: tried in their order; none: everything is eager.
         channels_last: 4-D inputs are converted to channels_last, not to contiguous, before any code
             runs.
+        roads: how one of the backends is chosen; default: not at all, they are tried in order.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class Router(Target):
         backends: Sequence[Backend] = (),
         *,
         channels_last: bool = False,
+        roads: Roads | None = None,
     ) -> None:
         layout = _channels_last if channels_last else torch.Tensor.contiguous
-        super().__init__(name, forward, tuple(backends), layout)
+        super().__init__(name, forward, tuple(backends), layout, roads or Roads())
         self.channels_last = channels_last
         self._mode: Callable[[Any, Any], Any]
         self._start_warming()
@@ -68,6 +71,9 @@ class Router(Target):
 
     def prefer(self, backend: Backend) -> None:
         """Ask this backend before all others."""
+        if backend.idle and self.roads.is_open:
+            self.roads.ruled_out[backend.road] = backend.reason or ""
+            return
         self.backends = (backend, *self.backends)
         self._start_warming()
 
@@ -129,6 +135,20 @@ class Router(Target):
             return True
         whole = (backend.engine for backend in self.backends if backend.reason is None)
         return next(whole, None) == "compiled"
+
+    @property
+    def makes_code(self) -> bool:
+        """Whether warm-up makes code that another start could use."""
+        return self.roads.is_open or any(each.engine == "compiled" for each in self.backends)
+
+    @property
+    def wants_every_size(self) -> bool:
+        """Whether warm-up has to meet each batch size although one graph serves them all."""
+        return any(backend.wants_every_size for backend in self.backends)
+
+    @property
+    def roads_to_be_had(self) -> tuple[RoadName, ...]:
+        return (*(backend.road for backend in self.backends), "eager")
 
     def _start_warming(self) -> None:
         self._found: dict[Signature, Route] = dict(self.routes)

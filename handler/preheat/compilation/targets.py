@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from preheat.cache.shared import refuse_foreign_headers
 from preheat.compilation.backends import inductor, ipex, openvino
 from preheat.compilation.backends.base import Backend, Precompiled
+from preheat.compilation.roads import Roads
 from preheat.compilation.router import Router
 from preheat.config.pt2 import Pt2Config
 from preheat.config.schema import thawed
@@ -29,43 +31,79 @@ def build_router(
 ) -> Router:
     """Optimise one target as the YAML says and put its router in place.
 
-    OpenVINO or torch.compile where `pt2.compile` is enabled, else IPEX where TorchServe enables it,
-    else eager, on a CPU with channels_last. What cannot be had falls to eager with an error in the
-    log and the reason in the router.
+    OpenVINO, torch.compile or what is still to be chosen where `pt2.compile` is enabled, else IPEX
+    where TorchServe enables it, else eager, on a CPU with channels_last. What cannot be had falls
+    to eager with an error in the log and the reason in the router.
 
     Raises:
         ConfigError: `pt2.scope: regional` on a module without repeated blocks.
     """
     forward = module.forward  # now, before a router stands in for it
-    if config.openvino:
-        backend = _openvino(name, module, config, device)
+    roads = Roads()
+    if config.compile.auto:
+        backends = _every_road(name, module, config, device, roads)
+    elif config.openvino:
+        backends = [_openvino(name, module, config, device)]
     elif config.compile.enable:
-        backend = _torch_compile(name, module, config, device)
+        backends = [_torch_compile(name, module, config, device)]
     elif ipex.requested() and device.type == "cpu":
-        backend = _ipex(name, module, config, dtype, device)
+        backends = [_ipex(name, module, config, dtype, device)]
     else:
-        backend = _eager(module, config, device)
-    if backend.reason is not None:
-        logger.error("%s: %s; serving it eagerly", name, backend.reason)
-    channels_last = isinstance(backend, ipex.Ipex) and _has_convolutions(module)
-    router = Router(name, forward, [backend], channels_last=channels_last)
+        backends = [_eager(module, config, device)]
+    for backend in backends:
+        if backend.reason is not None:
+            logger.error("%s: %s; serving it eagerly", name, backend.reason)
+    channels_last = isinstance(backends[0], ipex.Ipex) and _has_convolutions(module)
+    router = Router(name, forward, backends, channels_last=channels_last, roads=roads)
     module.forward = router
     return router
 
 
+def _every_road(
+    name: str, module: nn.Module, config: Pt2Config, device: torch.device, roads: Roads
+) -> list[Backend]:
+    """What `backend: auto` chooses from, the fastest as a rule first; `roads` is told what is not
+    on the list. Packages come before all of them where the archive has some.
+    """
+    listed: list[Backend] = []
+    if device.type == "cpu":
+        listed.append(_openvino(name, module, config, device))
+    elif "mode" not in config.compile.kwargs:
+        if config.shapes.strategy in ("dynamic", "exact") or config.shapes.batch_sizes == "dynamic":
+            roads.ruled_out["cuda_graphs"] = "they are recorded per size: list batch_sizes"
+        else:
+            listed.append(_torch_compile(name, module, config, device, mode="reduce-overhead"))
+    listed.append(_torch_compile(name, module, config, device))
+    roads.ruled_out |= {each.road: each.reason for each in listed if each.reason is not None}
+    for road, reason in roads.ruled_out.items():
+        logger.info("%s: %s is not on the list: %s", name, road, reason)
+    found = [backend for backend in listed if backend.reason is None]
+    if not found:
+        return [Precompiled("eager", reason="; ".join(roads.ruled_out.values()))]
+    # nothing is warmed under exact, so there is no first call to choose by
+    roads.is_open = config.shapes.strategy != "exact"
+    return found
+
+
+def lay_out_eager(module: nn.Module, config: Pt2Config, device: torch.device) -> None:
+    """Give what `auto` has left to eager the layout that eager is fastest in."""
+    with torch.inference_mode(False), torch.no_grad():
+        _eager(module, config, device)
+
+
 def _torch_compile(
-    name: str, module: nn.Module, config: Pt2Config, device: torch.device
+    name: str, module: nn.Module, config: Pt2Config, device: torch.device, **preset: Any
 ) -> Backend:
     """Nothing is compiled yet, so only bad arguments fail here.
 
-    Where packages are expected to serve, `torch.compile` itself is put off to the first call: it
-    imports all of Inductor.
+    Where packages are expected to serve, or another road may, `torch.compile` itself is put off to
+    the first call: it imports all of Inductor.
 
     On a GPU convolutions have channels_last weights. Inductor would change their layout in every
     call, or, in graphs with a dynamic batch, leave them and their slower kernels (decide_layout_opt
     in torch/_inductor/graph.py, convolution in kernel/conv.py).
     """
-    kwargs = thawed(config.compile.kwargs)
+    kwargs = thawed(config.compile.for_inductor) | preset
     if config.shapes.strategy != "exact":
         # torch's default turns the second bucket into a dynamic graph
         kwargs.setdefault("dynamic", False)
@@ -77,17 +115,21 @@ def _torch_compile(
             f"{name} ({type(module).__name__}) has no repeated blocks; use scope: full", "pt2.scope"
         )
     forward: Callable[..., Any] = module.forward
+    cuda_graphs, auto = uses_cuda_graphs(kwargs, device), config.compile.auto
 
     def compiled() -> Callable[..., Any]:
+        if auto:  # a named one's start has seen to it
+            refuse_foreign_headers()
         return inductor.compile_target(module, forward, kwargs, regional=regional)
 
-    backend = inductor.TorchCompile(
-        f"{name}-compiled", compiled, cuda_graphs=uses_cuda_graphs(kwargs, device)
-    )
+    code = f"{name}-cuda-graphs" if auto and cuda_graphs else f"{name}-compiled"
+    backend = inductor.TorchCompile(code, compiled, cuda_graphs=cuda_graphs, is_compared=auto)
     if config.export.aot_compile:
         return backend
     if device.type == "cuda":
         _to_channels_last(module)
+    if auto:
+        return backend
     try:
         _ = backend.compiled
     except (TypeError, ValueError, RuntimeError) as error:
@@ -147,10 +189,3 @@ def uses_cuda_graphs(kwargs: Mapping[str, Any], device: torch.device) -> bool:
         "triton.cudagraphs", False
     )
     return device.type == "cuda" and bool(recorded)
-
-
-def wants_every_size(kwargs: Mapping[str, Any], device: torch.device) -> bool:
-    """Whether warm-up has to meet each batch size although one graph serves them all: CUDA graphs
-    are recorded per size, and OpenVINO chooses its kernels at the first call of a size.
-    """
-    return kwargs.get("backend") == "openvino" or uses_cuda_graphs(kwargs, device)

@@ -133,6 +133,18 @@ class Warmup:
             )
         return found
 
+    def choose(self, variants: Sequence[Variant]) -> None:
+        """Run variants, the largest first, until every target has chosen its road, or all have
+        run.
+        """
+        allow_compiling()
+        for variant in variants:
+            if not any(router.roads.is_open for router in self._routers.values()):
+                return
+            with ExitStack() as stack:
+                self._each(stack, Router.warming)
+                self._serve(variant)
+
     def warm(self, variants: Sequence[Variant]) -> None:
         """Compile every variant.
 

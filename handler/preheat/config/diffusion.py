@@ -121,6 +121,9 @@ class PipelineConfig(FamilyConfig):
         "inpainting",
     )
     """What a request may ask; one for another is a 400."""
+    keep_unmasked: bool = False
+    """Inpainting leaves what is outside the mask to the bit; otherwise it comes out of the VAE, as
+    in diffusers, which changes every pixel a little. Its previews are the VAE's."""
     fused_lora: Text | None = None
     """Folder of a safetensors LoRA that is fused before compiling."""
     limits: LimitsConfig = LimitsConfig()
@@ -178,14 +181,19 @@ class PipelineConfig(FamilyConfig):
         return self.guidance == "on"
 
     def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
-        """The VAE takes one picture at a time, so its targets have a graph in each bucket."""
+        """The VAE takes one picture at a time, so its targets have a graph in each bucket, and one
+        more with masks.
+        """
         shapes, targets = pt2.shapes, pt2.targets or ("unet",)
         vae = sum(name.startswith("vae.") for name in targets)
         both = self.guidance == "both" and shapes.batch_sizes != "dynamic"
         graphs = batches * (2 if both else 1) * len(shapes.masks)
         denoiser = graphs if vae < len(targets) else 0
-        sizes = 1 if shapes.strategy == "dynamic" else max(1, len(shapes.buckets))
-        return sizes * (denoiser + vae)
+        if shapes.strategy == "dynamic":
+            return denoiser + vae
+        sizes = max(1, len(shapes.buckets))
+        vae_sizes = len(shapes.vae_buckets) or sizes
+        return sizes * denoiser + vae_sizes * vae * len(shapes.masks)
 
     def check(self, pt2: Pt2Config) -> None:
         for index, target in enumerate(pt2.targets):
@@ -193,11 +201,6 @@ class PipelineConfig(FamilyConfig):
                 *most, last = map(repr, get_args(Target))
                 raise ConfigError(
                     f"must be {', '.join(most)} or {last}, got {shown(target)}",
-                    f"pt2.targets[{index}]",
-                )
-            if target.startswith("vae.") and any(pt2.shapes.masks):
-                raise ConfigError(
-                    "fit: mask decodes every picture at its own size, uncompiled; leave it out",
                     f"pt2.targets[{index}]",
                 )
         self.limits.check(pt2.shapes.buckets)

@@ -45,6 +45,13 @@ class FamilyConfig(Section):
         return None
 
     @property
+    def num_slots(self) -> int | None:
+        """Requests that are served a step at a time, together, as they come and go
+        (`models.base.StepRunner`); None: they are served in batches.
+        """
+        return None
+
+    @property
     def streams_over_grpc(self) -> bool:
         """Whether every gRPC client can stand a stream of messages."""
         return False

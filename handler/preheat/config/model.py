@@ -19,13 +19,14 @@ from preheat.config.module import ModuleConfig
 from preheat.config.pt2 import Pt2Config, ShapesConfig
 from preheat.config.pt2_forms import normalized
 from preheat.config.schema import Count, FrozenMapping, Listed, Positive, Section
+from preheat.config.text import TextConfig
 from preheat.config.yaml_errors import explained, keys_of, shown
 from preheat.config.yaml_text import read_yaml
 from preheat.errors import ConfigError
 
 FamilyT = TypeVar("FamilyT", bound=FamilyConfig)
 SERVING_MODES: dict[str, str] = {
-    "continuousBatching": "it will be a language model's; batchSize and maxBatchDelay make "
+    "continuousBatching": "it is a language model's (text); batchSize and maxBatchDelay make "
     "batches here",
     "sequenceBatching": "requests here have no memory of each other; leave it out",
     "asyncCommunication": "a batch is answered as one here; batchSize and maxBatchDelay make "
@@ -88,7 +89,8 @@ class ModelConfig(Section):
     useJobTicket: bool | None = None
     """Refuse with a 503 what no idle worker can take at once, rather than queue it."""
     continuousBatching: bool | None = None
-    """TorchServe's mode for language models: refused, batchSize makes batches here."""
+    """TorchServe's mode for language models, in which requests come and go while others run:
+    `true` with `text`, else refused."""
     sequenceBatching: bool | None = None
     """TorchServe's mode for stateful models: refused, requests have no memory of each other."""
     sequenceMaxIdleMSec: Positive | None = None
@@ -112,6 +114,8 @@ class ModelConfig(Section):
     """A diffusers pipeline."""
     module: ModuleConfig | None = None
     """Any other nn.Module, instead of `pipeline`."""
+    text: TextConfig | None = None
+    """A causal language model, instead of `pipeline`."""
 
     @classmethod
     def families(cls) -> dict[str, type[FamilyConfig]]:
@@ -195,7 +199,7 @@ class ModelConfig(Section):
         do not go together.
         """
         shapes, most = self.pt2.shapes, self.batchSize
-        if shapes.batch_sizes == "dynamic":
+        if shapes.batch_sizes == "dynamic" or self.family.num_slots is not None:
             return
         sizes = (max(shapes.batch_sizes),) if shapes.invariant else shapes.batch_sizes
         path = "pt2.shapes.batch_sizes"
@@ -228,6 +232,16 @@ class ModelConfig(Section):
         for key, instead in SERVING_MODES.items():
             if getattr(self, key) and key not in self.family.serving_modes:
                 raise ConfigError(f"is not for a {self.family.name}: {instead}", key)
+        slots, name = self.family.num_slots, self.family.name
+        if slots is not None and not self.continuousBatching:
+            raise ConfigError(
+                f"must be true for {name}: its requests come and go while others run",
+                "continuousBatching",
+            )
+        if slots is not None and self.batchSize != slots:
+            raise ConfigError(
+                f"must be {slots}, as many as {name}.slots, got {self.batchSize}", "batchSize"
+            )
         return self
 
     @model_validator(mode="after")

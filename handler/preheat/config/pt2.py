@@ -45,6 +45,10 @@ class ShapesConfig(Section):
     mask_only: bool = False
     """With `fit: mask`: pictures that fill their bucket run the graph with masks too, which halves
     warm-up and makes their steps a little slower."""
+    vae_buckets: Listed[BucketPair] = ()
+    """With `fit: mask` and `vae.decoder` or `vae.encoder` among the targets: `[height, width]` in
+    pixels of what those work at, one picture at a time, in the smallest that covers it. Empty: the
+    same as `buckets`."""
     oversize: Oversize = "reject"
     """What no bucket covers. `reject`: a 400. `downscale`: the bucket of nearest shape (with `fit:
     mask` the one that holds most of the asked shape), enlarged. `eager`: as it is, uncompiled."""
@@ -89,6 +93,9 @@ class ShapesConfig(Section):
             )
         if self.mask_only and self.fit != "mask":
             raise ConfigError("is for fit: mask", "pt2.shapes.mask_only")
+        refuse_twice(self.vae_buckets, "pt2.shapes.vae_buckets")
+        if self.vae_buckets and not any(self.masks):
+            raise ConfigError("is for fit: mask", "pt2.shapes.vae_buckets")
         return self
 
     @property
@@ -187,9 +194,9 @@ class Pt2Config(Section):
         """Whether targets become OpenVINO models."""
         return self.compile.enable and self.compile.kwargs.get("backend") == "openvino"
 
-    @model_validator(mode="after")
-    def _openvino_exports(self) -> Pt2Config:
-        """Refuse what means nothing for a graph that torch.export made and OpenVINO runs."""
+    @property
+    def against_openvino(self) -> dict[str, str]:
+        """By YAML path, what means nothing for a graph that torch.export made and OpenVINO runs."""
         reasons = {
             "pt2.shapes.strategy": self.shapes.strategy in ("dynamic", "exact")
             and f"strategy {self.shapes.strategy} has no list of shapes to make OpenVINO models "
@@ -198,12 +205,15 @@ class Pt2Config(Section):
             and "OpenVINO takes whole targets; use scope: full",
             "pt2.attention": self.attention != "default"
             and "OpenVINO has an attention of its own; leave it out",
-            "pt2.export.aot_compile": self.export.aot_compile
-            and "packages are Inductor's; use backend: inductor",
         }
-        for path, reason in reasons.items():
-            if self.openvino and reason:
-                raise ConfigError(reason, path)
+        return {path: reason for path, reason in reasons.items() if reason}
+
+    @model_validator(mode="after")
+    def _openvino_exports(self) -> Pt2Config:
+        packages = {"pt2.export.aot_compile": "packages are Inductor's; use backend: inductor"}
+        reasons = self.against_openvino | (packages if self.export.aot_compile else {})
+        for path, reason in reasons.items() if self.openvino else ():
+            raise ConfigError(reason, path)
         return self
 
     @model_validator(mode="after")
@@ -214,16 +224,21 @@ class Pt2Config(Section):
                 "use buckets or fixed",
                 "pt2.export.aot_compile",
             )
-        if self.export.aot_compile and self.shapes.fit == "mask":
-            raise ConfigError(
-                "packages have no masks; use fit: pad, or compile at start",
-                "pt2.export.aot_compile",
-            )
         if self.export.aot_compile and (self.compile.kwargs.get("options") or {}).get("freezing"):
             raise ConfigError(
                 "freezes weights into the code, and packages compiled ahead of time hold none; "
                 "leave it out",
                 "pt2.compile.options.freezing",
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _vae_is_compiled(self) -> Pt2Config:
+        if self.shapes.vae_buckets and not any(name.startswith("vae.") for name in self.targets):
+            raise ConfigError(
+                "is for a VAE that is compiled; add vae.decoder or vae.encoder to pt2.targets, or "
+                "leave it out",
+                "pt2.shapes.vae_buckets",
             )
         return self
 

@@ -37,6 +37,13 @@ PT2_BACKENDS = (
 mean eager.
 """
 
+AUTO = "auto"
+"""Our backend that is none of torch.compile's: the first road that this machine has, that agrees
+with eager and is not slower.
+"""
+AUTO_ARGUMENTS = ("dynamic", "fullgraph", "mode")
+"""Of torch.compile, for where `auto` comes to Inductor."""
+
 INDUCTOR_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 """Those that torch has had since 2.1."""
 
@@ -71,6 +78,18 @@ class CompileConfig(Section):
     """Why nothing is compiled although the YAML looks as if it asked for it: the reason of every
     router.
     """
+
+    @property
+    def auto(self) -> bool:
+        """Whether a road is chosen rather than named."""
+        return self.enable and self.kwargs.get("backend") == AUTO
+
+    @property
+    def for_inductor(self) -> Mapping[str, Any]:
+        """The arguments of torch.compile where Inductor is the road."""
+        return {
+            key: value for key, value in self.kwargs.items() if (key, value) != ("backend", AUTO)
+        }
 
 
 def normalized(pt2: object, keys: Sequence[str], *, ours: bool) -> dict[str, Any]:
@@ -141,7 +160,8 @@ def _compile_section(section: object, *, ours: bool, registers: bool) -> Compile
     if ours and not isinstance(enable, bool):
         raise ConfigError(f"must be true or false, got {shown(enable)}", f"{path}.enable")
     if enable == True:  # TorchServe's very comparison: 1 and 1.0 enable, "true" in quotes does not
-        if ours and registers and isinstance(kwargs.get("backend"), str):
+        named = kwargs.get("backend")
+        if ours and registers and isinstance(named, str) and named != AUTO:
             return CompileConfig(enable=True, kwargs=kwargs)
         return _decided(kwargs, f"{path}.backend", legacy=False, ours=ours)
     odd = (
@@ -157,9 +177,11 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
     let through.
     """
     backend = kwargs.get("backend", "inductor")
-    if ours and backend == "inductor":
+    if ours and backend == AUTO:
+        _refuse_beside_auto(kwargs, path.removesuffix(".backend"))
+    if ours and backend in ("inductor", AUTO):
         _refuse_unknown_mode(kwargs.get("mode"), path.removesuffix("backend") + "mode")
-    if backend in PT2_BACKENDS:
+    if backend in PT2_BACKENDS or (ours and backend == AUTO):
         return CompileConfig(enable=True, kwargs=kwargs, legacy=legacy)
     if ours:
         _refuse_unknown(backend, path)
@@ -169,6 +191,16 @@ def _decided(kwargs: Mapping[str, Any], path: str, *, legacy: bool, ours: bool) 
         f"compiled; it knows {', '.join(PT2_BACKENDS)}"
     )
     return CompileConfig(enable=False, kwargs=kwargs, legacy=legacy, warning=warning)
+
+
+def _refuse_beside_auto(kwargs: Mapping[str, Any], path: str) -> None:
+    """Raise ConfigError for an argument that one backend has and another has not."""
+    for key in kwargs.keys() - {"backend", *AUTO_ARGUMENTS}:
+        raise ConfigError(
+            f"is not for backend: auto, which takes {', '.join(AUTO_ARGUMENTS)} (for Inductor); "
+            "name the backend that it is for",
+            f"{path}.{key}",
+        )
 
 
 def _refuse_unknown_mode(mode: object, path: str) -> None:
@@ -194,7 +226,7 @@ def _refuse_unknown(backend: object, path: str) -> None:
     dynamo: Any = importlib.import_module("torch._dynamo")
     # those break on purpose
     torchs = (name for name in dynamo.list_backends(()) if not name.endswith("_TESTING_ONLY"))
-    known = sorted({*PT2_BACKENDS, *torchs})
+    known = sorted({AUTO, *PT2_BACKENDS, *torchs})
     if backend not in known:
         close = get_close_matches(str(backend).lower(), known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}"

@@ -44,8 +44,10 @@ COMPILE: Schema = {
         "backend": {
             "type": "string",
             "default": "inductor",
-            "description": "Who compiles: `inductor`, which needs g++; `openvino`, the fastest "
-            "on a CPU. TorchServe's other names are let through to torch.compile.",
+            "description": "Who compiles: `auto`, the first that this machine has, that agrees "
+            "with eager and is not slower (see cold-start.md); `inductor`, which needs g++; "
+            "`openvino`, the fastest on a CPU. TorchServe's other names are let through to "
+            "torch.compile. Beside `auto` stand `dynamic`, `fullgraph` and `mode` alone.",
         },
         "mode": {"type": "string", "description": "Inductor's preset, such as `max-autotune`."},
         "dynamic": {

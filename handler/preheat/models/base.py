@@ -4,6 +4,7 @@ routers. A family's jobs and results pass through the worker unread.
 
 from __future__ import annotations
 
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from preheat.buckets import Bucket
+from preheat.compilation.backends.base import slowest
 from preheat.compilation.pace import Pace, Timing
 from preheat.compilation.variants import Variant
 from preheat.config.family import Manifest
@@ -143,3 +145,39 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
 
     def close(self) -> None:
         """Let go of threads; nothing is served afterwards."""
+
+
+class StepRunner(ModelRunner[JobT, ResultT]):
+    """Serves a loaded model whose requests come and go in the middle of each other's: a step takes
+    each of those that have begun a little further. Hosts that bring requests in batches get a whole
+    batch at once, as from any runner.
+    """
+
+    @abstractmethod
+    def join(self, result: ResultT) -> None:
+        """Begin it, in order of arrival, as soon as there is room."""
+
+    @abstractmethod
+    def leave(self, result: ResultT) -> None:
+        """Nobody waits for it any more: its room is free at the next step."""
+
+    @abstractmethod
+    def step(self) -> None:
+        """Take everyone who has begun one step further; who is through, or has failed, is `done`
+        and has left.
+        """
+
+    def run_chunk(self, chunk: Chunk[ResultT], size: int) -> RunReport:
+        answers, began = [answer for answer, _ in chunk], time.perf_counter()
+        for answer in answers:
+            self.join(answer)
+        while not all(answer.done for answer in answers):
+            self.step()
+        return RunReport(
+            num_rows=size,
+            num_real_rows=len(answers),
+            engine=slowest({answer.engine for answer in answers}),
+            seconds=time.perf_counter() - began,
+            unwarmed=any(answer.unwarmed for answer in answers),
+            fallback=any(answer.fallback for answer in answers),
+        )

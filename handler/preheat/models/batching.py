@@ -110,6 +110,11 @@ class Outcome:
     """It was put off before, and came after its turn."""
 
     @property
+    def done(self) -> bool:
+        """Whether it needs no further step; see `models.base.StepRunner`."""
+        return True
+
+    @property
     def is_fallback(self) -> bool:
         """Whether it ran eagerly although compiled code was wanted."""
         return self.unwarmed or self.fallback

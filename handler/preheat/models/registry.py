@@ -15,6 +15,7 @@ from preheat.models.batching import JobT, ResultT
 FAMILIES = {
     "pipeline": "preheat.models.diffusion.model:DiffusionModel",
     "module": "preheat.models.module.model:ModuleModel",
+    "text": "preheat.models.text.model:TextModel",
 }
 """By the YAML's section: who loads the model that it names."""
 

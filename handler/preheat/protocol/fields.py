@@ -137,6 +137,10 @@ class Fields:
                 return one
         raise RequestError(f"must be one of {', '.join(choices)}, got {shown_value(value)}", name)
 
+    def raw(self, name: str) -> object:
+        """As it came; from a part of its own, what JSON or else text it is."""
+        return self._numeral(name)
+
     def flag(self, name: str) -> bool | None:
         value = self._numeral(name)
         if value is None or isinstance(value, bool):

@@ -30,6 +30,10 @@ class ServerState:
     """
     buckets: Sequence[WarmupRow] = ()
     """One row per bucket, batch size and target."""
+    roads: Mapping[str, object] = field(default_factory=dict)
+    """By target: `chosen`, `source` (`named`, `measured`, `order`, `kept`), and `roads`, a row for
+    each that was looked at: what was measured in milliseconds a call, beside eager, on the largest
+    bucket, and the `reason` that it does not serve."""
     unfit: Mapping[str, int] = field(default_factory=dict)
     """By kind of run, such as "1024x1024, guidance": the least batch size that did
     not fit into memory. Such runs are split into smaller ones."""
@@ -39,7 +43,8 @@ class ServerState:
     padding: Mapping[str, float | str] = field(default_factory=dict)
     """What padding was measured to change in a module's outputs: `max_error` and `max_share`, of
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
-    what masks change in its denoiser, `border_share` and `outside_error` too; empty for others."""
+    what masks change in its denoiser, and in the VAE where that is compiled, `border_share` and
+    `outside_error` too; empty for others."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0

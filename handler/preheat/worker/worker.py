@@ -29,6 +29,7 @@ from torch import nn
 
 import preheat
 from preheat.buckets import Bucket
+from preheat.cache.choice import ChoiceFile
 from preheat.cache.shared import (
     CacheUse,
     SharedCache,
@@ -39,10 +40,11 @@ from preheat.cache.shared import (
 )
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
+from preheat.compilation.choosing import choose_roads
 from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
-from preheat.compilation.targets import build_router, uses_cuda_graphs, wants_every_size
+from preheat.compilation.targets import build_router, lay_out_eager, uses_cuda_graphs
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
@@ -56,7 +58,7 @@ from preheat.config.family import Manifest
 from preheat.config.model import ModelConfig
 from preheat.device import computes, is_out_of_memory, peak_memory_bytes
 from preheat.errors import ConfigError, NoBucket, OutOfMemory, PutOff, RequestError
-from preheat.models.base import LoadedModel, ModelRunner
+from preheat.models.base import LoadedModel, ModelRunner, StepRunner
 from preheat.models.batching import BaseJob, Execution, JobT, Outcome, ResultT, RunReport
 from preheat.models.registry import load_model
 from preheat.protocol.call import Call
@@ -67,6 +69,7 @@ from preheat.user_code import INSTALL, imported_from, load_files
 from preheat.worker.asked import AskedSizes
 from preheat.worker.metrics import Metrics, discard
 from preheat.worker.state import ServerState
+from preheat.worker.turns import Turns
 
 logger = logging.getLogger(__name__)
 
@@ -97,12 +100,17 @@ class Prepared(Generic[JobT, ResultT]):
     @property
     def warmed_sizes(self) -> tuple[int, ...]:
         """The batch sizes that warm-up has to meet."""
-        every = wants_every_size(self.config.pt2.compile.kwargs, self.execution.device)
+        every = any(router.wants_every_size for router in self.routers.values())
         return warmed_sizes(self.config.pt2.shapes, self.config.batchSize, every=every)
 
     @property
     def compiles(self) -> bool:
         return any(router.compiles for router in self.routers.values())
+
+    @property
+    def makes_code(self) -> bool:
+        """Whether warm-up makes something that other starts could use."""
+        return any(router.makes_code for router in self.routers.values())
 
 
 def load(
@@ -210,6 +218,8 @@ class Worker(Generic[JobT, ResultT]):
         started = time.perf_counter()
         self._status, self._metrics = status, metrics or Metrics(discard)
         self._asked = AskedSizes()
+        self._folder: Path | None = None
+        """Where compiled code is kept that later starts will find."""
         self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
@@ -224,6 +234,9 @@ class Worker(Generic[JobT, ResultT]):
             self.runner, self.routers = prepared.runner, prepared.routers
             self.targets, self._budget = prepared.targets, prepared.execution.budget
             undo.callback(self.runner.close)
+            self.turns: Turns[JobT, ResultT] | None = None
+            if isinstance(self.runner, StepRunner) and config.continuousBatching:
+                self.turns = Turns(self, self.runner)
             self._get_ready(model_dir, started)
             self._open = undo.pop_all()
 
@@ -248,7 +261,7 @@ class Worker(Generic[JobT, ResultT]):
             debugging(pt2.debug),
             self._sharing_compiles(prepared.trust, started) as sharing,
         ):
-            phase = self._warm_up(sharing)
+            phase = self._warm_up(sharing, started)
         Worker.alive.add(self)
         self.state.compiles_at_boot = self._events_at_ready
         self.state.ready_seconds = round(time.perf_counter() - started, 3)
@@ -287,7 +300,7 @@ class Worker(Generic[JobT, ResultT]):
         self._budget.begin()
         with self._metrics.timed("preheat_preprocess_seconds"):
             return [
-                Pending(response=call) if isinstance(call, Response) else self._pending(call)
+                Pending(response=call) if isinstance(call, Response) else self.pending(call)
                 for call in calls
             ]
 
@@ -311,7 +324,8 @@ class Worker(Generic[JobT, ResultT]):
                 self._metrics.failed(result.error.code)
         return [each.response or next(encoded) for each in pending]
 
-    def _pending(self, call: Call) -> Pending[JobT, ResultT]:
+    def pending(self, call: Call) -> Pending[JobT, ResultT]:
+        """A request as a job, or with its response if it is refused."""
         try:
             return Pending(job=self.parse(call.row, call.headers, call.send))
         except RequestError as error:
@@ -344,7 +358,12 @@ class Worker(Generic[JobT, ResultT]):
     def run(self, jobs: Sequence[JobT]) -> list[ResultT]:
         """Serve the jobs; results come in their order."""
         results = list(self.runner.inference(jobs))
-        self.state.requests += len(jobs)
+        self.served(results)
+        return results
+
+    def served(self, results: Sequence[ResultT]) -> None:
+        """Count requests that are through, or have failed."""
+        self.state.requests += len(results)
         for result in results:
             if result.error is None:
                 self._count(result)
@@ -355,7 +374,6 @@ class Worker(Generic[JobT, ResultT]):
                 self._count_size(result.job.asked)
         self._metrics.state(self.current_state())
         self._status.serve(self.document)
-        return results
 
     def current_state(self) -> ServerState:
         """The state with the figures that are read when asked for."""
@@ -394,13 +412,12 @@ class Worker(Generic[JobT, ResultT]):
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         # not with a package for everything
-        if not self._prepared.compiles or self.config.pt2.shapes.strategy == "exact":
+        if not self._prepared.makes_code or self.config.pt2.shapes.strategy == "exact":
             yield None
             return
         if cache.shared is None:
-            writable_inductor_folder()
-            with self._headers():
-                yield None
+            self._folder = writable_inductor_folder()
+            yield None
             return
         shared = SharedCache(
             Path(cache.shared),
@@ -409,31 +426,40 @@ class Worker(Generic[JobT, ResultT]):
             self._prepared.execution.device,
             cache.max_bytes,
         )
-        # Half of the time, so that a worker that has waited for nothing can still compile.
-        timeout = (self.config.startupTimeout or 120) / 2 - (time.perf_counter() - started)
         with synchronized_inductor_cache(
-            cache.key or "default", shared, timeout=max(0.0, timeout), report=self._show_waiting
+            cache.key or "default",
+            shared,
+            timeout=self._patience(started),
+            report=self._show_waiting,
         ) as use:
-            with self._headers():
-                yield use
-            fallbacks = [row for row in self.state.buckets if row.engine == "eager"]
+            self._folder = None if use.reason else use.folder
+            yield use
+            fallbacks = [row for row in self.state.buckets if row.engine == "eager" and row.reason]
             # Who found nothing shares what did compile. The others, who fail as it did, do not
             # replace it at every start.
             if fallbacks and use.digest:
                 use.withhold(f"{len(fallbacks)} rows of warm-up are eager")
         self.state.shared_cache = use.document()
 
+    def _patience(self, started: float) -> float:
+        """Seconds to wait for another worker: half of the time, so that one that has waited for
+        nothing can still compile.
+        """
+        spent = time.perf_counter() - started
+        return max(0.0, (self.config.startupTimeout or 120) / 2 - spent)
+
     def _headers(self) -> AbstractContextManager[None]:
-        if self.config.pt2.compile.kwargs.get("backend", "inductor") != "inductor":
+        named = self.config.pt2.compile.for_inductor.get("backend", "inductor")
+        if named != "inductor" or not self._prepared.compiles:
             return nullcontext()
         return without_headers_if_warmed(self.state.fingerprint)
 
     def _show_waiting(self, message: str) -> None:
         text = f"{message} (half of startupTimeout, {self.config.startupTimeout or 120} s)"
-        logger.info("shared compile cache: %s", text)
+        logger.info("%s", text)
         self._status.write("loading", text)
 
-    def _warm_up(self, sharing: CacheUse | None) -> Phase:
+    def _warm_up(self, sharing: CacheUse | None, started: float) -> Phase:
         """Warm-up and verification; the state that the worker is in afterwards."""
         # plain torch.compile: for comparison, or because the YAML tells of no shapes
         if self.config.pt2.shapes.strategy == "exact":
@@ -454,6 +480,32 @@ class Worker(Generic[JobT, ResultT]):
             own_folder=sharing.folder if sharing is not None else None,
         )
         warmup.observe(plan.observe)
+        self._choose_roads(warmup, started)
+        with self._headers():
+            self._make_hot(warmup)
+        self.state.buckets = warmup.rows
+        self.state.roads = {name: router.roads.document() for name, router in self.routers.items()}
+        self.state.padding = dict(self.runner.measure_padding())
+        self._learn_pace(warmup.timings)
+        return "hot"
+
+    def _choose_roads(self, warmup: Warmup, started: float) -> None:
+        """Settle what serves each target that `backend: auto` has left open."""
+        context = f"{self.state.fingerprint}, {torch.get_num_threads()} threads"
+        choose_roads(
+            self.routers,
+            ChoiceFile(self._folder, context) if self._folder is not None else None,
+            lambda: warmup.choose(self._plan().warm),
+            patience=self._patience(started),
+            report=self._show_waiting,
+            keeps_failures=self.config.pt2.on_failure == "eager",
+        )
+        for name, router in self.routers.items():
+            if router.roads.chosen == "eager":
+                lay_out_eager(self.targets[name], self.config.pt2, self._prepared.execution.device)
+
+    def _make_hot(self, warmup: Warmup) -> None:
+        plan = self._plan()
         covers = self._prepared.compiles and warmup.shows_nothing_new(
             plan.probe, self.runner.covering(plan.probe)
         )
@@ -464,11 +516,7 @@ class Worker(Generic[JobT, ResultT]):
         # all, without a probe.
         verified = self._plan(covers=covers).verify
         num_faults = warmup.verify(verified)
-        self.state.buckets = warmup.rows
         logger.info("verification: %d variants replayed, %d at fault", len(verified), num_faults)
-        self.state.padding = dict(self.runner.measure_padding())
-        self._learn_pace(warmup.timings)
-        return "hot"
 
     def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""

@@ -27,7 +27,9 @@ class FakePipeline:
         return request.num_run_steps
 
 
-def config(shapes: ShapesConfig, most: int, min_side: int = 16) -> ModelConfig:
+def config(
+    shapes: ShapesConfig, most: int, min_side: int = 16, *, keep_unmasked: bool = False
+) -> ModelConfig:
     """That of a pipeline whose batches have at most so many requests."""
-    own = PipelineConfig(limits=LimitsConfig(min_side=min_side))
+    own = PipelineConfig(limits=LimitsConfig(min_side=min_side), keep_unmasked=keep_unmasked)
     return ModelConfig(batchSize=most, pt2=Pt2Config(shapes=shapes), pipeline=own)

@@ -87,7 +87,7 @@ def png(width: int, height: int, mode: str = "RGB") -> bytes:
 
 
 class Bench:
-    def __init__(self, **shapes: Any) -> None:
+    def __init__(self, *, keep_unmasked: bool = False, **shapes: Any) -> None:
         self.canvas, self.reports = Canvas(), list[RunReport]()
         resolved = ShapesConfig.model_validate(
             {"buckets": BUCKETS, "batch_sizes": (1, 2, 4)} | shapes
@@ -95,7 +95,8 @@ class Bench:
         execution = Execution(
             served_sizes(resolved, 4), torch.device("cpu"), report=self.reports.append
         )
-        self.runner = DiffusionRunner(execution, self.canvas, config(resolved, 4, min_side=1))
+        own = config(resolved, 4, min_side=1, keep_unmasked=keep_unmasked)
+        self.runner = DiffusionRunner(execution, self.canvas, own)
 
     def job(self, **changes: Any) -> Job:
         return self.runner.planner.prepare(make_request(**changes))
@@ -287,6 +288,36 @@ def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:
     answers = bench.run([bench.job(**wish) for wish in wishes])
     assert [answer.flagged for answer in answers] == [[True] * 3, [False] * 3, [True] * 3]
     assert [answer.num_flagged for answer in answers] == [3, 0, 3]
+
+
+def half_masked(prompt: str, seed: int) -> dict[str, Any]:
+    """A picture of noise whose left half is to stay: 127 in the mask, and 128 in the right one."""
+    noise = np.random.default_rng(seed).integers(0, 256, (40, 40, 3), dtype=np.uint8)
+    mask = np.full((40, 40), 127, np.uint8)
+    mask[:, 20:] = 128
+    files = []
+    for pixels in (noise, mask):
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "png")
+        files.append(buffer.getvalue())
+    return {"prompt": prompt, "seed": seed, "image": files[0], "mask_image": files[1]}
+
+
+@pytest.mark.parametrize("fit", ["pad", "resize", "mask"])
+def test_what_is_outside_the_mask_is_kept_to_the_bit_where_that_is_asked_for(fit: str) -> None:
+    wishes = [half_masked("a", 1), half_masked("nude", 2)]
+    kept, plain = (Bench(keep_unmasked=keep, fit=fit) for keep in (True, False))
+    kept.canvas.checks = plain.canvas.checks = True
+    answers = [bench.run([bench.job(**wish) for wish in wishes]) for bench in (kept, plain)]
+    (own, blackened), (painted, painted_black) = (
+        [np.asarray(answer.pictures[0]) for answer in each] for each in answers
+    )
+    sent = np.asarray(Image.open(io.BytesIO(wishes[0]["image"])))
+    assert np.array_equal(own[:, :20], sent[:, :20])
+    assert np.array_equal(own[:, 20:], painted[:, 20:])
+    assert not np.array_equal(painted[:, :20], sent[:, :20])
+    # what the safety checker has refused shows nothing of the picture it was made from
+    assert np.array_equal(blackened, painted_black)
 
 
 def test_a_run_that_fails_leaves_no_flag_behind() -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -294,12 +295,74 @@ def test_a_picture_says_what_was_painted(
     assert "x-preheat-painted" not in headers[1]
 
 
+VAE: dict[str, Any] = {"pt2": {"targets": ["vae.decoder", "vae.encoder"]}}
+
+
+def seats(service: Worker[Any, Any], monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, ...]]:
+    """From now on: the part of the VAE, its canvas, and the size it is told, of every call."""
+    met: list[tuple[str, ...]] = []
+    for name, cell in (("vae.decoder", 8), ("vae.encoder", 1)):
+        serve = service.routers[name]._mode
+
+        def seen(args: Any, kwargs: Any, name: str, cell: int, serve: Any) -> Any:
+            height, width = (side * cell for side in args[0].shape[-2:])
+            told = kwargs["sizes"].tolist() if "sizes" in kwargs else []
+            met.append((name, f"{height}x{width}", *(f"{8 * h}x{8 * w}" for h, w in told)))
+            return serve(args, kwargs)
+
+        noted = partial(seen, name=name, cell=cell, serve=serve)
+        monkeypatch.setattr(service.routers[name], "_mode", noted)
+    return met
+
+
+def test_the_vae_works_in_the_smallest_of_its_own_buckets(
+    folders: Path,
+    watch: CompileWatch,
+    monkeypatch: pytest.MonkeyPatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    """Compiled, one picture at a time, the same whether its batch is masked or not."""
+    service = start(
+        folders / "sdxl",
+        shapes={"buckets": [[64, 64]], "batch_sizes": [4], "vae_buckets": [[80, 64], [48, 32]]},
+        **VAE,
+    )
+    closed.append(service)
+    assert 0 < float(service.state.padding["max_error"]) < 2e-5
+    plain = Plain(folders / "sdxl" / "model", GRID["sdxl"])
+    met, events = seats(service, monkeypatch), watch.num_events
+    steps = {"guidance_scale": 4.0, "num_inference_steps": 3}
+    for requests in BY_TASK.values():
+        for asked in ([one | steps for one in requests], [requests[0] | steps]):
+            answers = ask(service, *asked)
+            assert {answer.engine for answer in answers} == {"compiled"}
+            for answer, request in zip(answers, asked, strict=True):
+                assert off(answer, plain.picture(request)) <= 1
+    assert watch.num_events == events
+    assert service.state.incidents == service.current_state().compiles_since_ready == 0
+    assert set(met) == {
+        (part, *seat)
+        for part in ("vae.decoder", "vae.encoder")
+        for seat in [
+            ("80x64", "64x64"),
+            ("80x64", "16x64"),
+            ("80x64", "48x64"),
+            ("48x32",),
+        ]
+    }
+
+
 @pytest.mark.parametrize(
     ("keys", "path"),
     [
         ({"shapes": {"buckets": [[64, 56]]}}, "pt2.shapes.buckets[0][1]"),
-        ({"pt2": {"targets": ["vae.decoder"]}}, "pt2.targets[0]"),
-        ({"pt2": {"export": {"aot_compile": True}}}, "pt2.export.aot_compile"),
+        ({"shapes": {"vae_buckets": [[64, 64]]}}, "pt2.shapes.vae_buckets"),
+        (VAE | {"shapes": {"vae_buckets": [[64, 96]]}}, "pt2.shapes.vae_buckets"),
+        (
+            VAE | {"shapes": {"vae_buckets": [[96, 64], [104, 72]]}},
+            "pt2.shapes.vae_buckets[1]",
+        ),
+        (VAE | {"shapes": {"fit": "pad", "vae_buckets": [[96, 64]]}}, "pt2.shapes.vae_buckets"),
         ({"shapes": {"fit": "pad", "mask_only": True}}, "pt2.shapes.mask_only"),
         ({"shapes": {"strategy": "fixed", "buckets": [[64, 64]]}}, "pt2.shapes.fit"),
     ],

@@ -8,6 +8,8 @@ from typing import Any, Literal, Protocol, runtime_checkable
 from preheat.compilation.signatures import DynamicDims, Inputs
 
 EngineName = Literal["openvino", "aot", "compiled", "ipex", "eager"]
+RoadName = Literal["aot", "openvino", "cuda_graphs", "compiled", "ipex", "eager"]
+"""Engines, and those of them apart that `backend: auto` chooses between."""
 
 
 def slowest(engines: Collection[EngineName]) -> EngineName:
@@ -50,6 +52,14 @@ class Backend(Protocol):
     def engine(self) -> EngineName: ...
 
     @property
+    def road(self) -> RoadName:
+        """What a choice between backends calls it."""
+
+    @property
+    def wants_every_size(self) -> bool:
+        """Whether warm-up has to meet each batch size although one graph serves them all."""
+
+    @property
     def reason(self) -> str | None:
         """Why it does not serve all that it was asked for."""
 
@@ -81,6 +91,8 @@ class Precompiled:
         dims: DynamicDims | None = None,
     ) -> None:
         self.engine, self.codes, self.reason, self.dims = engine, codes, reason, dims
+        self.road: RoadName = engine
+        self.wants_every_size = False
 
     @property
     def idle(self) -> bool:

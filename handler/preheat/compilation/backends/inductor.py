@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat.compilation.backends.base import CompiledCode, EngineName
+from preheat.compilation.backends.base import CompiledCode, EngineName, RoadName
 from preheat.compilation.signatures import DynamicDims, Inputs, leaves, map_tensors
 from preheat.config.pt2 import Pt2Config
 
@@ -23,18 +23,26 @@ class TorchCompile:
         name: the target.
         make: gives the compiled forward; asked at the first call, since it imports all of Inductor.
         cuda_graphs: outputs live in a graph's memory and are overwritten by the next replay, so
-            they are cloned.
+            they are cloned. They are recorded per size.
+        is_compared: see `CompiledCode`.
     """
 
     engine: EngineName = "compiled"
     reason: str | None = None
     dims: DynamicDims | None = None
-    idle = is_compared = False
+    idle = False
 
     def __init__(
-        self, name: str, make: Callable[[], Callable[..., Any]], *, cuda_graphs: bool = False
+        self,
+        name: str,
+        make: Callable[[], Callable[..., Any]],
+        *,
+        cuda_graphs: bool = False,
+        is_compared: bool = False,
     ) -> None:
         self.name, self._make, self._cuda_graphs = name, make, cuda_graphs
+        self.is_compared, self.wants_every_size = is_compared, cuda_graphs
+        self.road: RoadName = "cuda_graphs" if cuda_graphs else "compiled"
 
     def code_for(self, inputs: Inputs, dims: DynamicDims) -> CompiledCode:
         for path, leaf in leaves(*inputs) if dims.ranges else ():
@@ -60,7 +68,7 @@ def why_not(device: torch.device, config: Pt2Config) -> str | None:
     """Why Inductor cannot compile here, or None: a CPU needs a C++ compiler, Triton a C compiler
     for its launchers.
     """
-    if config.compile.kwargs.get("backend", "inductor") != "inductor":
+    if config.compile.for_inductor.get("backend", "inductor") != "inductor":
         return None
     variable, names = ("CXX", ["g++"]) if device.type == "cpu" else ("CC", ["gcc", "clang", "cc"])
     names = [os.environ[variable]] if variable in os.environ else names

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from preheat.compilation.backends.base import CompiledCode, EngineName
+from preheat.compilation.backends.base import CompiledCode, EngineName, RoadName
 from preheat.compilation.signatures import DynamicDims, Inputs
 from preheat.config.pt2 import Pt2Config
 
@@ -28,6 +28,8 @@ class Ipex:
     """
 
     engine: EngineName = "ipex"
+    road: RoadName = "ipex"
+    wants_every_size = False
     reason: str | None = None
     dims: DynamicDims | None = None
     idle = False

@@ -20,7 +20,7 @@ from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from preheat.compilation.backends.base import CompiledCode, EngineName
+from preheat.compilation.backends.base import CompiledCode, EngineName, RoadName
 from preheat.compilation.export import call_key, export, tensors
 from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
 from preheat.config.pt2 import Pt2Config
@@ -35,6 +35,8 @@ class OpenVINO:
     """
 
     engine: EngineName = "openvino"
+    road: RoadName = "openvino"
+    wants_every_size = True  # it chooses its kernels at the first call of a size
     reason: str | None = None
     dims: DynamicDims | None = None
     idle = False
@@ -133,6 +135,8 @@ def why_not(device: torch.device, config: Pt2Config) -> str | None:
     if device.type != "cpu":
         where = f"this worker's device is {device}"
         return f"openvino serves on the CPU, and {where}; use backend: inductor"
+    for path, reason in config.against_openvino.items():
+        return f"{path}: {reason}"
     try:
         import_openvino()
         cpu_properties(config.compile.kwargs.get("options") or {})

@@ -43,6 +43,15 @@ def place(image: Image.Image, plan: Plan) -> Image.Image:
     return Image.fromarray(np.pad(pixels, margins, mode="edge"))
 
 
+def unmasked(image: Image.Image, mask: Image.Image) -> Image.Image:
+    """`image` as RGBA, transparent where the mask says that it is made anew: from 128 on, as
+    diffusers reads it.
+    """
+    kept = image.copy()
+    kept.putalpha(mask.point(lambda value: 0 if value >= 128 else 255))
+    return kept
+
+
 def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
     """The picture asked for, from the generated bucket: (bucket height, bucket width, 3).
 

@@ -25,6 +25,10 @@ class Job(BaseJob):
     plan: Plan
     image: Image.Image | None = None
     mask: Image.Image | None = None
+    around: Image.Image | None = None
+    """What the answer shows outside the mask, as RGBA of the asked size: transparent where it is
+    made anew. None where that comes out of the VAE like the rest.
+    """
     doubled: bool = False
     """Guidance doubles the denoiser's rows."""
     shift: int = 0

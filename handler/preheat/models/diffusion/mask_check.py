@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,14 +10,16 @@ import torch
 from preheat.buckets import Bucket
 from preheat.compilation.closeness import Closeness, Tolerance, compare
 from preheat.errors import ConfigError
-from preheat.models.diffusion.masking.painting import Call
+from preheat.models.diffusion.masking.call import Call
 
 MASKED = Tolerance({torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 8e-2}, floor=0.0)
 """Masks change nothing but the order of sums. In half precision that is as much as compiling does:
 see `closeness`.
 """
 _BORDER = {4: 2, 3: 1}
-"""Latent cells, or tokens of Flux's, that lie beside what is masked, by the latents' dimensions."""
+"""Latent cells, or tokens of Flux's, that lie beside what is masked, by the dimensions of what is
+compared.
+"""
 _AT_BORDER = 3.0
 """Rounding is the same everywhere: more than so many times that inside is something else, such as
 a bias where the row's own border has zeros.
@@ -66,10 +68,10 @@ def difference(call: Call) -> Difference:
     with torch.no_grad():
         masked, other, alone = call.masked(torch.nan), call.masked(1e3), call.alone()
     outside = 0.0 if torch.equal(masked, other) else compare(masked, other).max_error
-    errors = call.place.grid((masked.double() - alone.double()).abs()).amax((0, 1))
+    errors = call.made.grid((masked.double() - alone.double()).abs()).amax((0, 1))
     # down and across, where the row ends before its canvas does
     ends = [own < whole for own, whole in zip(call.place.cells, call.place.canvas, strict=True)]
-    wide = -_BORDER[alone.dim()]
+    wide = -_BORDER[alone.dim()] * call.cells[1]
     inner = errors[: wide if ends[0] else None, : wide if ends[1] else None]
     border = errors.clone()
     border[: inner.shape[0], : inner.shape[1]] = 0.0
@@ -81,30 +83,28 @@ def difference(call: Call) -> Difference:
     return Difference(compare(masked, alone, MASKED), worst, worst > allowed, outside)
 
 
-def checked(
-    buckets: Sequence[Bucket], multiple: int, first_call: Callable[[Bucket, Bucket], Call]
-) -> Mapping[str, float | str]:
-    """The figures for the state, of an odd size in every bucket.
+def checked(calls: Iterable[tuple[str, Call]]) -> Mapping[str, float | str]:
+    """The figures for the state, the worst of all.
 
     Args:
-        first_call: gives the first call of the network in a run at a bucket whose rows have a size.
+        calls: one of each masked network in each of its buckets, at an odd size, with its name.
 
     Raises:
         ConfigError: there is a difference beyond rounding.
     """
-    found = {
-        bucket: difference(first_call(bucket, odd_size(bucket, multiple))) for bucket in buckets
-    }
-    for bucket, seen in found.items():
+    found = []
+    for name, call in calls:
+        seen = difference(call)
         if seen.reason is not None:
             raise ConfigError(
-                f"mask is not exact with this model: in {bucket} {seen.reason}; use pad",
+                f"mask is not exact with this model: {name}: {seen.reason}; use pad",
                 "pt2.shapes.fit",
             )
+        found.append(seen)
     return {
-        "max_error": max(seen.close.max_error for seen in found.values()),
-        "max_share": max(seen.close.share for seen in found.values()),
-        "border_share": max(seen.border for seen in found.values()),
-        "outside_error": max(seen.outside for seen in found.values()),
+        "max_error": max(seen.close.max_error for seen in found),
+        "max_share": max(seen.close.share for seen in found),
+        "border_share": max(seen.border for seen in found),
+        "outside_error": max(seen.outside for seen in found),
         "exact": "rounding",
     }

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from preheat.buckets import Bucket
+from preheat.buckets import Bucket, smallest_covering
 from preheat.compilation.attention import attention_backend
 from preheat.config.diffusion import LimitsConfig, PipelineConfig
 from preheat.config.family import Manifest
@@ -19,6 +19,8 @@ from preheat.errors import ConfigError
 from preheat.models.base import LoadedModel
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.masking.row_vae import PARTS
+from preheat.models.diffusion.masking.seats import VaeBuckets
 from preheat.models.diffusion.pipeline import DiffusionPipeline
 from preheat.models.diffusion.request import FIELDS
 from preheat.models.diffusion.runner import DiffusionRunner
@@ -36,10 +38,16 @@ class DiffusionModel(LoadedModel[Job, Answer]):
         masked = any(shapes.masks)
         step = pipeline.grid if masked else pipeline.multiple
         self.sizes = _resolved_buckets(shapes.buckets, own.limits, pipeline, step)
+        vae_buckets: tuple[Bucket, ...] = ()
         if masked:
+            parts = [part for part in PARTS if f"vae.{part}" in config.pt2.targets]
+            if parts:
+                vae_buckets = _resolved_vae_buckets(shapes.vae_buckets, self.sizes, pipeline)
+            own_buckets = VaeBuckets(vae_buckets, shapes.masks == (True,)) if parts else None
             with attention_backend(config.pt2.attention):
-                pipeline.mask(self.sizes)
-        self.config = config.with_shapes(shapes.model_copy(update={"buckets": self.sizes}))
+                pipeline.mask(self.sizes, own_buckets, parts)
+        resolved = {"buckets": self.sizes, "vae_buckets": vae_buckets}
+        self.config = config.with_shapes(shapes.model_copy(update=resolved))
 
     @classmethod
     def load(
@@ -84,3 +92,32 @@ def _resolved_buckets(
                 )
     limits.check(buckets)  # those of the YAML are known to pass; the pipeline's own is not
     return buckets
+
+
+def _resolved_vae_buckets(
+    vae_buckets: tuple[Bucket, ...], buckets: Sequence[Bucket], pipeline: DiffusionPipeline
+) -> tuple[Bucket, ...]:
+    """The VAE's own buckets, those of the denoiser where there are none, checked against what can
+    be painted.
+    """
+    vae_buckets = vae_buckets or tuple(buckets)
+    path = "pt2.shapes.vae_buckets"
+    for bucket in buckets:
+        if smallest_covering(vae_buckets, bucket) is None:
+            raise ConfigError(f"has none that covers the bucket {bucket}", path)
+    own = VaeBuckets(vae_buckets, mask_only=False)
+    met = {seat.bucket for seat in own.seats(buckets, pipeline.multiple)}
+    for index, bucket in enumerate(vae_buckets):
+        for side, pixels in enumerate((bucket.height, bucket.width)):
+            if pixels % pipeline.cell:
+                raise ConfigError(
+                    f"{pixels} is not a multiple of {pipeline.cell}, a latent cell of this VAE",
+                    f"{path}[{index}][{side}]",
+                )
+        if bucket not in met:
+            raise ConfigError(
+                f"no picture is ever in {bucket}: for all that pt2.shapes.buckets cover there is a "
+                "smaller one; leave it out",
+                f"{path}[{index}]",
+            )
+    return vae_buckets

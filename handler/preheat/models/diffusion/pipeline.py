@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,8 +33,12 @@ from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
-from preheat.models.diffusion import mask_check
-from preheat.models.diffusion.masking.painting import Call, MaskedPainting, Rows
+from preheat.models.diffusion.mask_check import checked, odd_size
+from preheat.models.diffusion.masking.call import Call
+from preheat.models.diffusion.masking.painting import MaskedPainting, check
+from preheat.models.diffusion.masking.row_vae import Part, RowVae
+from preheat.models.diffusion.masking.rows import Rows
+from preheat.models.diffusion.masking.seats import VaeBuckets
 from preheat.models.diffusion.previews import LatentColours, plain_colours
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
@@ -209,9 +214,14 @@ class DiffusionPipeline:
         return tuple(self._tasks)
 
     @property
+    def cell(self) -> int:
+        """Pixels a side of a latent cell."""
+        return int(self._pipe.vae_scale_factor)
+
+    @property
     def multiple(self) -> int:
         """Pixels that height and width of a bucket must be a multiple of."""
-        return int(self._pipe.vae_scale_factor) * self.family.patch
+        return self.cell * self.family.patch
 
     @property
     def grid(self) -> int:
@@ -234,21 +244,40 @@ class DiffusionPipeline:
         """The size the model was made for, from its own config."""
         cells = getattr(self._pipe, "default_sample_size", None)
         cells = cells or getattr(self._pipe, self.family.denoiser).config.sample_size
-        side = int(cells) * int(self._pipe.vae_scale_factor)
+        side = int(cells) * self.cell
         return Bucket(side, side)
 
-    def mask(self, buckets: Sequence[Bucket]) -> None:
+    def mask(
+        self,
+        buckets: Sequence[Bucket],
+        vae_buckets: VaeBuckets | None = None,
+        compiled: Collection[Part] = (),
+    ) -> None:
         """Rewrite the pipeline so that a batch may have rows of several sizes (`Batch.masked`), and
-        look whether its denoiser is exact in these buckets.
+        look whether what is masked is exact in its buckets.
+
+        Args:
+            compiled: parts of the VAE that work in `vae_buckets`; the others at each row's size.
 
         Raises:
             ConfigError: their pictures would not be those that each has alone.
         """
-        cell = int(self._pipe.vae_scale_factor)
+        pipes, cell = list(self._tasks.values()), self.cell
+        for pipe in pipes:
+            check(pipe)
+        vae = RowVae(pipes, cell, compiled, vae_buckets, buckets)
         self._masked = MaskedPainting(
-            list(self._tasks.values()), self.family.denoiser, cell, shifts=self.shifts_by_size
+            pipes, self.family.denoiser, vae, cell, shifts=self.shifts_by_size
         )
-        self.mask_error = mask_check.checked(buckets, self.multiple, self._first_call)
+
+        def calls() -> Iterator[tuple[str, Call]]:
+            for bucket in buckets:
+                call = self._first_call(bucket, odd_size(bucket, self.multiple))
+                yield f"{self.family.denoiser} in {bucket}", call
+            for part, bucket in product(compiled, vae_buckets.sizes if vae_buckets else ()):
+                yield f"vae.{part} in {bucket}", vae.call(part, bucket, odd_size(bucket, cell))
+
+        self.mask_error = checked(calls())
 
     def _first_call(self, bucket: Bucket, size: Bucket) -> Call:
         """The denoiser's first call in a masked run of one row of that size."""
@@ -437,7 +466,7 @@ class DiffusionPipeline:
         anything.
         """
         vae, colours = self._pipe.vae, plain_colours()
-        side = _COLOUR_CELLS * int(self._pipe.vae_scale_factor)
+        side = _COLOUR_CELLS * self.cell
         with torch.no_grad():
             plain = (
                 (2 * colours - 1)

@@ -9,7 +9,7 @@ from typing import Protocol
 from PIL import Image
 
 from preheat.buckets import Bucket, round_up
-from preheat.config.diffusion import LimitsConfig
+from preheat.config.diffusion import LimitsConfig, PipelineConfig
 from preheat.config.pt2 import ShapesConfig
 from preheat.errors import RequestError
 from preheat.models.diffusion import geometry, image_processor
@@ -39,8 +39,9 @@ class Sized(Protocol):
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
 
-    def __init__(self, pipeline: Sized, shapes: ShapesConfig, limits: LimitsConfig) -> None:
-        self._pipeline, self._shapes, self._limits = pipeline, shapes, limits
+    def __init__(self, pipeline: Sized, shapes: ShapesConfig, config: PipelineConfig) -> None:
+        self._pipeline, self._shapes, self._limits = pipeline, shapes, config.limits
+        self._keeps_unmasked = config.keep_unmasked
 
     def prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
         """Decode the request's images and plan its geometry.
@@ -52,7 +53,7 @@ class Planner:
             RequestError: an image that cannot be read, or a size that no bucket covers under
                 `oversize: reject`.
         """
-        image = mask = None
+        image = mask = around = None
         most = self._limits.max_image_pixels
         if request.image is not None:
             image = images.decode(request.image, field="image", max_pixels=most)
@@ -62,15 +63,19 @@ class Planner:
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
         if image is not None:
-            image = image_processor.place(image_processor.fit_to(image, height, width), plan)
+            image = image_processor.fit_to(image, height, width)
         if mask is not None:
-            mask = image_processor.place(image_processor.fit_to(mask, height, width), plan)
+            mask = image_processor.fit_to(mask, height, width)
+        if image is not None and mask is not None and self._keeps_unmasked:
+            around = image_processor.unmasked(image, mask)
+        image, mask = (each and image_processor.place(each, plan) for each in (image, mask))
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
             request,
             plan,
             image,
             mask,
+            around,
             doubled=doubled,
             shift=plan.painted.volume if self._pipeline.shifts_by_size else 0,
             deadline=deadline,

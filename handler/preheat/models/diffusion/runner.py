@@ -27,12 +27,13 @@ from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.masking.seats import VaeBuckets
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
 from preheat.models.diffusion.streaming import emit_step
-from preheat.models.diffusion.variants import Variant, covering, own, plan_variants
+from preheat.models.diffusion.variants import Variant, covering, own, plan_variants, seated
 from preheat.protocol import images
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
@@ -68,7 +69,7 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         super().__init__(execution, config.pt2.shapes.buckets)
         self._pipeline, self._most = pipeline, config.batchSize
         self._own, self._shapes = config.section(PipelineConfig), config.pt2.shapes
-        self.planner = Planner(pipeline, self._shapes, self._own.limits)
+        self.planner = Planner(pipeline, self._shapes, self._own)
         # The model's own threads sleep meanwhile, so there is a core for each.
         self._encoders = ThreadPoolExecutor(num_cores(), "encode")
 
@@ -80,7 +81,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             self._pipeline.tasks,
             self._shapes.masks,
         )
-        return tuple(variant for variant in every if self._painted(variant) is not None)
+        painted = [replace(each, painted=self._painted(each)) for each in every]
+        known = tuple(each for each in painted if each.painted is not None)
+        if not self._shapes.vae_buckets:
+            return known
+        vae = VaeBuckets(self._shapes.vae_buckets, self._always_masked)
+        return seated(known, vae, self._pipeline.multiple)
 
     @property
     def _always_masked(self) -> bool:
@@ -105,8 +111,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             # with masks where there are any: the other graphs' inputs are among theirs
             masked = any(v.masked for v in every)
             smallest = next(v for v in reversed(every) if v.masked == masked)
-            kind = smallest.bucket, smallest.task, masked
-            guided = [v for v in every if (v.bucket, v.task, v.masked) == kind]
+            kind = smallest.bucket, smallest.task, masked, smallest.painted
+            guided = [v for v in every if (v.bucket, v.task, v.masked, v.painted) == kind]
             return [guided[0], guided[-1]]
         return []
 
@@ -142,12 +148,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         return _timing(time.perf_counter() - began, ended, self._pipeline.order)
 
     def measure_padding(self) -> Mapping[str, float | str]:
-        """Of the denoiser with masks, which was looked at before it was compiled."""
+        """Of what has masks, which was looked at before it was compiled."""
         return self._pipeline.mask_error
 
     def _fitted(self, job: Job, variant: Variant) -> Job:
         """The variant's job, whose picture fills as much of the bucket as the variant's do."""
-        painted = self._painted(variant)
+        painted = variant.painted
         if painted is None or painted == job.plan.painted:
             return job
         shift = painted.volume if job.shift else 0
@@ -263,9 +269,13 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
             for (answer, _), pixels in zip(chunk, generated.pixels, strict=False)
         ]
         for index, ((answer, _), picture) in enumerate(zip(chunk, finished, strict=True)):
+            flagged = generated.flagged is not None and bool(generated.flagged[index])
+            around = answer.job.around
+            if around is not None and not flagged:  # a blackened picture stays black
+                picture.paste(around, mask=around)
             answer.pictures.append(picture)
             if generated.flagged is not None:
-                answer.flagged.append(bool(generated.flagged[index]))
+                answer.flagged.append(flagged)
         return run
 
     def _emit_step(self, chunk: Chunk[Answer], step: int, of: int, sketch: Sketch) -> None:

@@ -5,12 +5,13 @@ which few meet every shape.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 
-from preheat.buckets import Bucket
+from preheat.buckets import Bucket, smallest_covering
 from preheat.compilation import variants
 from preheat.compilation.pace import Load
+from preheat.models.diffusion.masking.seats import Seat, VaeBuckets
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,10 @@ class Variant(variants.Variant):
     guidance: bool
     task: str
     masked: bool = False
+    painted: Bucket | None = None
+    """What its rows fill of the bucket; None: all of it."""
+    seat: Seat | None = None
+    """Where its pictures lie at the VAE, if that has buckets of its own."""
 
     @property
     def load(self) -> Load:
@@ -30,7 +35,7 @@ class Variant(variants.Variant):
 
     @property
     def details(self) -> str:
-        masked = ", masked" if self.masked else ""
+        masked = f", masked {self.painted or self.bucket}" if self.masked else ""
         guidance = "on" if self.guidance else "off"
         return f"batch {self.batch_size}, guidance {guidance}, {self.task}{masked}"
 
@@ -66,9 +71,30 @@ def plan_variants(
     )
 
 
+def seated(variants: Sequence[Variant], vae: VaeBuckets, multiple: int) -> tuple[Variant, ...]:
+    """`variants`, each with its seat at the VAE, and one more for each seat that none of them has
+    and a picture whose sides are multiples of `multiple` can have.
+    """
+    known = [replace(each, seat=vae.seat(each.painted or each.bucket)) for each in variants]
+    buckets = list({each.bucket for each in known})
+    met = {each.seat for each in known}
+    more: dict[Variant, list[Variant]] = {}
+    for seat, picture in vae.seats(buckets, multiple).items():
+        bucket = smallest_covering(buckets, picture)
+        if seat in met:
+            continue
+        # as few rows as there are, and an image, which meets the encoder too
+        like = min(
+            (each for each in known if each.bucket == bucket and each.masked),
+            key=lambda each: (each.batch_size, each.guidance, each.task == "text-to-image"),
+        )
+        more.setdefault(like, []).append(replace(like, painted=picture, seat=seat))
+    return tuple(each for like in known for each in (*more.get(like, ()), like))
+
+
 def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
-    """A few of `variants` that meet, in each bucket, every row count, batch size and task: enough
-    where nothing is compiled.
+    """A few of `variants` that meet, in each bucket, every row count, batch size and task, and
+    every seat at the VAE: enough where nothing is compiled.
     """
 
     def met(variant: Variant) -> set[tuple[object, ...]]:
@@ -80,7 +106,10 @@ def covering(variants: Sequence[Variant]) -> tuple[Variant, ...]:
         }
         if variant.task != "text-to-image":
             facts.add(("images", variant.batch_size))
-        return {(variant.bucket, *fact) for fact in facts}
+        own = {(variant.bucket, *fact) for fact in facts}
+        if variant.seat is None:
+            return own
+        return own | {("seat", variant.seat, variant.task != "text-to-image")}
 
     missing = set[tuple[object, ...]]().union(*map(met, variants))
     chosen: set[Variant] = set()

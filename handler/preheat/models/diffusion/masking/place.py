@@ -22,6 +22,11 @@ class Place:
     cells: tuple[int, int]
     canvas: tuple[int, int]
 
+    def times(self, cell: int) -> Place:
+        """The same where a latent cell is `cell` a side: in pixels."""
+        (tall, wide), (height, width) = self.cells, self.canvas
+        return Place((tall * cell, wide * cell), (height * cell, width * cell))
+
     def alone(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape that this row's latents have by themselves, where those of a run have this one.
 
