@@ -290,9 +290,9 @@ def bench(
         str,
         typer.Option(
             help="Of pt2.compile; eager tries the bench out in a minute. Strategies that name no "
-            "shapes take inductor for openvino."
+            "shapes take inductor for auto and openvino."
         ),
-    ] = "openvino",
+    ] = "auto",
     output: Annotated[
         Path, typer.Option(help="Folder for traffic.json and traffic.png.")
     ] = RESULTS,

@@ -184,7 +184,7 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("backend", ["inductor", "openvino"])
+@pytest.mark.parametrize("backend", ["inductor", "openvino", "auto"])
 def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     profile: Any, strategy: str, backend: str
 ) -> None:
@@ -194,10 +194,8 @@ def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     )
     assert config.section(PipelineConfig).dtype == "bfloat16"
     assert (config.pt2.shapes.fit == "mask") == (strategy == "masked")
-    # which takes no strategy without shapes
-    assert config.pt2.openvino == (
-        backend == "openvino" and strategy not in ("eager", *WITHOUT_SHAPES)
-    )
+    named = config.pt2.compile.kwargs["backend"]
+    assert named == ("inductor" if strategy in WITHOUT_SHAPES else backend)
     served = {"eager": "exact", "planned": "buckets", "masked": "buckets"}.get(strategy, strategy)
     assert config.pt2.shapes.strategy == served
     assert (config.pt2.shapes.buckets == (Bucket(64, 64),)) == (strategy == "planned")
