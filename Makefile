@@ -59,7 +59,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu bench-gpu \
 	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -144,8 +144,11 @@ bench-load: $(STAMP) ## closed and open loops of real clients against the bare p
 bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
-bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
+bench-cpu: $(STAMP) ## the engines of a CPU side by side on two UNets, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
+
+bench-gpu: $(STAMP) ## tests/gpu and an SDXL of real size on every road of a CUDA GPU, resumed until finished: [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.gpu $(BENCH_OPTIONS)
 
 reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
 	$(BIN)/python -m preheat.config.reference > docs/configuration.md
