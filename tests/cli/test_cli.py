@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 import preheat
 from preheat.cli import app, demo
-from preheat.cli.check import num_graphs
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PreheatError
+from preheat.preflight.graphs import num_graphs
 from preheat.torchserve import front, server
 from preheat.torchserve.archive import MANIFEST, is_archive
 
