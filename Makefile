@@ -6,6 +6,9 @@ STAMP := .venv/.preheat-installed
 IPEX_BIN := .venv-ipex/bin
 IPEX_STAMP := .venv-ipex/.preheat-installed
 
+CHROMIUM ?= /usr/bin/chromium
+AXE := .preheat/browser/node_modules/axe-core/axe.min.js
+
 CONFIG ?= model-config/tiny-sdxl.yaml
 MODEL ?=
 NAME ?=
@@ -22,12 +25,18 @@ COUNT ?= 10000
 SEED ?=
 BENCH_OPTIONS ?=
 PLAN_OPTIONS ?=
+FIT_OPTIONS ?=
+DOCTOR_OPTIONS ?=
+PROFILE_OPTIONS ?=
+INIT_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
 METRICS_PORT ?= 8082
 GRPC_PORT ?= 7070
 GRPC_MANAGEMENT_PORT ?= 7071
+GATEWAY_PORT ?= 8000
+GATEWAY ?= 1
 
 # Idle OpenMP threads sleep sooner: on few cores, spinning ones slow down whoever shares the machine by a factor.
 export GOMP_SPINCOUNT ?= 1000
@@ -39,18 +48,19 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 # and what trains the examples.
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
-	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks cli config e2e examples gpu planning protocol \
+	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks browser cli config e2e examples gateway gpu planning protocol \
 	torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
 PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT_PORT) --metrics-port $(METRICS_PORT) \
-	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT)
+	--grpc-port $(GRPC_PORT) --grpc-management-port $(GRPC_MANAGEMENT_PORT) \
+	--gateway-port $(GATEWAY_PORT) $(if $(filter 0,$(GATEWAY)),--no-gateway)
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
-	setup-ipex test-ipex reference clean
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu bench-gpu \
+	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -79,8 +89,18 @@ lint: $(STAMP) ## ruff and mypy --strict
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
+# The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
+$(AXE):
+	npm install --silent --no-audit --no-fund --prefix .preheat/browser axe-core@4.10.3
+
+test-browser: $(STAMP) $(AXE) ## the gateway's page in headless Chromium (CHROMIUM=, of the system): needs npm
+	CHROMIUM='$(CHROMIUM)' AXE='$(AXE)' $(BIN)/python -m pytest tests/browser
+
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
+
+test-fit: $(STAMP) ## pictures of all sizes with fit: mask, each compared with what diffusers alone paints: [FIT_OPTIONS=--family sdxl ...]
+	PYTHONPATH=. $(BIN)/python tests/fit.py $(FIT_OPTIONS)
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')
@@ -88,7 +108,16 @@ fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 check: $(STAMP) ## verify what serve would, and start nothing: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
 	$(BIN)/preheat check '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
-serve: $(STAMP) ## start TorchServe: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [INFERENCE_PORT=] ...
+doctor: $(STAMP) ## say what would go wrong in production, and what mends it: CONFIG= [MODEL=] [DOCTOR_OPTIONS=]
+	$(BIN)/preheat doctor '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(DOCTOR_OPTIONS)
+
+profile: $(STAMP) ## say where the time of a request goes, and what compiling gains at most: CONFIG= [MODEL=] [PROFILE_OPTIONS=]
+	$(BIN)/preheat profile '$(CONFIG)' $(if $(MODEL),'$(MODEL)') $(PROFILE_OPTIONS)
+
+init: $(STAMP) ## write a YAML for a model folder, with timeouts that are measured: MODEL= [CSV=] [INIT_OPTIONS=]
+	$(BIN)/preheat init '$(MODEL)' $(if $(CSV),--csv '$(CSV)') $(INIT_OPTIONS)
+
+serve: $(STAMP) ## start TorchServe and the gateway: CONFIG=x.yaml or x.mar [MODEL=folder, hub id or tiny:sdxl] [NAME=] [GATEWAY_PORT=] ...
 	$(BIN)/preheat serve '$(CONFIG)' $(MODEL_OPTION) $(NAME_OPTION) $(PORT_OPTIONS)
 
 ready: $(STAMP) ## wait until every worker is warm: [NAME=] [WAIT=seconds]
@@ -115,8 +144,11 @@ bench-load: $(STAMP) ## closed and open loops of real clients against the bare p
 bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
-bench-cpu: $(STAMP) ## the engines of a CPU side by side on a UNet, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
+bench-cpu: $(STAMP) ## the engines of a CPU side by side on two UNets, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
+
+bench-gpu: $(STAMP) ## tests/gpu and an SDXL of real size on every road of a CUDA GPU, resumed until finished: [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.gpu $(BENCH_OPTIONS)
 
 reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
 	$(BIN)/python -m preheat.config.reference > docs/configuration.md

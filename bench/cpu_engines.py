@@ -16,7 +16,7 @@ from typing import IO, Any, Protocol
 
 import torch
 
-from bench.cpu_models import cast, first_tensor, make
+from bench.cpu_models import MODELS, cast, first_tensor, make
 from preheat.compilation.backends import aot
 from preheat.compilation.closeness import compare
 from preheat.compilation.signatures import DynamicDims, map_tensors
@@ -37,8 +37,13 @@ TITLES = {
     "tuned": "Inductor, frozen and tuned",
     "aot": "AOTInductor",
     "openvino": "OpenVINO",
+    "eager masked": "eager, masked",
+    "inductor masked": "Inductor, masked",
+    "openvino masked": "OpenVINO, masked",
 }
-SLOW = ("inductor", "frozen", "tuned", "aot")
+MASKED = " masked"
+"""Ends the names of engines that run the module with masks, in the same bucket."""
+SLOW = ("inductor", "frozen", "tuned", "aot", "inductor masked")
 """They run a C++ compiler for up to a minute, or minutes."""
 COMPILE: Mapping[str, Mapping[str, Any]] = {
     "inductor": {"backend": "inductor"},
@@ -49,14 +54,18 @@ COMPILE: Mapping[str, Mapping[str, Any]] = {
 """Arguments of `pt2.compile`."""
 
 
-class Engine(Protocol):
-    """One cell: a module in one dtype on one engine. `step` is one call in seconds."""
+class Steps(Protocol):
+    """What takes its turn. `step` is one call in seconds."""
+
+    def step(self) -> float: ...
+
+
+class Engine(Steps, Protocol):
+    """One cell: a module in one dtype on one engine."""
 
     compile_seconds: float
     error: float
     """Of the result against eager float32, as a share of the largest magnitude."""
-
-    def step(self) -> float: ...
 
     def close(self) -> None: ...
 
@@ -69,7 +78,8 @@ class Local:
     """
 
     def __init__(self, engine: str, model: str, dtype: str) -> None:
-        module, inputs = make(model)
+        engine, masked = engine.removesuffix(MASKED), engine.endswith(MASKED)
+        module, inputs = make(model, masked=masked)
         with torch.inference_mode():
             expected = first_tensor(module(*inputs[0], **inputs[1])).clone()
         self._call: Any = module.to(DTYPES[dtype])
@@ -179,6 +189,28 @@ class Distant:
         if "failed" in answer:
             raise PreheatError(answer["failed"])
         return answer
+
+
+class Product:
+    """The most that this machine computes in a dtype: the product of two matrices, by torch."""
+
+    SIDE = 2048
+    NUM_OPERATIONS = 2 * SIDE**3
+
+    def __init__(self, dtype: str) -> None:
+        left, right = torch.ones(2, self.SIDE, self.SIDE, dtype=DTYPES[dtype])
+        self._factors = left, right
+
+    def step(self) -> float:
+        with torch.inference_mode():
+            began = time.perf_counter()
+            torch.mm(*self._factors)
+            return time.perf_counter() - began
+
+
+def engines_of(model: str) -> list[str]:
+    """Those that run this module, in the order of `TITLES`."""
+    return [name for name in TITLES if MODELS[model].can_be_masked or not name.endswith(MASKED)]
 
 
 def build(engine: str, model: str, dtype: str) -> Engine:

@@ -23,14 +23,37 @@ class Benched:
     """The call's size in words."""
     build: Callable[[], nn.Module]
     inputs: Callable[[], Inputs]
+    can_be_masked: bool = False
+    """Whether rows may be smaller than the bucket, as `fit: mask` has them."""
 
 
-def make(name: str) -> tuple[nn.Module, Inputs]:
-    """The module in float32, the same weights and inputs every time."""
+def make(name: str, *, masked: bool = False) -> tuple[nn.Module, Inputs]:
+    """The module in float32, the same weights and inputs every time; `masked`, with rows a little
+    smaller than the same bucket.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         benched = MODELS[name]
-        return benched.build().eval(), benched.inputs()
+        module, (args, kwargs) = benched.build().eval(), benched.inputs()
+    if masked:
+        from preheat.models.diffusion.masking.rewrite import rewrite
+
+        rewrite(module, name)
+        rows, _, height, width = args[0].shape
+        kwargs = {**kwargs, "sizes": torch.tensor([[height - 3, width - 5]] * rows)}
+    return module, (args, kwargs)
+
+
+def num_operations(name: str) -> int:
+    """Floating-point operations of one call: products and sums of matrix products, convolutions and
+    attentions.
+    """
+    from torch.utils.flop_counter import FlopCounterMode
+
+    module, (args, kwargs) = make(name)
+    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
+        module(*args, **kwargs)
+    return int(counter.get_total_flops())
 
 
 def cast(inputs: Inputs, dtype: torch.dtype) -> Inputs:
@@ -68,6 +91,26 @@ def _unet_inputs() -> Inputs:
     }
 
 
+def _small() -> nn.Module:
+    from bench.sdxl import SIZES
+
+    return SIZES["small"].denoiser()
+
+
+def _small_inputs() -> Inputs:
+    from bench.sdxl import SIZE_CONDITIONS, SIZES
+
+    first, second = SIZES["small"].texts
+    return (torch.randn(2, 4, 40, 40), torch.tensor(500.0)), {
+        "encoder_hidden_states": torch.randn(2, 77, first.width + second.width),
+        "added_cond_kwargs": {
+            "text_embeds": torch.randn(2, second.width),
+            "time_ids": torch.randn(2, SIZE_CONDITIONS),
+        },
+        "return_dict": False,
+    }
+
+
 def _resnet() -> nn.Module:
     from transformers import ResNetConfig, ResNetModel
 
@@ -92,7 +135,20 @@ def _bert_inputs() -> Inputs:
 
 
 MODELS: Mapping[str, Benched] = {
-    "unet": Benched("tiny SDXL UNet", "256x256 pixels with guidance, batch 2", _unet, _unet_inputs),
+    "unet": Benched(
+        "tiny SDXL UNet",
+        "256x256 pixels with guidance, batch 2",
+        _unet,
+        _unet_inputs,
+        can_be_masked=True,
+    ),
+    "small": Benched(
+        "SDXL-shaped UNet of 39 M parameters",
+        "320x320 pixels with guidance, batch 2",
+        _small,
+        _small_inputs,
+        can_be_masked=True,
+    ),
     "resnet": Benched(
         "ResNet-50",
         "224x224 pixels, batch 1",

@@ -12,11 +12,19 @@ from bench.cpu_engines import TITLES
 from bench.report import BLUE, RED
 
 
-def rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """(model's title, dtype, winner, cells by engine)."""
+def rows(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping[str, Any]]]:
+    """(model's title, dtype, its row)."""
     for model in document["models"].values():
         for dtype, row in model["dtypes"].items():
-            yield model["title"], dtype, row["winner"], row["engines"]
+            yield model["title"], dtype, row
+
+
+def limit(row: Mapping[str, Any]) -> str:
+    """Where nothing can be faster, in a line."""
+    return (
+        f"{row['gigaflop']} GFLOP a step, a matrix product makes {row['gigaflops_of_a_product']} a "
+        f"second: no step under {row['limit_ms']:.1f} ms"
+    )
 
 
 def headline(document: Mapping[str, Any]) -> str:
@@ -30,14 +38,18 @@ def headline(document: Mapping[str, Any]) -> str:
 def table(document: Mapping[str, Any]) -> Table:
     """A row per engine: milliseconds, how many times faster than eager, seconds to compile."""
     table = Table(
-        title=headline(document), caption="ms per step (x eager; seconds to compile); * the fastest"
+        title=headline(document),
+        caption="ms per step (x eager; share of the limit; seconds to compile; with masks, x the "
+        "same without); * the fastest",
     )
     table.add_column("engine")
     found = list(rows(document))
-    for title, dtype, _, _ in found:
+    for title, dtype, _ in found:
         table.add_column(f"{title}\n{dtype}", justify="right")
     for name, label in TITLES.items():
-        cells = [_cell(engines[name], winner=winner == name) for _, _, winner, engines in found]
+        cells = [
+            _cell(row["engines"].get(name), winner=row["winner"] == name) for _, _, row in found
+        ]
         table.add_row(label, *cells)
     return table
 
@@ -52,33 +64,42 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
     found = list(rows(document))
     figure = Figure(figsize=(13, 2.2 + 1.5 * len(found) / 2), layout="constrained")
     grid = figure.subplots((len(found) + 1) // 2, 2, squeeze=False).flat
-    for axes, (title, dtype, winner, engines) in zip(grid, found, strict=False):
-        for place, name in enumerate(TITLES):
-            cell = engines[name]
+    for axes, (title, dtype, row) in zip(grid, found, strict=False):
+        for place, (name, cell) in enumerate(row["engines"].items()):
             if "failed" in cell:
                 axes.text(0, place, f" {cell['failed'][:60]}", fontsize=7, va="center")
                 continue
-            axes.barh(place, cell["median_ms"], color=RED if name == winner else BLUE)
+            axes.barh(place, cell["median_ms"], color=RED if name == row["winner"] else BLUE)
             axes.plot(
                 [cell["p10_ms"], cell["p90_ms"]], [place, place], color="#222222", linewidth=1
             )
             axes.text(
                 cell["p90_ms"], place, f"  {cell['times_eager']:.2f} x", fontsize=8, va="center"
             )
-        axes.set_yticks(range(len(TITLES)), list(TITLES.values()), fontsize=8)
+        axes.axvline(row["limit_ms"], color="#222222", linewidth=0.8, linestyle=":")
+        labels = [TITLES[name] for name in row["engines"]]
+        axes.set_yticks(range(len(labels)), labels, fontsize=8)
         axes.invert_yaxis()
         axes.margins(x=0.15)
         axes.set_title(f"{title}, {dtype}", fontsize=9)
         axes.spines[["top", "right"]].set_visible(False)
     figure.supxlabel(
-        "milliseconds per step; the number is how many times faster than eager", fontsize=9
+        "milliseconds per step; the number is how many times faster than eager, the dotted line "
+        "the limit that the machine's matrix product sets",
+        fontsize=9,
     )
     figure.suptitle(headline(document), fontsize=10)
     FigureCanvasAgg(figure).print_png(str(path))
 
 
-def _cell(cell: Mapping[str, Any], *, winner: bool) -> str:
+def _cell(cell: Mapping[str, Any] | None, *, winner: bool) -> str:
+    if cell is None:
+        return ""
     if "failed" in cell:
         return str(cell["failed"])[:40]
-    text = f"{cell['median_ms']:.1f} ({cell['times_eager']:.2f} x; {cell['compile_seconds']:.0f} s)"
+    told = [f"{cell['times_eager']:.2f} x", f"{cell['share_of_limit']:.0%}"]
+    told.append(f"{cell['compile_seconds']:.0f} s")
+    if "over_unmasked" in cell:
+        told.append(f"{cell['over_unmasked']:.2f}")
+    text = f"{cell['median_ms']:.1f} ({'; '.join(told)})"
     return f"* {text}" if winner else text

@@ -98,7 +98,7 @@ def model_yaml(
     base: dict[str, Any] = yaml.safe_load(
         (server.ROOT / "model-config" / f"{profile.name}.yaml").read_text()
     )
-    if strategy in WITHOUT_SHAPES and backend == "openvino":
+    if strategy in WITHOUT_SHAPES and backend in ("auto", "openvino"):
         backend = "inductor"
     compiled: dict[str, Any] = {"enable": strategy != "eager", "backend": backend}
     if strategy not in ("eager", "exact"):

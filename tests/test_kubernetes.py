@@ -5,9 +5,10 @@ they go with.
 from __future__ import annotations
 
 import copy
-import os
+import inspect
+import json
+import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -15,11 +16,12 @@ from typing import Any
 import kubernetes_validate
 import pytest
 import yaml
+from typer.testing import CliRunner
 
 from preheat.cli import app
 from preheat.config.model import ModelConfig
 from preheat.device import CPUS_VARIABLE
-from preheat.errors import ServerError
+from preheat.errors import PreheatError, ServerError
 from preheat.torchserve import server
 
 ROOT = Path(__file__).parent.parent
@@ -29,6 +31,7 @@ VERSIONS = ["1.25", "1.37"]
 """The oldest and the newest whose schemas are bundled."""
 SECONDS_A_GRAPH = 90
 """The most that model-config/sdxl.yaml reckons with."""
+PROPERTIES_FILE = "/etc/preheat/config.properties"
 RESTART_SECONDS = 600
 """A worker's way back with its compile cache, with room to spare."""
 
@@ -54,9 +57,16 @@ DOCKERFILE = [
 
 
 def served() -> ModelConfig:
-    """The YAML that the probes ask about."""
-    command = PROBES["readinessProbe"]["exec"]["command"]
-    return ModelConfig.load(ROOT / "model-config" / f"{command[command.index('--model') + 1]}.yaml")
+    """The YAML that the budgets are reckoned for, as the Deployment's first line says."""
+    first = (FOLDER / "deployment.yaml").read_text().splitlines()[0]
+    (name,) = re.findall(r"model-config/[\w-]+\.yaml", first)
+    return ModelConfig.load(ROOT / name)
+
+
+def given(option: str) -> str:
+    """What the container's command says of one of `preheat serve`'s options."""
+    arguments: list[str] = CONTAINER["args"]
+    return arguments[arguments.index(option) + 1]
 
 
 def startup_budget() -> int:
@@ -157,10 +167,9 @@ def test_every_probe_asks_whether_the_workers_are_ready() -> None:
     again.
     """
     for probe in PROBES.values():
-        assert set(probe) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"exec"}
-        assert probe["exec"]["command"] == PROBES["readinessProbe"]["exec"]["command"]
-        assert probe["exec"]["command"][:2] == ["preheat", "ready"]
-        assert probe["timeoutSeconds"] > 5, "`preheat ready` gives the management API 5 seconds"
+        assert set(probe) & {"httpGet", "tcpSocket", "grpc", "exec"} == {"httpGet"}
+        assert probe["httpGet"] == {"path": "/health/ready", "port": "http"}
+        assert probe["timeoutSeconds"] > 5, "the gateway gives the management API 5 seconds"
 
 
 def test_a_pod_whose_worker_dies_again_and_again_starts_anew_before_torchserve_gives_up() -> None:
@@ -207,26 +216,20 @@ def test_a_kubelet_can_ask_ping_which_has_no_token() -> None:
     )
 
 
-@pytest.mark.parametrize("name", PROBES)
-def test_the_exec_probes_are_commands_that_exist(name: str, tmp_path: Path) -> None:
-    command = PROBES[name]["exec"]["command"]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            "from preheat.cli.app import main; main()",
-            *command[1:],
-            "--management",
-            "http://127.0.0.1:1",
-        ],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(ROOT / "handler")},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert (done.returncode, done.stderr) == (1, "")
-    assert "does not answer" in done.stdout
+def test_the_containers_command_is_one_that_exists(tmp_path: Path) -> None:
+    """Every option is known; its folder of archives is empty here, its files too."""
+    (tmp_path / "file").touch()
+    here = {path: str(tmp_path / "file") for path in ("/etc/preheat/keys.jsonl", PROPERTIES_FILE)}
+    here["/opt/preheat/models"] = str(tmp_path)
+    assert CONTAINER["args"][:2] == ["preheat", "serve"]
+    (image,) = [json.loads(" ".join(line[1:])) for line in DOCKERFILE if line[:1] == ["CMD"]]
+    for arguments in (CONTAINER["args"], image):
+        refused = CliRunner().invoke(app.app, [here.get(word, word) for word in arguments[1:]])
+        assert isinstance(refused.exception, PreheatError), refused.output
+        assert f"{tmp_path} holds no archive" in str(refused.exception)
+        assert {"--foreground", "--open", "--keys"} & set(arguments) >= {"--foreground"}
+    assert "--keys" in image, "the image alone is open to nobody without one"
+    assert "--open" in CONTAINER["args"] and "NetworkPolicy/preheat" in MANIFESTS
 
 
 def test_what_is_mounted_exists_and_what_exists_is_mounted() -> None:
@@ -290,12 +293,12 @@ def test_the_properties_are_those_of_production_but_for_the_tokens() -> None:
 
 
 def test_the_server_finds_its_files() -> None:
-    arguments = CONTAINER["args"]
-    config = mount_of(arguments[arguments.index("--ts-config") + 1])
+    config = mount_of(given("--properties"))
     assert config is not None and config["name"] == "config"
-    assert arguments[-1].endswith("/config.properties") and "--foreground" in arguments
-    store = mount_of(PROPERTIES["model_store"])
+    assert given("--properties") == PROPERTIES_FILE
+    store = mount_of(given("serve"))
     assert store is not None and store["name"] == "models"
+    assert given("serve") == PROPERTIES["model_store"]
     metrics = PurePosixPath(PROPERTIES["metrics_config"])
     assert ["COPY", "archive/metrics.yaml", f"{metrics.parent}/"] in DOCKERFILE and mount_of(
         str(metrics)
@@ -304,18 +307,17 @@ def test_the_server_finds_its_files() -> None:
 
 def test_ports_are_those_that_the_server_opens() -> None:
     ports = {port["name"]: port["containerPort"] for port in CONTAINER["ports"]}
-    assert PROPERTIES["inference_address"] == f"http://0.0.0.0:{ports['http']}"
-    assert PROPERTIES["management_address"] == app.MANAGEMENT, (
-        "where the probes ask, inside the pod alone"
-    )
-    assert PROPERTIES["metrics_address"] == f"http://0.0.0.0:{ports['metrics']}"
-    assert (PROPERTIES["grpc_inference_address"], PROPERTIES["grpc_inference_port"]) == (
-        "0.0.0.0",
-        str(ports["grpc"]),
-    )
+    default = inspect.signature(app.serve).parameters
+    assert ports == {
+        "http": default["gateway_port"].default,
+        "grpc": default["grpc_port"].default,
+    }
+    assert given("--gateway-host") == given("--grpc-host") == "0.0.0.0"
     assert DEPLOYMENT["template"]["metadata"]["annotations"]["prometheus.io/port"] == str(
-        ports["metrics"]
+        ports["http"]
     )
+    (exposed,) = [line[1:] for line in DOCKERFILE if line[:1] == ["EXPOSE"]]
+    assert {int(port) for port in exposed} == set(ports.values())
     used = {port["targetPort"] for port in MANIFESTS["Service/preheat"]["spec"]["ports"]}
     used |= {
         port["port"]

@@ -9,6 +9,10 @@
     │   ├── PutOff           503: not begun, the call has no time left for it; Retry-After says when
     │   ├── OutOfMemory      507: not even alone does it fit
     │   ├── AnswerTooLarge   413: TorchServe would end the worker that sends it
+    │   ├── Unreachable      503: the gateway's host does not answer
+    │   ├── TooManyRequests  429 of the gateway; Retry-After says when
+    │   │   ├── QueueFull        of all clients, or of this one
+    │   │   └── QuotaSpent       its key has had its share of this minute
     │   └── PipelineFailure  500: the model raised
     ├── LogError         a log of asked sizes cannot be read; names the line
     ├── ArchiveError     a model folder cannot be packaged
@@ -17,6 +21,7 @@
     ├── ModelError       a model cannot be served
     ├── HubError         a model of the hub cannot be had, this time
     ├── ServerError      TorchServe does not start, or does not stop
+    ├── GatewayError     the gateway cannot start so: its keys, its address
     └── Untrusted        a compiled file that must not be run; whoever reads one compiles instead
 
 Anything else that is raised is a bug, or the machine's doing; signals between two functions of a
@@ -25,6 +30,7 @@ wing, such as `NoCode`, are not drawn.
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -152,6 +158,33 @@ class AnswerTooLarge(RunError):
     code = 413
 
 
+class Unreachable(RunError):
+    """The host behind the gateway does not answer, or stopped in the middle."""
+
+    code = 503
+
+
+class TooManyRequests(RunError):
+    """Not now: 429, and after `retry_after` seconds there is room, as far as can be told."""
+
+    code = 429
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = max(1, math.ceil(retry_after))
+
+    def body(self) -> dict[str, int | str | None]:
+        return super().body() | {"retry_after": self.retry_after}
+
+
+class QueueFull(TooManyRequests):
+    """Too many requests wait at the gateway, of all clients or of this one."""
+
+
+class QuotaSpent(TooManyRequests):
+    """The client's key has had what it may have in a minute."""
+
+
 class PipelineFailure(RunError):
     """The pipeline raised on this request's group; the log has the traceback."""
 
@@ -188,6 +221,12 @@ class HubError(PreheatError):
 
 class ServerError(PreheatError):
     """A server that cannot be started, or that died."""
+
+
+class GatewayError(PreheatError):
+    """A gateway that cannot start as it is told to, or keys that cannot be read."""
+
+    lasting = True
 
 
 class Untrusted(PreheatError):

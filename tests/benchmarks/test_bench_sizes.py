@@ -25,7 +25,9 @@ from bench.traffic import (
     BUCKETS,
     USERS,
     Asked,
+    Contender,
     Served,
+    add_bounds,
     bucket_sizes,
     in_rounds,
     payloads,
@@ -184,7 +186,7 @@ def test_a_bad_scale_is_refused_and_a_scaled_side_is_named_as_such(tmp_path: Pat
 
 @pytest.mark.parametrize("profile", PROFILES.values(), ids=PROFILES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("backend", ["inductor", "openvino"])
+@pytest.mark.parametrize("backend", ["inductor", "openvino", "auto"])
 def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     profile: Any, strategy: str, backend: str
 ) -> None:
@@ -194,10 +196,8 @@ def test_every_strategy_has_a_model_yaml_that_the_handler_takes(
     )
     assert config.section(PipelineConfig).dtype == "bfloat16"
     assert (config.pt2.shapes.fit == "mask") == (strategy == "masked")
-    # which takes no strategy without shapes
-    assert config.pt2.openvino == (
-        backend == "openvino" and strategy not in ("eager", *WITHOUT_SHAPES)
-    )
+    named = config.pt2.compile.kwargs["backend"]
+    assert named == ("inductor" if strategy in WITHOUT_SHAPES else backend)
     served = {"eager": "exact", "planned": "buckets", "masked": "buckets"}.get(strategy, strategy)
     assert config.pt2.shapes.strategy == served
     assert (config.pt2.shapes.buckets == (Bucket(64, 64),)) == (strategy == "planned")
@@ -317,6 +317,16 @@ def test_what_is_computed_in_vain_bounds_what_can_be_reached() -> None:
     mine = report.summary(measured([100.0]), measured([200.0]))
     assert report.bound(mine | {"padded_share": 0.4}, eager | {"padded_share": 0.04}, mine) == 1.25
     assert report.bound(mine, eager, report.summary(measured([]), None)) is None
+
+
+def test_planned_buckets_are_bounded_by_those_made_by_hand() -> None:
+    contenders = [Contender(name, "bfloat16") for name in ("eager", "buckets", "planned")]
+    row = report.summary(measured([100.0]), measured([200.0]))
+    users = {one.name: row | {"padded_share": 0.25} for one in contenders}
+    users[contenders[2].name]["padded_share"] = 0.1
+    own = {contenders[0].name: row, contenders[1].name: row}
+    add_bounds(contenders, users, own)
+    assert [users[one.name]["x_eager_bound"] for one in contenders] == [2.0, 2.0, 2.4]
 
 
 def test_equal_pictures_are_as_near_as_can_be_told() -> None:

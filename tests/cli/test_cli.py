@@ -4,6 +4,8 @@ served.
 
 from __future__ import annotations
 
+import json
+import os
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +19,7 @@ from preheat.cli import app, demo
 from preheat.cli.check import num_graphs
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PreheatError
-from preheat.torchserve import server
+from preheat.torchserve import front, server
 from preheat.torchserve.archive import MANIFEST, is_archive
 
 ROOT = Path(__file__).parents[2]
@@ -138,13 +140,13 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
     tmp_path: Path, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     started: list[list[Path]] = []
-    running = server.TorchServe(here, server.Ports(), 1, 0.0, ("fox",), here)
 
-    def start(archives: list[Path], *_: object, **__: object) -> server.TorchServe:
+    def start(archives: list[Path], run_dir: Path, **__: object) -> server.TorchServe:
         started.append(archives)
-        return running
+        return server.TorchServe(run_dir, server.Ports(), 1, 0.0, ("fox",), here)
 
     monkeypatch.setattr(server, "start", start)
+    monkeypatch.setattr(front, "start", lambda running, *_: running)
     mar, folder = tmp_path / "fox.mar", tmp_path / "owl"
     with zipfile.ZipFile(mar, "w") as archive:
         archive.writestr(str(MANIFEST), "{}")
@@ -157,12 +159,13 @@ def test_an_archive_is_served_and_not_read_as_a_yaml(
             app.serve(path, model="tiny:sdxl")
         with pytest.raises(PreheatError, match=f"archive already.*preheat serve {path}"):
             app.archive(path)
-    assert started == [[mar], [folder]]
+    app.serve(tmp_path, name="both")
+    assert started == [[mar], [folder], [mar, folder]]
     said = capsys.readouterr().out
     assert (
         f"fox serves {mar}" in said
         and "/predictions/fox\n" in said
-        and "/predictions/owl\n" in said
+        and f"both serves {tmp_path}" in said
     )
 
 
@@ -305,6 +308,7 @@ def test_a_model_that_is_given_is_checked_and_none_is_made(
 
 
 TWO = "buckets: [[64, 64], [64, 96]]"
+MASKED = f"targets: [unet, vae.decoder], shapes: {{{TWO}, fit: mask"
 
 
 @pytest.mark.parametrize(
@@ -317,6 +321,8 @@ TWO = "buckets: [[64, 64], [64, 96]]"
         (f"shapes: {{{TWO}, batch_sizes: dynamic}}", "guidance: 'on'", 2),
         (f"targets: [unet, vae.decoder], shapes: {{{TWO}}}", "guidance: 'off'", 4),
         ("targets: [vae.decoder]", "", 1),
+        (f"{MASKED}}}", "guidance: 'off'", 8),
+        (f"{MASKED}, mask_only: true, vae_buckets: [[64, 96]]}}", "guidance: 'off'", 3),
         ("shapes: {strategy: exact}", "", None),
     ],
 )
@@ -325,3 +331,26 @@ def test_the_number_of_graphs_follows_from_the_yaml(
 ) -> None:
     text = f"batchSize: 4\npt2: {{compile: {{enable: true}}, {pt2}}}\npipeline: {{{more}}}"
     assert num_graphs(ModelConfig.parse(yaml.safe_load(text))) == graphs
+
+
+@pytest.mark.parametrize("command", ["ready", "status"])
+def test_a_gateway_that_has_ended_for_good_is_told_of(command: str, here: Path) -> None:
+    recorded = here / ".preheat" / "run" / "fox" / "server.json"
+    recorded.parent.mkdir(parents=True)
+    document = {"management": "http://127.0.0.1:9", "models": ["fox"], "status_dir": str(here)}
+    for pid, ended in ((os.getpid(), False), (2**22 + 1, True)):  # the kernel gives none so large
+        recorded.write_text(json.dumps({**document, "gateway": [pid, 0.0]}))
+        said = CliRunner().invoke(app.app, [command]).output
+        assert ("the gateway has ended" in said) is ended
+
+
+def test_the_token_of_a_server_that_was_started_here_is_its_own(here: Path) -> None:
+    run_dir = here / ".preheat" / "run" / "fox"
+    run_dir.mkdir(parents=True)
+    (run_dir / "server.json").write_text(json.dumps({"management": "http://127.0.0.1:9"}))
+    assert app._Asked.of(None, None, None, None).token is None
+    for key_file, key in ((run_dir / "key_file.json", "own"), (here / "other.json", "other")):
+        key_file.write_text(json.dumps({"management": {"key": key}}))
+    assert app._Asked.of(None, "fox", None, None).token == "own"
+    assert app._Asked.of(None, "fox", None, here / "other.json").token == "other"
+    assert app._Asked.of("http://127.0.0.1:9", None, None, None).token is None

@@ -20,7 +20,7 @@ from preheat.cli import app, planner
 from preheat.config.model import ModelConfig
 from preheat.errors import LogError, PreheatError
 from preheat.planning.cost import fitted, measured
-from preheat.planning.demand import read_csv
+from preheat.planning.demand import read, read_csv
 from preheat.status import STATUS_DIR_VARIABLE
 
 LOG = "height,width,count\n64,64,50\n64,96,20\n96,64,20\n40,50,9\n500,500,1\n"
@@ -269,3 +269,30 @@ def test_what_is_no_state_is_refused(log: Path, document: str) -> None:
 def test_a_state_with_buckets_of_another_kind_is_refused() -> None:
     with pytest.raises(PreheatError, match="no state of a worker"):
         measured({"buckets": [row("height=64 width=32", 0.1)]})
+
+
+def test_the_gateways_access_log_is_a_log_of_sizes(tmp_path: Path) -> None:
+    log = tmp_path / "access.jsonl"
+    painted = {"id": "a", "path": "/predictions/tiny", "height": 300, "width": 200, "status": 200}
+    rows: list[dict[str, object]] = [painted, painted, {**painted, "height": 999, "status": 400}]
+    rows += [{**painted, "width": 1, "status": status} for status in (401, 429, 499, 504)]
+    rows += [{"id": "b", "path": "/predictions/tiny", "status": 200}]
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    demand = read(log)
+    assert demand.counts == {(300, 200): 2, (999, 200): 1} and demand.is_picture
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ('{"status": 200}\n', "no sizes"),
+        ('{"status": 200}\n[]\n', "line 2 is none"),
+        ('{"a": 1}\n', "line 1 is none"),
+        ("{\n", "line 1 is none"),
+    ],
+)
+def test_what_is_no_access_log_is_refused_by_line(tmp_path: Path, text: str, why: str) -> None:
+    log = tmp_path / "access.jsonl"
+    log.write_text(text)
+    with pytest.raises(LogError, match=why):
+        read(log)

@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 import old_folders
+from masked_modules import EXAMPLES, pair
 from preheat.cache.trust import Trust
 from preheat.compilation.backends import aot
 from preheat.compilation.backends.base import CompiledCode, Precompiled
 from preheat.compilation.export import export
 from preheat.compilation.router import Router
-from preheat.compilation.signatures import Inputs
+from preheat.compilation.signatures import DynamicDims, Inputs
 from preheat.compilation.targets import build_router
 from preheat.compilation.watch import CompileWatch, forbid_compiling
 from preheat.config.model import ModelConfig
@@ -449,6 +450,23 @@ def test_every_target_of_a_half_precision_sdxl_is_exported_as_it_is_called(
     assert sorted(wanted.target for wanted in every) == sorted(names), (
         "one package each: batches are sliced"
     )
+
+
+def test_the_graph_of_a_masked_unet_serves_sizes_that_it_has_not_met() -> None:
+    """They are an argument; what packages and OpenVINO models are made of has it too."""
+    example, module = EXAMPLES["sdxl, 2 levels"], pair("sdxl, 2 levels")[1]
+    router = Router("unet", module.forward)
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        patch.setattr(module, "forward", router)
+        with router.observing(keep=True) as calls:
+            example.together(module, example.picture())
+    ((args, kwargs),) = calls.examples.values()
+    exported = export(module, (args, kwargs), DynamicDims()).module()
+    for sizes in (example.sizes, [(15, 19), (7, 3), (9, 13), (1, 5)]):
+        call = {**kwargs, "sizes": torch.tensor(sizes)}
+        with torch.no_grad():
+            (result,), (expected,) = exported(*args, **call), module(*args, **call)
+        assert (result - expected).abs().max() < 1e-5
 
 
 def test_a_package_that_no_worker_could_use_fails_the_build_in_one_line(

@@ -4,6 +4,7 @@ compared with eager.
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import subprocess
@@ -20,6 +21,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
+from masked_modules import EXAMPLES, pair
 from preheat.compilation.backends import openvino, openvino_graphs
 from preheat.compilation.backends.base import CompiledCode
 from preheat.compilation.closeness import mismatch
@@ -110,6 +112,22 @@ def call(
 def stance(watch: CompileWatch) -> Iterator[None]:
     """Compiling is allowed again afterwards."""
     yield
+
+
+def test_a_model_of_a_masked_decoder_serves_sizes_that_it_has_not_met(watch: CompileWatch) -> None:
+    example, module = EXAMPLES["vae decoder"], copy.deepcopy(pair("vae decoder")[1])
+    kwargs = {"backend": "openvino"}
+    config = Pt2Config.model_validate({"compile": {"enable": True, "kwargs": kwargs}})
+    router = build_router("vae.decoder", module, config, torch.float32, CPU)
+    latents = example.picture()[:1]
+    for cells in ((3, 5), (8, 9), (1, 2), (7, 1)):
+        sizes = torch.tensor([cells])
+        with torch.inference_mode():
+            painted, expected = module(latents, sizes=sizes), router.forward(latents, sizes=sizes)
+        assert (painted - expected).abs().max() < 1e-4
+        assert painted.any() and not painted[:, :, 4 * cells[0] :].any()
+    assert [route.engine for route in router.routes.values()] == ["openvino"]
+    assert num_models(router) == 1
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])

@@ -60,6 +60,7 @@ def test_the_config_is_frozen() -> None:
         module.inputs["more"] = 1  # type: ignore[index]
 
 
+TWO = "x: {shape: [batch, h, w], buckets: {h: [8, 16], w: [8, 16]}}"
 IDS = "input_ids: {dtype: int64, shape: [batch, sequence], buckets: {sequence: [8]}}"
 BAD = [
     ("module: {pth: .}", "module.pth", "did you mean path?"),
@@ -119,8 +120,14 @@ BAD = [
      "module.outputs.y.crop.0", "at least 1"),
     ("{module: {path: .}, pt2: {shapes: {buckets: [[64, 64]]}}}", "pt2.shapes.buckets",
      "module.inputs"),
-    ("{module: {path: .}, pt2: {shapes: {strategy: dynamic}}}", "pt2.shapes.strategy",
+    ("{module: {path: .}, pt2: {shapes: {strategy: fixed}}}", "pt2.shapes.strategy",
      "for pipelines"),
+    ("{module: {path: .}, pt2: {shapes: {strategy: dynamic}}}", "pt2.shapes.strategy",
+     "one dimension with buckets"),
+    (f"{{module: {{inputs: {{{IDS}}}}}, pt2: {{shapes: {{strategy: dynamic}}}}}}",
+     "pt2.shapes.strategy", "least and greatest size"),
+    (f"{{module: {{inputs: {{{TWO}}}}}, pt2: {{shapes: {{strategy: dynamic}}}}}}",
+     "pt2.shapes.strategy", "with more of them"),
     ("{module: {path: .}, pt2: {shapes: {fit: resize}}}", "pt2.shapes.fit", "for pipelines"),
     ("{module: {path: .}, pt2: {shapes: {oversize: downscale}}}", "pt2.shapes.oversize",
      "reject or eager"),

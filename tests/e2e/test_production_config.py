@@ -7,10 +7,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
@@ -19,6 +22,10 @@ import pytest
 import yaml
 from PIL import Image
 
+from fake_host import listening
+from preheat.gateway import tokens
+from preheat.gateway.app import create_app
+from preheat.gateway.torchserve import Places, TorchServeBackend
 from preheat.torchserve import server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
@@ -155,6 +162,33 @@ def test_metrics_are_served_without_one(production: server.TorchServe) -> None:
     assert 'preheat_ready_seconds{ModelName="sdxl"' in answer.text
 
 
+@contextmanager
+def gateway(running: server.TorchServe) -> Iterator[str]:
+    """The URL of one that knows the server as `preheat gateway --name` does."""
+    recorded = json.loads((running.run_dir / "server.json").read_bytes())
+    places = Places.of({**recorded, "run_dir": str(running.run_dir)}, {}, None, None)
+    with listening(create_app(TorchServeBackend(places))) as url:
+        yield url
+
+
+def test_the_gateway_has_the_tokens_and_asks_nobody_for_one(
+    production: server.TorchServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Renewed at every call: as if they ended within the hour that TorchServe gives them."""
+    monkeypatch.setattr(tokens, "MARGIN", float("inf"))
+    before = json.loads((production.run_dir / "key_file.json").read_bytes())
+    with gateway(production) as url:
+        assert ask("GET", f"{url}/health/ready").json() == {"ready": True, "missing": []}
+        with Client("sdxl", inference=url) as client:
+            replies = [client.predict(REQUEST) for _ in range(3)]
+    assert [reply.status for reply in replies] == [200] * 3
+    after = json.loads((production.run_dir / "key_file.json").read_bytes())
+    for kind in ("inference", "management"):
+        assert after[kind]["key"] != before[kind]["key"], f"the {kind} token was not renewed"
+        stale = ask("GET", f"{production.management}/models", before[kind]["key"])
+        assert stale.status_code == 400
+
+
 def test_a_pods_probes_wait_for_its_workers_while_ping_does_not_and_it_serves_without_tokens(
     archive: Path, tmp_path: Path
 ) -> None:
@@ -162,14 +196,29 @@ def test_a_pods_probes_wait_for_its_workers_while_ping_does_not_and_it_serves_wi
     deployment = yaml.safe_load((KUBERNETES / "deployment.yaml").read_text())
     (container,) = deployment["spec"]["template"]["spec"]["containers"]
     kinds = ("startupProbe", "readinessProbe", "livenessProbe")
-    probes = [container[kind]["exec"]["command"] for kind in kinds]
-    with started([archive], tmp_path, wait=0, base=KUBERNETES / "config.properties") as pod:
+    paths = [container[kind]["httpGet"]["path"] for kind in kinds]
+    base = KUBERNETES / "config.properties"
+    with started([archive], tmp_path, wait=0, base=base) as pod, gateway(pod) as url:
         assert ask("GET", f"{pod.inference}/ping").json() == {"status": "Healthy"}
-        status, said = probe(probes[0], pod)
-        assert status == 1 and "0 of 1 workers READY" in said
+        answers = [ask("GET", f"{url}{path}") for path in paths]
+        assert [answer.status_code for answer in answers] == [503] * 3
+        assert "0 of 1 workers READY" in answers[0].json()["missing"][0]
         pod.wait_ready(300)
-        assert [probe(command, pod) for command in probes] == [(0, "ready")] * 3
+        await_status(f"{url}/health/ready", 200)
+        assert [ask("GET", f"{url}{path}").status_code for path in paths] == [200] * 3
         assert not (pod.run_dir / "key_file.json").exists()
-        with Client.to(pod) as client:
+        with Client.to(pod) as client, Client.to(pod, inference=url) as through:
             assert (client.predict(REQUEST).status, client.predict_grpc(REQUEST).status) == (200, 0)
+            assert through.predict(REQUEST).body == client.predict(REQUEST).body
+            (worker,) = client.worker_pids()
         assert ask("DELETE", f"{pod.management}/models/sdxl").status_code == 405
+        os.kill(worker, signal.SIGKILL)
+        await_status(f"{url}/health/ready", 503)
+        await_status(f"{url}/health/ready", 200)
+
+
+def await_status(url: str, status: int, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while ask("GET", url).status_code != status:
+        assert time.monotonic() < deadline, f"{url} is not {status} within {seconds} s"
+        time.sleep(0.05)

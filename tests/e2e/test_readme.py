@@ -22,6 +22,7 @@ PORTS = {
     "METRICS_PORT": 8082,
     "GRPC_PORT": 7070,
     "GRPC_MANAGEMENT_PORT": 7071,
+    "GATEWAY_PORT": 8000,
 }
 DOCUMENTS = ("README.md", "docs/requests.md", "docs/operations.md")
 """Those with blocks of `sh`, in this order: the first starts the server that the second asks and
@@ -51,13 +52,14 @@ class Shell:
             f'#!/bin/sh\nexec {sys.executable} {Path(__file__).parent / "grpcurl.py"} "$@"\n'
         )
         stand_in.chmod(0o755)
-        free = server.Ports.free()
+        free = server.Ports.free(gateway=True)
         numbers = [
             free.inference,
             free.management,
             free.metrics,
             free.grpc_inference,
             free.grpc_management,
+            free.gateway,
         ]
         self.ports = {str(old): str(new) for old, new in zip(PORTS.values(), numbers, strict=True)}
         variables = " ".join(f"{name}={self.ports[str(port)]}" for name, port in PORTS.items())

@@ -137,7 +137,7 @@ def stock(tiny_sdxl: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     finally:
         pid_file = temp / ".model_server.pid"
         java = psutil.Process(int(pid_file.read_text())) if pid_file.exists() else None
-        processes.end(java, processes.family(java) if java else [], 30)
+        processes.end([java] if java else [], processes.family(java) if java else [], 30)
 
 
 def test_the_readme_writes_these_commands() -> None:

@@ -68,6 +68,9 @@ class DoubleRunner(ModelRunner[Job, Doubled]):
         _, seconds = self.batches.timed([Job(1.0)] * variant.batch_size)
         return Timing(0.0, seconds)
 
+    def example(self, bucket: Bucket, steps: int | None = None) -> Job:
+        return Job(1.0)
+
     def preprocess(self, call: Call) -> Job:
         number = call.row.get("body")
         if not isinstance(number, float):

@@ -87,11 +87,10 @@ def test_a_mar_holds_the_entry_the_package_the_yaml_and_the_weights(
         assert {entry.compress_type for entry in archive.infolist()} - {zipfile.ZIP_STORED} <= {
             method
         }
-    ours = {
-        file for file in SOURCES if not file.startswith(("preheat/cli/", "preheat/torchserve/"))
-    }
+    others = ("preheat/cli/", "preheat/preflight/", "preheat/torchserve/")
+    ours = {file for file in SOURCES if not file.startswith(others)}
     assert ours | {"model/model_index.json"} <= names(mar)
-    assert not any(name.startswith(("preheat/cli", "preheat/torchserve")) for name in names(mar))
+    assert not any(name.startswith(others) for name in names(mar))
     assert not any("__pycache__" in name for name in names(mar))
 
 

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from preheat.cli.doctor import doctor
+from preheat.cli.init import init
+from preheat.cli.profiler import profile
 from preheat.errors import ConfigError, PreheatError
 from preheat.status import STATUS_DIR_VARIABLE
 
@@ -31,7 +34,8 @@ if TYPE_CHECKING:
 
 STATE = Path(".preheat")
 """Below the current folder: archives, compile cache, and a folder per server under `run`."""
-MANAGEMENT = "http://127.0.0.1:8081"
+LOOPBACK = "127.0.0.1"
+MANAGEMENT = f"http://{LOOPBACK}:8081"
 
 app = typer.Typer(
     help="Package, serve and watch models that are hot before the first request.",
@@ -75,12 +79,29 @@ ManagementPort = Annotated[int, Port(help="REST management.")]
 MetricsPort = Annotated[int, Port(help="Prometheus metrics.")]
 GrpcPort = Annotated[int, Port(help="gRPC predictions.")]
 GrpcManagementPort = Annotated[int, Port(help="gRPC management.")]
+GatewayPort = Annotated[int, Port(help="The gateway: pictures, health, OpenAI's API.")]
+WithGateway = Annotated[
+    bool, typer.Option("--gateway/--no-gateway", help="Put the gateway in front, or not.")
+]
 ServerName = Annotated[
     str | None, typer.Option("--name", help="The server's name. Default: the YAML's or archive's.")
 ]
 TokenFile = Annotated[
     Path | None,
-    typer.Option(help="TorchServe's key_file.json, where the management API wants a token."),
+    typer.Option(
+        help="TorchServe's key_file.json, where the management API wants a token. Default: that of "
+        "the server started here."
+    ),
+]
+KeysFile = Annotated[
+    Path | None,
+    typer.Option(
+        help="API keys (preheat key). Default: none, and this machine alone.", dir_okay=False
+    ),
+]
+IsOpen = Annotated[bool, typer.Option("--open", help="Without keys, serve other machines too.")]
+AccessLog = Annotated[
+    Path | None, typer.Option(help="The gateway writes a JSON line here for each request.")
 ]
 
 
@@ -161,6 +182,8 @@ def check(
     metrics_port: MetricsPort = 8082,
     grpc_port: GrpcPort = 7070,
     grpc_management_port: GrpcManagementPort = 7071,
+    gateway_port: GatewayPort = 8000,
+    gateway: WithGateway = True,
 ) -> None:
     """Verify what `serve` would, and start nothing: exit 1 with the reason if it would refuse.
 
@@ -183,9 +206,15 @@ def check(
         metrics=metrics_port,
         grpc_inference=grpc_port,
         grpc_management=grpc_management_port,
+        gateway=gateway_port if gateway else None,
     )
     server.check_free(STATE / "run" / _checked(name or config.stem), ports)
     print(f"{config.stem} can be served: {summary(loaded, place)}")
+
+
+app.command()(doctor)
+app.command()(profile)
+app.command()(init)
 
 
 @app.command()
@@ -221,6 +250,7 @@ def ready(
         verdict = readiness.wait(*place, seconds=wait, statuses=asked.statuses, report=_say_waiting)
     for line in verdict.missing:
         print(line)
+    _say_trouble(asked)
     if verdict.ready:
         _print_engines([status for status in asked.statuses() if status.alive])
         print("ready")
@@ -250,6 +280,7 @@ def status(
 
     asked = _Asked.of(management, name, model, token_file)
     server = readiness.Management(asked.url, asked.token)
+    _say_trouble(asked)
     with suppress(KeyboardInterrupt):
         while True:
             try:
@@ -274,7 +305,8 @@ def serve(
     config: Annotated[
         Path,
         typer.Argument(
-            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder.",
+            help="A model YAML, or what `preheat archive` wrote: a .mar or a no-archive folder, or "
+            "a folder of such.",
             exists=True,
         ),
     ],
@@ -285,22 +317,46 @@ def serve(
     metrics_port: MetricsPort = 8082,
     grpc_port: GrpcPort = 7070,
     grpc_management_port: GrpcManagementPort = 7071,
+    gateway_port: GatewayPort = 8000,
+    gateway: WithGateway = True,
+    gateway_host: Annotated[str, typer.Option(help="Address the gateway listens on.")] = LOOPBACK,
+    keys: KeysFile = None,
+    is_open: IsOpen = False,
+    access_log: AccessLog = None,
+    grpc_host: Annotated[str, typer.Option(help="Address for gRPC predictions.")] = LOOPBACK,
+    properties: Annotated[
+        Path | None,
+        typer.Option(
+            help="A config.properties; addresses, ports and places are Preheat's all the same.",
+            exists=True,
+        ),
+    ] = None,
+    foreground: Annotated[
+        bool,
+        typer.Option(
+            "--foreground",
+            help="Stay, until SIGTERM or until TorchServe ends: for containers.",
+        ),
+    ] = False,
 ) -> None:
-    """Start TorchServe on loopback in the background; the weights are served from where they lie.
+    """Start TorchServe on loopback in the background, and the gateway in front of it; the weights
+    are served from where they lie.
 
     `preheat ready --wait 1800` waits until it is warm, `preheat stop` ends it.
     """
-    from preheat.torchserve import server
-    from preheat.torchserve.archive import build_archive, is_archive
+    from preheat.torchserve import front, server
+    from preheat.torchserve.archive import archives_in, build_archive
 
-    archived = is_archive(config)
-    if archived and model is not None:
+    archives = archives_in(config)
+    if not archives and config.is_dir():
+        raise PreheatError(f"{config} holds no archive, nor is it one")
+    if archives and model is not None:
         raise PreheatError(
             f"{config} is an archive, which holds its model or names it: leave out --model (make: "
             "MODEL=)"
         )
-    model_name = config.name.removesuffix(".mar") if archived else config.stem
-    name = _checked(name or model_name)
+    stem = config.name.removesuffix(".mar") if archives else config.stem
+    name = _checked(name or stem)
     run_dir = STATE / "run" / name
     ports = server.Ports(
         inference=inference_port,
@@ -308,21 +364,164 @@ def serve(
         metrics=metrics_port,
         grpc_inference=grpc_port,
         grpc_management=grpc_management_port,
+        gateway=gateway_port if gateway else None,
     )
     server.check_free(run_dir, ports)
-    if archived:
-        built = config
-    else:
-        place = place_of_model(config, model)
-        built = build_archive(
-            config, place, output=run_dir / "archives", archive_format="no-archive", external=True
-        )
-    running = server.start([built], run_dir, ports=ports, cache=STATE / "cache" / "inductor")
+    if not archives:
+        place, out = place_of_model(config, model), run_dir / "archives"
+        archives = [
+            build_archive(config, place, output=out, archive_format="no-archive", external=True)
+        ]
+    running = server.start(
+        archives,
+        run_dir,
+        ports=ports,
+        cache=STATE / "cache" / "inductor",
+        base=properties or server.DEMO_PROPERTIES,
+        properties={"grpc_inference_address": grpc_host},
+        foreground=foreground,
+    )
+    try:
+        if gateway:
+            files = {"--keys": keys, "--access-log": access_log}
+            options = [f"{name}={path}" for name, path in files.items() if path is not None]
+            running = front.start(running, gateway_host, [*options, *(["--open"] * is_open)])
+        _say_started(running, config)
+        if foreground:
+            front.stay(running)
+    except BaseException:  # a signal, too: who started them ends them
+        running.stop(drain=front.GRACE if foreground else 0)
+        raise
+
+
+def _say_started(running: TorchServe, config: Path) -> None:
+    name, urls = running.run_dir.name, [running.inference, *([running.front] * bool(running.front))]
     print(f"{name} serves {config} and is warming up (pid {running.pid}, logs in {running.logs})")
-    print(f"REST        {running.inference}/predictions/{model_name}")
+    for model in running.models:
+        print(f"REST        {' and '.join(f'{url}/predictions/{model}' for url in urls)}")
+    if running.front:
+        print(f"OpenAI      {running.front}/v1")
     print(f"gRPC        {running.grpc}")
     print(f"management  {running.management}")
-    print(f"metrics     {running.metrics}/metrics")
+    print(f"metrics     {running.metrics}/metrics", flush=True)
+
+
+@app.command()
+def gateway(
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = LOOPBACK,
+    port: GatewayPort = 8000,
+    inference: Annotated[
+        str | None, typer.Option(help="URL of TorchServe's inference API.")
+    ] = None,
+    management: ManagementUrl = None,
+    metrics: Annotated[str | None, typer.Option(help="URL of TorchServe's metrics.")] = None,
+    name: Name = None,
+    token_file: TokenFile = None,
+    keys: KeysFile = None,
+    is_open: IsOpen = False,
+    access_log: AccessLog = None,
+    max_queued: Annotated[int, typer.Option(min=1, help="Of each model; more get a 429.")] = 100,
+    max_queued_per_key: Annotated[int, typer.Option(min=1, help="The same, of one key.")] = 100,
+) -> None:
+    """Put the gateway in front of a TorchServe, in the foreground: by default the one that was
+    started here, else one on TorchServe's own ports.
+    """
+    from preheat.gateway import serving
+    from preheat.gateway.torchserve import Places
+
+    known = None if inference or management else _recorded(name, required=name is not None)
+    given = {"inference": inference, "management": management, "metrics": metrics}
+    places = Places.of(known or {}, given, token_file, os.environ.get(STATUS_DIR_VARIABLE))
+    admits = serving.Admits(
+        keys=keys,
+        is_open=is_open,
+        access_log=access_log,
+        max_queued=max_queued,
+        max_queued_per_key=max_queued_per_key,
+    )
+    serving.run(places, host, port, admits)
+
+
+@app.command()
+def key(
+    name: Annotated[str, typer.Argument(help="Whose it is, as the access log has it.")],
+    keys: Annotated[
+        Path, typer.Option(help="The file that it is added to.", dir_okay=False)
+    ] = Path("keys.jsonl"),
+    requests_per_minute: Annotated[float | None, typer.Option(help="At most; none.")] = None,
+    pixel_steps_per_minute: Annotated[
+        float | None,
+        typer.Option(help="At most; pixels x steps x pictures, 31e6 for 1024x1024 in 30 steps."),
+    ] = None,
+) -> None:
+    """Make an API key for the gateway: printed once, kept as a hash. A line taken out of the file
+    withdraws its key at once.
+    """
+    from preheat.gateway.keys import Quota, create
+
+    quota = Quota(
+        requests_per_minute=requests_per_minute, pixel_steps_per_minute=pixel_steps_per_minute
+    )
+    print(create(keys, name, quota))
+
+
+@app.command()
+def paint(
+    prompt: Annotated[str, typer.Argument(help="What to paint.")],
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file: .png, .jpg or .webp.")
+    ] = Path("out.png"),
+    size: Annotated[str | None, typer.Option(help="Width x height in pixels: 640x360.")] = None,
+    image: Annotated[Path | None, typer.Option(help="A picture to paint over.")] = None,
+    mask: Annotated[
+        Path | None, typer.Option(help="Where to paint over it: what is white in here.")
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far to paint over it, above 0 to 1.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="What it should not show.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising steps.")] = None,
+    guidance: Annotated[float | None, typer.Option(help="How closely the prompt is kept.")] = None,
+    seed: Annotated[int | None, typer.Option(help="The same one paints the same again.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Write previews beside the file while it is painted.")
+    ] = False,
+    model: Annotated[str | None, typer.Option(help="Default: the only one there is.")] = None,
+    url: Annotated[
+        str | None,
+        typer.Option(help="A gateway or TorchServe. Default: the server started here, else :8000."),
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(envvar="PREHEAT_API_KEY", help="An API key of the gateway.")
+    ] = None,
+    name: Name = None,
+) -> None:
+    """Paint a picture, with a bar while it is painted, and print what was said of it."""
+    from preheat.cli import paint
+    from preheat.torchserve import server
+
+    known = None if url else _recorded(name, required=name is not None)
+    if known is not None:
+        running = server.recall(Path(known["run_dir"]))
+        assert running is not None
+        url = running.front or running.inference
+        model = model or (running.models[0] if len(running.models) == 1 else None)
+    asked = paint.request(
+        prompt,
+        output,
+        size,
+        {"image": image, "mask_image": mask},
+        {
+            "strength": strength,
+            "negative_prompt": negative,
+            "num_inference_steps": steps,
+            "guidance_scale": guidance,
+            "seed": seed,
+        },
+    )
+    door = paint.Door((url or f"http://{LOOPBACK}:8000").rstrip("/"), model, key)
+    previews = output.with_name(f"{output.stem}.preview.jpg") if stream else None
+    paint.paint(door, asked, output, previews)
 
 
 @app.command()
@@ -356,7 +555,8 @@ def plan(
         Path | None,
         typer.Option(
             help="Sizes that were asked for: columns height,width[,count] in pixels, or a module's "
-            "dimension, such as sequence[,count]. Default: what the workers here have counted."
+            "dimension, such as sequence[,count]; or the gateway's access log. Default: what the "
+            "workers here have counted."
         ),
     ] = None,
     max_buckets: Annotated[int, typer.Option(min=1, max=32, help="So many, or fewer.")] = 5,
@@ -408,12 +608,12 @@ def plan(
     from rich.console import Console
 
     from preheat.cli import plan_picture, planner
-    from preheat.planning.demand import read_csv
+    from preheat.planning.demand import read
     from preheat.planning.plan import Wanted
 
     states: list[Mapping[str, Any]] = [planner.read_state(path) for path in cost or ()]
     if csv is not None:
-        demand = read_csv(csv)
+        demand = read(csv)
     elif states:
         asked = [state.get("asked_sizes", {}) for state in states]
         demand = planner.from_workers(asked, ", ".join(map(str, cost or ())))
@@ -541,8 +741,10 @@ class _Asked:
 
         known = None if management else _recorded(name, required=name is not None)
         started = known or {}
+        own = Path(started["run_dir"], "key_file.json") if started else None
+        key_file = token_file or (own if own is not None and own.exists() else None)
         try:
-            token = readiness.read_token(token_file) if token_file else None
+            token = readiness.read_token(key_file) if key_file else None
         except (OSError, ValueError) as error:
             _fail(f"no token: {error}")
         folder = started.get("status_dir") or os.environ.get(STATUS_DIR_VARIABLE)
@@ -625,6 +827,17 @@ def _wait(running: TorchServe, min_workers: int | None, seconds: float) -> None:
 
     with WarmupBars() as progress:
         running.wait_ready(seconds, min_workers, watch=progress.update)
+
+
+def _say_trouble(asked: _Asked) -> None:
+    """On the terminal, where the gateway of a server that was started here has ended for good."""
+    known = asked.known or {}
+    kept = known.get("gateway")
+    # by its number alone: psutil would be half of what a probe loads
+    if kept and not Path("/proc", str(kept[0])).exists():
+        log = Path(known["run_dir"], "logs", "gateway.log")
+        said = f"the gateway has ended, and is not started again; see {log}"
+        typer.secho(said, fg=typer.colors.YELLOW, err=True)
 
 
 def _say_waiting(missing: Sequence[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +19,7 @@ def draw(report: Report, path: Path) -> None:
     Raises:
         PreheatError: matplotlib is not installed, or the file cannot be written.
     """
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise PreheatError("a picture needs matplotlib: pip install 'preheat[plan]'") from error
-    # the same file for the same plan
-    with matplotlib.rc_context({"svg.hashsalt": "preheat", "svg.fonttype": "none"}):
-        figure = Figure(figsize=(7, 7) if report.demand.is_picture else (9, 4.5))
-        figure.set_layout_engine("constrained")
+    with saved(path, (7, 7) if report.demand.is_picture else (9, 4.5)) as figure:
         axes = figure.subplots()
         if report.demand.is_picture:
             _draw_rectangles(axes, report)
@@ -39,6 +33,24 @@ def draw(report: Report, path: Path) -> None:
             fontsize=10,
         )
         axes.spines[["top", "right"]].set_visible(False)
+
+
+@contextmanager
+def saved(path: Path, inches: tuple[float, float]) -> Iterator[Any]:
+    """A figure of matplotlib's, written to `path` at the end: the same file for the same picture.
+
+    Raises:
+        PreheatError: matplotlib is not installed, or the file cannot be written.
+    """
+    try:
+        import matplotlib
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise PreheatError("a picture needs matplotlib: pip install 'preheat[plan]'") from error
+    with matplotlib.rc_context({"svg.hashsalt": "preheat", "svg.fonttype": "none"}):
+        figure = Figure(figsize=inches)
+        figure.set_layout_engine("constrained")
+        yield figure
         metadata = {"Date": None} if path.suffix == ".svg" else None
         try:
             figure.savefig(path, dpi=110, metadata=metadata)

@@ -317,7 +317,8 @@ def _break_even(rows: Sequence[Row]) -> str:
     first, *later = strategies.cheapest(rows)
     parts = [f"{name} from {begin:.0f} requests on" for name, begin in later]
     text = ", ".join([f"cheapest after a cold start: {first[0]}", *parts])
-    return f"{text} (fixed is not compared: it resamples)" if len(rows) > 3 else text
+    resamples = any(row.strategy == "fixed" for row in rows)
+    return f"{text} (fixed is not compared: it resamples)" if resamples else text
 
 
 def _table(*headings: str) -> Table:

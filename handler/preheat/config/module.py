@@ -193,7 +193,10 @@ class ModuleConfig(FamilyConfig):
         return not {"modelFile", "serializedFile"}.isdisjoint(manifest.get("model", {}))
 
     def num_graphs(self, pt2: Pt2Config, batches: int) -> int | None:
-        return batches * prod(map(len, self.choices.values())) if self.inputs else None
+        if not self.inputs:
+            return None
+        one = pt2.shapes.strategy == "dynamic"
+        return batches * (1 if one else prod(map(len, self.choices.values())))
 
     def check(self, pt2: Pt2Config) -> None:
         shapes = pt2.shapes
@@ -201,9 +204,18 @@ class ModuleConfig(FamilyConfig):
             raise ConfigError(
                 "a module's buckets are sizes of its inputs: module.inputs", "pt2.shapes.buckets"
             )
-        if shapes.strategy not in ("buckets", "exact"):
+        if shapes.strategy == "fixed":
             raise ConfigError(
-                f"{shapes.strategy} is for pipelines; a module has buckets or exact",
+                "fixed is for pipelines; a module has buckets, dynamic or exact",
+                "pt2.shapes.strategy",
+            )
+        if shapes.strategy == "dynamic" and [len(sizes) > 1 for sizes in self.choices.values()] != [
+            True
+        ]:
+            raise ConfigError(
+                "dynamic needs one dimension with buckets, whose least and greatest size are its "
+                "range: module.inputs.<input>.buckets: {sequence: [16, 512]}; with more of them "
+                "use buckets",
                 "pt2.shapes.strategy",
             )
         if shapes.fit != "pad":

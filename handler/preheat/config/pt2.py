@@ -28,9 +28,10 @@ class ShapesConfig(Section):
     """Which sizes are warmed and how a request meets them."""
 
     strategy: Strategy = "buckets"
-    """`buckets`: every size below is compiled and warmed. `dynamic`: one graph for all sizes.
-    `fixed`: one size, everything is resampled. `exact`: plain torch.compile, which compiles inside
-    requests; to compare with."""
+    """`buckets`: every size below is compiled and warmed. `dynamic`: one graph for all sizes; of a
+    module for its one bucketed dimension, between its least and greatest bucket. `fixed`: one size,
+    everything is resampled. `exact`: plain torch.compile, which compiles inside requests; to
+    compare with."""
     buckets: Listed[BucketPair] = ()
     """`[height, width]` in pixels, multiples of 8 (16 for Flux and SD3); with `fit: mask` of what
     the network halves evenly: 32 for SDXL, 64 for SD 1.5, 16 for Flux and SD3. Empty: the one

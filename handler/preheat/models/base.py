@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
@@ -22,6 +23,17 @@ from preheat.config.model import ModelConfig
 from preheat.models.batching import BatchRunner, Chunk, Execution, JobT, ResultT, RunReport
 from preheat.protocol.call import Call
 from preheat.protocol.responses import Response
+
+
+@dataclass(frozen=True, slots=True)
+class TimedPart:
+    """Of a model, for who measures where the time goes: the calls that it is entered by, each an
+    object and the name of its method.
+    """
+
+    calls: Sequence[tuple[object, str]]
+    is_target: bool = False
+    """Whether `pt2.targets` may name it."""
 
 
 class LoadedModel(ABC, Generic[JobT, ResultT]):
@@ -55,6 +67,23 @@ class LoadedModel(ABC, Generic[JobT, ResultT]):
         """What compiled code depends on beside `pt2`: what the family's own section says of it,
         classes and configs, without the weights.
         """
+
+    def request_defaults(self) -> Mapping[str, object]:
+        """What a request gets that does not say, as plain data, for whoever has to know before it
+        is run; empty where nothing is.
+        """
+        return {}
+
+    def parts(self) -> Mapping[str, TimedPart]:
+        """Where the time of a request may go, by name; a target by its own."""
+        return {
+            name: TimedPart([(target, "forward")], is_target=True)
+            for name, target in self.targets().items()
+        }
+
+    def num_dropped(self, text: str) -> int:
+        """Tokens at the end of a prompt that nobody would read."""
+        return 0
 
     @abstractmethod
     def runner(self, execution: Execution) -> ModelRunner[JobT, ResultT]:
@@ -99,11 +128,30 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
     def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would; how long it took."""
 
+    @abstractmethod
+    def example(self, bucket: Bucket, steps: int | None = None) -> JobT:
+        """A usual request of exactly this size, in so many steps where it has any (None: as many
+        as requests have that do not say).
+        """
+
+    def num_steps(self, steps: int | None) -> int | None:
+        """Those of such an example; None where runs have none."""
+        return None
+
     def overload(self, pace: Pace, timeout: float) -> str | None:
         """Why legal requests, `batchSize` of them, may take longer than an answer has (seconds);
         None where they cannot.
         """
         return None
+
+    def measure_alone(self, timings: Mapping[Variant, Timing]) -> Mapping[Variant, Timing]:
+        """How long eager code takes that serves beside what was warmed on purpose, measured now;
+        empty where there is none.
+
+        Args:
+            timings: of the variants that run compiled code.
+        """
+        return {}
 
     def measure_padding(self) -> Mapping[str, float | str]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a

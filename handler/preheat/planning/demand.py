@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,51 @@ class Demand:
         if self.is_picture:
             return Bucket(*sizes)
         return Bucket(**dict(zip(self.names, sizes, strict=True)))
+
+
+def read(path: Path) -> Demand:
+    """The sizes in a CSV file, or in the gateway's access log.
+
+    Raises:
+        LogError: it cannot be read, or holds something else.
+    """
+    try:
+        with open(path, "rb") as file:
+            is_access_log = file.read(1) == b"{"
+    except OSError as error:
+        raise LogError(f"cannot read {path}: {error.strerror}") from error
+    return read_access_log(path) if is_access_log else read_csv(path)
+
+
+def read_access_log(path: Path) -> Demand:
+    """The pictures' sizes in the gateway's access log, a JSON object a line: those that clients
+    named, of requests that were painted or refused with a 400, as a size is that no bucket covers.
+
+    Raises:
+        LogError: it cannot be read, a line is none of such a log, or it holds no sizes.
+    """
+    counts: Counter[tuple[int, ...]] = Counter()
+    try:
+        with open(path, encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if (size := _asked(line, f"{path}, line {number}")) is not None:
+                    counts[size] += 1
+    except (OSError, UnicodeDecodeError) as error:
+        raise LogError(f"cannot read {path}: {error}") from error
+    if not counts:
+        raise LogError(f"{path} holds no sizes")
+    return Demand(PICTURE, dict(counts))
+
+
+def _asked(line: str, where: str) -> tuple[int, int] | None:
+    try:
+        row = json.loads(line)
+        status, sides = row["status"], (row.get("height"), row.get("width"))
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise LogError(f"{where} is none of an access log") from None
+    if status not in (200, 400) or not all(type(side) is int and side > 0 for side in sides):
+        return None
+    return sides
 
 
 def read_csv(path: Path) -> Demand:

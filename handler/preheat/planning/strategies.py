@@ -131,6 +131,7 @@ def compare(demand: Demand, choice: Choice, rates: Rates, multiple: int) -> list
         fixed = rates.requests["buckets"](prod(one))
         note = f"every picture resampled from {demand.bucket(one)}"
         rows.append(row("fixed", rates.warm_up(1), fixed, number * prod(one), note))
+    if demand.is_picture or len(demand.names) == 1:
         start, note = rates.start_seconds["dynamic"], "one graph, sizes as asked"
         rows.append(row("dynamic", start, mean(rates.requests["dynamic"]), own_cells, note))
     note = "compiles inside requests: they wait"

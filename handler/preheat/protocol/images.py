@@ -15,11 +15,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from preheat.errors import RequestError
 
 OutputFormat = Literal["png", "jpeg", "webp"]
+MaskChannel = Literal["luminance", "alpha"]
 
 CONTENT_TYPES: Mapping[OutputFormat, str] = MappingProxyType(
     {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
@@ -72,20 +73,36 @@ def decode(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
     return _read(data, field, max_pixels, _over_white)
 
 
-def decode_mask(data: bytes, *, field: str, max_pixels: int) -> Image.Image:
-    """The mask in a file a client sent, as L: white is to be repainted. An alpha channel is
-    ignored.
+def decode_mask(
+    data: bytes, *, field: str, max_pixels: int, channel: MaskChannel = "luminance"
+) -> Image.Image:
+    """The mask in a file a client sent, as L: white is to be repainted.
+
+    By its luminance, whatever its alpha; or by its alpha, where what is transparent becomes white.
 
     Raises:
-        RequestError: as `decode`.
+        RequestError: as `decode`; or by its alpha, and it has none.
     """
-    return _read(data, field, max_pixels, lambda image: _opaque(image).convert("L"))
+    if channel == "luminance":
+        return _read(data, field, max_pixels, lambda image: _opaque(image).convert("L"))
+
+    def transparency(image: Image.Image) -> Image.Image:
+        if not _has_alpha(image):
+            raise RequestError("has no alpha channel, which says what to repaint", field)
+        return ImageChops.invert(image.convert("RGBA").getchannel("A"))
+
+    return _read(data, field, max_pixels, transparency)
 
 
-def encode(image: Image.Image, output_format: OutputFormat) -> bytes:
-    """The picture as a file: the same bytes for the same pixels."""
+def encode(image: Image.Image, output_format: OutputFormat, quality: int | None = None) -> bytes:
+    """The picture as a file: the same bytes for the same pixels.
+
+    Args:
+        quality: 0 to 100, of a JPEG or WebP; None: what the table above gives.
+    """
     file = BytesIO()
-    image.save(file, **_ENCODERS[output_format])
+    options = {} if quality is None or output_format == "png" else {"quality": quality}
+    image.save(file, **{**_ENCODERS[output_format], **options})
     return file.getvalue()
 
 
@@ -149,11 +166,15 @@ def _orientation(image: Image.Image) -> object:
 
 
 def _over_white(image: Image.Image) -> Image.Image:
-    keyed = "transparency" in image.info and not image.mode.startswith("I")
-    if not keyed and not image.mode.endswith(("A", "a")):
+    if not _has_alpha(image):
         return _opaque(image)
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    keyed = "transparency" in image.info and not image.mode.startswith("I")
+    return keyed or image.mode.endswith(("A", "a"))
 
 
 def _opaque(image: Image.Image) -> Image.Image:

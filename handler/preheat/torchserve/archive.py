@@ -33,7 +33,7 @@ ArchiveFormat = Literal["zip-store", "default", "no-archive"]
 
 ENTRY = Path(__file__).resolve().parents[2] / "preheat_handler.py"
 PACKAGE = Path(__file__).resolve().parents[1]
-NO_WORKERS = frozenset({"cli", "torchserve", "__pycache__"})
+NO_WORKERS = frozenset({"cli", "preflight", "torchserve", "__pycache__"})
 """What of the package no worker imports (tests/test_imports.py)."""
 PICKLED = frozenset({".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth"})
 EXPORTED = {"aot_compile": True}
@@ -96,11 +96,32 @@ def build_archive(
         return _replace(_run_archiver(name, work, archive_format), output)
 
 
+def unpacked(config: Path, loaded: ModelConfig, place: str | None, folder: Path) -> Path:
+    """Write to `folder` what a worker would find of this YAML, weights where they lie and nothing
+    compiled; the YAML there.
+
+    `place` is what `packaged_place` says with `external`.
+    """
+    _copy_code(loaded, config.parent, folder)
+    yaml_file = folder / config.name
+    yaml_file.write_text(_adapted(config, loaded, place, aot=False), encoding="utf-8")
+    return yaml_file
+
+
 def is_archive(path: Path) -> bool:
     """Whether `path` is what `build_archive` writes: a .mar, or a no-archive folder."""
     if path.is_dir():
         return (path / MANIFEST).is_file()
     return path.suffix == ".mar" or zipfile.is_zipfile(path)
+
+
+def archives_in(path: Path) -> list[Path]:
+    """`path` if it is an archive, else the archives in the folder that it is; empty where there are
+    none.
+    """
+    if is_archive(path):
+        return [path]
+    return sorted(each for each in path.iterdir() if is_archive(each)) if path.is_dir() else []
 
 
 def verify(config: Path) -> ModelConfig:

@@ -44,6 +44,8 @@ class WorkerView:
     eager_fallbacks: int | None
     padding: Mapping[str, Any]
     """What padding was measured to change in a module's outputs."""
+    request_defaults: Mapping[str, Any]
+    """What a picture gets that does not say; empty for others."""
     buckets: tuple[BucketView, ...]
 
 
@@ -61,6 +63,10 @@ class ModelView:
     ready: int
     restarts: int
     """Workers more than there are now, as far as their status files are there."""
+    batch_size: int
+    """Requests that a worker takes together (`batchSize`)."""
+    max_batch_delay: float
+    """Seconds for which one waits for them."""
     queue: int | None
     """Requests that wait for a worker."""
     failure: str
@@ -95,6 +101,8 @@ def _model(described: Mapping[str, Any], statuses: Sequence[Status]) -> ModelVie
         wanted=wanted_workers(described),
         ready=[worker["status"] for worker in workers].count(READY),
         restarts=count_restarts(workers, statuses, set()),
+        batch_size=int(described.get("batchSize", 1)),
+        max_batch_delay=described.get("maxBatchDelay", 0) / 1000,
         queue=described.get("jobQueueStatus", {}).get("pendingRequests"),
         failure=last.message if last is not None and last.state == "failed" else "",
         workers=tuple(_worker(worker, by_pid.get(worker.get("pid"))) for worker in workers),
@@ -116,6 +124,7 @@ def _worker(worker: Mapping[str, Any], status: Status | None) -> WorkerView:
         incidents=served.get("incidents"),
         eager_fallbacks=served.get("eager_fallbacks"),
         padding=served.get("padding", {}),
+        request_defaults=served.get("request_defaults", {}),
         buckets=tuple(_bucket(row) for row in served.get("buckets", ())),
     )
 

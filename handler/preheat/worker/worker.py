@@ -249,6 +249,7 @@ class Worker(Generic[JobT, ResultT]):
         prepared, pt2 = self._prepared, self.config.pt2
         self.state.strategy = self.config.pt2.shapes.strategy
         self.state.fingerprint = prepared.fingerprint
+        self.state.request_defaults = self.model.request_defaults()
         self.state.num_threads = torch.get_num_threads()
         self._metrics.expect([str(size) for size in self.model.sizes], self.model.fields)
         if pt2.export.aot_compile:
@@ -493,7 +494,9 @@ class Worker(Generic[JobT, ResultT]):
         self.state.buckets = warmup.rows
         self.state.roads = {name: router.roads.document() for name, router in self.routers.items()}
         self.state.padding = dict(self.runner.measure_padding())
-        self._learn_pace(warmup.timings)
+        alone = self.runner.measure_alone(_hot(warmup))
+        self.state.own_sizes = [_document(*each) for each in alone.items()]
+        self._learn_pace({**warmup.timings, **alone})
         return "hot"
 
     def _choose_roads(self, warmup: Warmup, started: float) -> None:
@@ -528,7 +531,7 @@ class Worker(Generic[JobT, ResultT]):
     def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
-            self._budget.pace.measured(variant.load, timing)
+            self._budget.measured(variant.load, timing)
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
@@ -566,6 +569,25 @@ class Worker(Generic[JobT, ResultT]):
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
+
+
+def _hot(warmup: Warmup) -> Mapping[Variant, Timing]:
+    """The timings of those that no target runs eagerly."""
+    slow = {(row.bucket, row.batch_size) for row in warmup.rows if row.engine == "eager"}
+    return {
+        variant: timing
+        for variant, timing in warmup.timings.items()
+        if (variant.bucket, variant.batch_size) not in slow
+    }
+
+
+def _document(variant: Variant, timing: Timing) -> dict[str, object]:
+    """What was measured of a size without a bucket."""
+    return {
+        "size": str(variant.bucket),
+        "rows": variant.load.rows,
+        "seconds_per_step": round(timing.per_step, 6),
+    }
 
 
 AnyWorker: TypeAlias = Worker[BaseJob, Outcome]

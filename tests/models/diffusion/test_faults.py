@@ -201,10 +201,10 @@ def test_a_picture_that_cannot_be_encoded_is_that_requests_507(
 ) -> None:
     encode = images.encode
 
-    def failing(picture: Image.Image, output_format: Any) -> bytes:
+    def failing(picture: Image.Image, output_format: Any, *options: Any) -> bytes:
         if output_format == "webp":
             raise MemoryError
-        return encode(picture, output_format)
+        return encode(picture, output_format, *options)
 
     monkeypatch.setattr(images, "encode", failing)
     forms = ["png", "webp"]

@@ -350,6 +350,47 @@ def test_a_mask_is_luminance_whatever_its_alpha() -> None:
     assert mask.mode == "L" and mask.tobytes() == b"\x00\xff"
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+@pytest.mark.parametrize("format", ["PNG", "WEBP"])
+def test_by_its_alpha_a_mask_is_what_is_transparent(mode: str, format: str) -> None:
+    """White where it is opaque, which by luminance would be repainted."""
+    drawn = Image.new("RGBA", (3, 1), (255, 255, 255, 255))
+    drawn.putpixel((0, 0), (255, 255, 255, 0))
+    drawn.putpixel((1, 0), (255, 255, 255, 200))
+    data = file_of(drawn.convert(mode), format, lossless=True)
+    mask = decode_mask(data, field="mask_image", max_pixels=MAX_PIXELS, channel="alpha")
+    assert mask.mode == "L" and list(mask.tobytes()) == [255, 55, 0]
+
+
+def test_a_palettes_transparent_colour_is_alpha_too() -> None:
+    drawn = Image.new("P", (2, 1), 1)
+    drawn.putpixel((0, 0), 0)
+    mask = decode_mask(
+        file_of(drawn, transparency=0), field="m", max_pixels=MAX_PIXELS, channel="alpha"
+    )
+    assert list(mask.tobytes()) == [255, 0]
+
+
+def test_a_mask_without_alpha_says_nothing_by_it() -> None:
+    for mode in ("L", "RGB", "P", "I;16"):
+        with pytest.raises(RequestError, match="mask_image has no alpha channel"):
+            decode_mask(
+                file_of(Image.new(mode, (2, 1))),
+                field="mask_image",
+                max_pixels=MAX_PIXELS,
+                channel="alpha",
+            )
+
+
+@pytest.mark.parametrize("output_format", ["jpeg", "webp"])
+def test_a_file_is_as_small_as_its_quality_allows(output_format: OutputFormat) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise)
+    sizes = [len(encode(picture, output_format, quality)) for quality in (0, 30, 100)]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
+    assert encode(picture, "png", 30) == encode(picture, "png")
+
+
 def test_metadata_stays_behind() -> None:
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
     image = read(file_of(Image.new("RGB", (8, 8)), icc_profile=profile, dpi=(72, 72)))

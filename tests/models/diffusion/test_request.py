@@ -6,6 +6,7 @@ import base64
 import json
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -462,8 +463,41 @@ def test_a_stream_is_asked_for_in_json_or_in_a_part_of_its_own() -> None:
     no_counts: list[object] = [-1, 51, True, 1.5, "1"]
     for wrong in no_counts:
         assert refused_of(stream=True, preview_every=wrong).field == "preview_every"
+        assert refused_of(stream=True, num_previews=wrong).field == "num_previews"
     assert refused_of(preview_every=1).field == "preview_every"
+    assert refused_of(num_previews=1).field == "num_previews"
+    assert refused_of(stream=True, num_previews=1, preview_every=1).field == "num_previews"
     assert of(stream=True, num_images=2).num_images == 2, "every picture has an event of its own"
+
+
+@given(num=st.integers(0, 20), of_steps=st.integers(1, 60))
+def test_previews_are_as_many_as_asked_and_even(num: int, of_steps: int) -> None:
+    request = of(stream=True, num_previews=num)
+    shown = [step for step in range(1, of_steps + 1) if request.shows(step, of_steps)]
+    assert len(shown) == min(num, of_steps - 1)
+    gaps = [after - before for before, after in pairwise([0, *shown, of_steps])]
+    assert max(gaps) - min(gaps) <= 1
+
+
+def test_a_masks_channel_is_luminance_unless_it_is_alpha() -> None:
+    file = base64.b64encode(b"file").decode()
+    both: dict[str, object] = {"image": file, "mask_image": file}
+    assert of(**both).mask_channel == "luminance"
+    assert of(**both, mask_channel="alpha").mask_channel == "alpha"
+    assert refused_of(**both, mask_channel="red").field == "mask_channel"
+    assert refused_of(image=file, mask_channel="alpha").field == "mask_channel"
+
+
+def test_compression_is_of_formats_that_lose_something() -> None:
+    assert of().output_compression is None
+    assert of(output_format="webp", output_compression=0).output_compression == 0
+    assert of(output_format="png", output_compression=100).output_compression == 100
+    wrong: list[object] = [-1, 101, "50", 1.5, True]
+    for value in wrong:
+        assert refused_of(output_format="jpeg", output_compression=value).field == (
+            "output_compression"
+        )
+    assert refused_of(output_format="png", output_compression=50).field == "output_compression"
 
 
 # --- anything at all
@@ -496,6 +530,9 @@ LIKELY: dict[str, st.SearchStrategy[Any]] = {
     "response_format": st.sampled_from(["image", "b64_json", "url"]),
     "stream": st.booleans(),
     "preview_every": st.integers(0, 60),
+    "num_previews": st.integers(0, 60),
+    "mask_channel": st.sampled_from(["luminance", "alpha", "red"]),
+    "output_compression": st.integers(-1, 101),
 }
 assert set(LIKELY) == set(FIELDS)
 LEGAL_OR_NEARLY = st.fixed_dictionaries(

@@ -137,6 +137,14 @@ def test_previews_come_every_so_often_for_each_picture_and_are_its_own() -> None
     assert steps == sorted(steps)
 
 
+def test_so_many_previews_are_spread_evenly_over_each_pictures_steps() -> None:
+    bench = Bench(batch_sizes=(1,))
+    asked = {"stream": True, "num_previews": 2, "num_inference_steps": 6, "num_images": 2}
+    _, (told,) = streamed(bench, asked | {"width": 16, "height": 64})
+    shown = [(event["step"], event["index"]) for event in told if "preview" in event]
+    assert shown == [(1, 0), (2, 0), (4, 1), (5, 1)]
+
+
 def test_what_was_painted_in_vain_is_told_once() -> None:
     bench = Bench(batch_sizes=(1, 4))
     bench.canvas.most_rows = 3

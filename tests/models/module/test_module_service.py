@@ -171,6 +171,57 @@ def test_a_masked_encoder_is_hot_and_padding_changes_nothing(
     assert (after.compiles_since_ready, after.incidents, after.eager_fallbacks) == (0, 0, 0)
 
 
+def num_graphs() -> int:
+    return int(counters["stats"]["unique_graphs"])
+
+
+@pytest.mark.parametrize("batch_sizes", [[1, 2], "dynamic"])
+def test_one_graph_serves_every_length_between_the_buckets(
+    watch: CompileWatch, models: Path, batch_sizes: Any
+) -> None:
+    module = copy.deepcopy(BERT)
+    module["inputs"]["input_ids"]["buckets"] = {"sequence": [4, 40]}
+    shapes, graphs = {"strategy": "dynamic", "batch_sizes": batch_sizes}, num_graphs()
+    service = start(models / "bert", module, shapes=shapes)
+    state = service.current_state()
+    assert (state.state, state.padding["exact"]) == ("hot", "rounding")
+    assert {row.engine for row in state.buckets} == {"compiled"}
+    assert num_graphs() - graphs == 2, "a lone row's, and that of more"
+    for length in range(1, 41):
+        lengths = [length, *range(1, length, 13)][: 1 + length % 4]
+        answers = ask(service, *map(ids, lengths))
+        assert {answer.engine for answer in answers} == {"compiled"}
+        assert answers[0].bucket == f"sequence={max(4, length)}", "as large as its largest row"
+        for own, answer in zip(lengths, answers, strict=True):
+            alone = alone_of(service, answer)
+            assert answer.outputs["last_hidden_state"].shape == (1, own, 32)
+            torch.testing.assert_close(answer.outputs, alone.outputs, atol=1e-4, rtol=0)
+    with pytest.raises(RequestError, match="40"):
+        ask(service, ids(41))
+    after = service.current_state()
+    assert (after.compiles_since_ready, after.incidents, after.eager_fallbacks) == (0, 0, 0)
+
+
+def test_lengths_share_no_run_where_padding_changes_answers(
+    watch: CompileWatch, models: Path
+) -> None:
+    module = copy.deepcopy(RESNET)
+    module["inputs"]["pixel_values"]["buckets"] = {"height": [32, 64]}
+    module["inputs"]["pixel_values"]["shape"] = ["batch", 3, "height", 32]
+    service = start(
+        models / "resnet", module, shapes={"strategy": "dynamic", "batch_sizes": [1, 2]}
+    )
+    assert service.state.padding["exact"] == "padded"
+    jobs = [service.parse({"body": noise(height, 32)}) for height in (33, 50, 33)]
+    answers: list[Answer] = service.run(jobs)
+    assert [answer.bucket for answer in answers] == ["height=33", "height=50", "height=33"]
+    assert {answer.exact for answer in answers} == {"rounding"}
+    for answer in answers:
+        torch.testing.assert_close(
+            answer.outputs, alone_of(service, answer).outputs, atol=1e-4, rtol=0
+        )
+
+
 def test_warm_up_runs_once_and_its_time_is_what_the_status_file_shows(
     watch: CompileWatch, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -16,7 +16,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.places import model_place
 from preheat.device import DTYPES
 from preheat.errors import ConfigError
-from preheat.models.base import LoadedModel
+from preheat.models.base import LoadedModel, TimedPart
 from preheat.models.batching import Execution
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.masking.row_vae import PARTS
@@ -63,6 +63,26 @@ class DiffusionModel(LoadedModel[Job, Answer]):
 
     def fingerprint_facts(self) -> Mapping[str, object]:
         return {"dtype": str(self.dtype), **self.pipeline.structure()}
+
+    def request_defaults(self) -> Mapping[str, object]:
+        """The YAML's defaults, the first bucket, and what becomes of sizes between buckets."""
+        first, shapes = self.sizes[0], self.config.pt2.shapes
+        own = self.config.section(PipelineConfig).defaults
+        return {
+            "height": first.height,
+            "width": first.width,
+            "num_inference_steps": own.num_inference_steps,
+            "guidance_scale": own.guidance_scale,
+            "strength": own.strength,
+            "fit": shapes.fit,
+            "oversize": shapes.oversize,
+        }
+
+    def parts(self) -> dict[str, TimedPart]:
+        return self.pipeline.parts()
+
+    def num_dropped(self, text: str) -> int:
+        return self.pipeline.prompts.num_dropped(text, "prompt")
 
     def runner(self, execution: Execution) -> DiffusionRunner:
         return DiffusionRunner(execution, self.pipeline, self.config)

@@ -33,6 +33,7 @@ from preheat.buckets import Bucket
 from preheat.config.diffusion import PipelineConfig, Task, check_scheduler
 from preheat.device import DTYPES
 from preheat.errors import HubError, ModelError, RequestError, in_one_line
+from preheat.models.base import TimedPart
 from preheat.models.diffusion.mask_check import checked, odd_size
 from preheat.models.diffusion.masking.call import Call
 from preheat.models.diffusion.masking.painting import MaskedPainting, check
@@ -40,7 +41,7 @@ from preheat.models.diffusion.masking.row_vae import Part, RowVae
 from preheat.models.diffusion.masking.rows import Rows
 from preheat.models.diffusion.masking.seats import VaeBuckets
 from preheat.models.diffusion.previews import LatentColours, plain_colours
-from preheat.models.diffusion.prompts import Reader
+from preheat.models.diffusion.prompts import TEXT_ENCODERS, Reader
 from preheat.models.diffusion.request import ImageRequest, run_steps
 from preheat.models.diffusion.unserved import denoiser_refusal, folder_refusal
 
@@ -311,6 +312,19 @@ class DiffusionPipeline:
         if not isinstance(module, nn.Module):
             raise ModelError(f"pt2.targets: {type(self._pipe).__name__} has no module {name!r}")
         return module
+
+    def parts(self) -> dict[str, TimedPart]:
+        """The text encoders, and what may be compiled."""
+        pipe, denoiser = self._pipe, self.family.denoiser
+        encoders = [getattr(pipe, name, None) for name in TEXT_ENCODERS]
+        return {
+            "text encoders": TimedPart(
+                [(each, "forward") for each in encoders if each is not None]
+            ),
+            denoiser: TimedPart([(getattr(pipe, denoiser), "forward")], is_target=True),
+            "vae.decoder": TimedPart([(pipe.vae, "decode")], is_target=True),
+            "vae.encoder": TimedPart([(pipe.vae, "encode")], is_target=True),
+        }
 
     def structure(self) -> dict[str, Any]:
         """What compiled code depends on: every component's class and config, not the weights."""

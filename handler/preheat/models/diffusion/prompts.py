@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from preheat.errors import RequestError, is_panic
 
 _TOKENIZERS = ("tokenizer", "tokenizer_2", "tokenizer_3")
-_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 
 
 class Tokenizer(Protocol):
@@ -36,7 +36,7 @@ class Reader:
         has a length of its own.
         """
         found = []
-        for tokenizer_name, encoder_name in zip(_TOKENIZERS, _ENCODERS, strict=True):
+        for tokenizer_name, encoder_name in zip(_TOKENIZERS, TEXT_ENCODERS, strict=True):
             tokenizer, encoder = (
                 getattr(pipe, tokenizer_name, None),
                 getattr(pipe, encoder_name, None),

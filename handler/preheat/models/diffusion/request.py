@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, TypeVar, get_args
 from preheat.errors import RequestError
 from preheat.models.diffusion import unserved
 from preheat.protocol.fields import Fields, envelope, shown_value, together
-from preheat.protocol.images import OutputFormat
+from preheat.protocol.images import MaskChannel, OutputFormat
 from preheat.protocol.json_text import decoded, loads
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ T = TypeVar("T")
 
 OUTPUT_FORMATS: tuple[OutputFormat, ...] = get_args(OutputFormat)
 RESPONSE_FORMATS: tuple[ResponseFormat, ...] = get_args(ResponseFormat)
+MASK_CHANNELS: tuple[MaskChannel, ...] = get_args(MaskChannel)
 TASKS: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")
 _SEND = (
     "send JSON with the header Content-Type: application/json, or the prompt alone with text/plain"
@@ -62,6 +63,19 @@ class ImageRequest:
     """Answer with events while it is generated, not with a picture at the end."""
     preview_every: int = 0
     """Steps from one preview to the next; 0 is never."""
+    num_previews: int = 0
+    """Previews of each picture, evenly over its steps."""
+    mask_channel: MaskChannel = "luminance"
+    """What of the mask says where to repaint: white, or what is transparent, as in OpenAI's."""
+    output_compression: int | None = None
+    """OpenAI's name for the quality of a JPEG or WebP, 0 to 100; None: Preheat's own."""
+
+    def shows(self, step: int, of: int) -> bool:
+        """Whether a picture's preview is sent after denoising step `step` of `of`, from 1."""
+        if self.preview_every:
+            return step % self.preview_every == 0
+        share = self.num_previews + 1
+        return step < of and step * share // of > (step - 1) * share // of
 
     @property
     def task(self) -> Task:
@@ -138,6 +152,9 @@ def parse_row(
         response_format=_or(sent.choice("response_format", RESPONSE_FORMATS), "image"),
         stream=_or(sent.flag("stream"), False),
         preview_every=_or(sent.whole("preview_every", 0, limits.max_steps), 0),
+        num_previews=_or(sent.whole("num_previews", 0, limits.max_steps), 0),
+        mask_channel=_or(sent.choice("mask_channel", MASK_CHANNELS), "luminance"),
+        output_compression=sent.whole("output_compression", 0, 100),
     )
     _check_together(request, guidance, tasks)
     return request
@@ -170,8 +187,17 @@ def _check_together(request: ImageRequest, guidance: Guidance, tasks: Collection
         raise RequestError(
             "needs response_format b64_json, or stream, for more than one image", "num_images"
         )
-    if request.preview_every and not request.stream:
-        raise RequestError("needs stream too: previews are its events", "preview_every")
+    for name in ("preview_every", "num_previews"):
+        if getattr(request, name) and not request.stream:
+            raise RequestError("needs stream too: previews are its events", name)
+    if request.preview_every and request.num_previews:
+        raise RequestError("is asked for beside preview_every; send one", "num_previews")
+    if request.mask_channel == "alpha" and request.mask_image is None:
+        raise RequestError("is of the mask in mask_image, which is missing", "mask_channel")
+    if request.output_format == "png" and request.output_compression not in (None, 100):
+        raise RequestError(
+            "is of jpeg and webp; a png holds every pixel as it is", "output_compression"
+        )
 
 
 def _or(value: T | None, default: T) -> T:

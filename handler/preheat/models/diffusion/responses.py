@@ -14,7 +14,10 @@ from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response, from_error, json_response, preheat_headers
 
 if TYPE_CHECKING:
+    from PIL import Image
+
     from preheat.models.diffusion.job import Answer, Job
+    from preheat.models.diffusion.request import ImageRequest
 
 
 _WORDS = 1000  # bytes of JSON beside a picture, at most
@@ -28,10 +31,7 @@ def encoded(answers: Sequence[Answer], pool: Executor, *, most: int) -> list[lis
     most of the 75 that a 1024x1024 PNG takes); a JPEG, of 6 ms, holds it.
     """
     tasks = [
-        [
-            pool.submit(images.encode, picture, answer.job.request.output_format)
-            for picture in answer.pictures
-        ]
+        [pool.submit(_file, picture, answer.job.request) for picture in answer.pictures]
         if answer.error is None
         else []
         for answer in answers
@@ -47,6 +47,10 @@ def encoded(answers: Sequence[Answer], pool: Executor, *, most: int) -> list[lis
             if answer.job.events is not None:
                 answer.job.events.drop_kept()
     return files
+
+
+def _file(picture: Image.Image, request: ImageRequest) -> bytes:
+    return images.encode(picture, request.output_format, request.output_compression)
 
 
 def _body_bytes(job: Job, files: Sequence[bytes]) -> int:

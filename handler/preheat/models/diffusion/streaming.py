@@ -51,7 +51,7 @@ def emit_step(
         return
     steps.through[index] = step
     count = steps.through.total() // request.num_images
-    sketched = request.preview_every > 0 and step % request.preview_every == 0
+    sketched = request.shows(step, of)
     if count > steps.reported or sketched:
         steps.reported = count
         preview = {"index": index, "preview": _jpeg(sketch())} if sketched else {}

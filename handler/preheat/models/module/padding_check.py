@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 
-from preheat.buckets import Bucket
+from preheat.buckets import Bucket, smallest_covering
 from preheat.compilation.closeness import PADDED, Closeness, compare
 from preheat.config.module import ModuleConfig
 from preheat.errors import ConfigError
@@ -29,7 +30,9 @@ def measure(
     found = []
     ends = (buckets[0], buckets[-1])
     for sizes in {each for bucket in ends for each in _measured(bucket, config.choices)}:
-        job = runner.sample(dict(sizes), seed=0)
+        covering = smallest_covering(buckets, Bucket(**dict(sizes)))
+        # as beside a larger row, where one graph serves all sizes
+        job = replace(runner.sample(dict(sizes), seed=0), bucket=covering)
         (ours,), alone = runner.batches.run([job]), runner.alone(job)
         for answer in (ours, alone):
             answer.raise_if_failed()

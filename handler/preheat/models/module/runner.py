@@ -54,6 +54,13 @@ class ModuleRunner(ModelRunner[Job, Answer]):
         self.output_names = tuple(self._own.outputs)
         """Those of the YAML, else those of the last run; empty before it."""
 
+    @property
+    def _dynamic(self) -> bool:
+        """Whether one graph serves every size between the buckets: then a run is as large as its
+        largest row, and only what is under the smallest bucket is padded alone.
+        """
+        return self._shapes.strategy == "dynamic"
+
     def try_out(self) -> None:
         """Run it eagerly.
 
@@ -109,10 +116,22 @@ class ModuleRunner(ModelRunner[Job, Answer]):
                     )
 
     def extremes(self, variants: Sequence[Variant]) -> list[Variant]:
+        if self._dynamic:
+            largest = [each for each in variants if each.bucket == variants[0].bucket]
+            batches = largest if self._shapes.batch_sizes == "dynamic" else largest[:1]
+            return [*batches, replace(batches[0], bucket=variants[-1].bucket)]
         if self._shapes.batch_sizes != "dynamic":
             return []
         smallest = [variant for variant in variants if variant.bucket == variants[-1].bucket]
         return [smallest[0], smallest[-1]]
+
+    def between(self, variants: Sequence[Variant]) -> list[Variant]:
+        if not self._dynamic:
+            return []
+        (name,) = self._own.choices
+        middle = (self.buckets[0][name] + self.buckets[-1][name]) // 2
+        found = (replace(each, bucket=Bucket(**{name: middle})) for each in variants)
+        return list(dict.fromkeys(found))
 
     def run_variant(self, variant: Variant) -> Timing:
         """Run one variant as requests would, without padding and with: of a mask without zeros a
@@ -154,6 +173,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
             return Job(inputs, {}, None, accept, deadline=deadline)
         sizes = sizes_of(inputs, self._own.inputs)
         bucket = smallest_covering(self.buckets, Bucket(**sizes))
+        if self._dynamic and bucket is not None:
+            # Dynamo takes a size of 1 for a case of its own
+            bucket = joined([Bucket(**sizes), self.buckets[-1], Bucket(**dict.fromkeys(sizes, 2))])
         return Job(inputs, sizes, bucket, accept, deadline=deadline, bypass=bucket is None)
 
     def sample(self, sizes: Mapping[str, int], seed: int) -> Job:
@@ -174,6 +196,9 @@ class ModuleRunner(ModelRunner[Job, Answer]):
             if name in self._reader.ranges:
                 made[name] = made[name].clamp(*self._reader.ranges[name]).to(dtype)
         return self.prepare(made, "application/json")
+
+    def example(self, bucket: Bucket, steps: int | None = None) -> Job:
+        return self.sample(dict(bucket.sizes), seed=0)
 
     def alone(self, job: Job) -> Answer:
         """The job's answer as the module gives it eagerly and without padding: what a bucket's

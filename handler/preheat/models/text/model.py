@@ -80,6 +80,10 @@ class TextModel(LoadedModel[Job, Answer]):
                 raise ConfigError(f"text has no {name!r}; it has decode, prefill", "pt2.targets")
         return {name: known[name] for name in self.config.pt2.targets or known}
 
+    def request_defaults(self) -> Mapping[str, object]:
+        """How many requests a worker serves side by side, each from when it comes."""
+        return {"slots": self._own.slots}
+
     def fingerprint_facts(self) -> Mapping[str, object]:
         """Its classes and config, the shapes of its weights, and those of its slots."""
         weights = {

@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from preheat.buckets import Bucket
 from preheat.compilation.pace import Timing
 from preheat.compilation.variants import Variant
 from preheat.config.text import TextConfig
@@ -78,18 +79,25 @@ class TextRunner(StepRunner[Job, Answer]):
         return [Variant(each, 1) for each in reversed(self.buckets)]
 
     def run_variant(self, variant: Variant) -> Timing:
-        length, began = variant.bucket["prompt"], time.perf_counter()
-        job = Job(
+        began = time.perf_counter()
+        (answer,) = self.inference([self.example(variant.bucket, 2)])
+        answer.raise_if_failed()
+        return Timing(0.0, time.perf_counter() - began)
+
+    def example(self, bucket: Bucket, steps: int | None = None) -> Job:
+        length = bucket["prompt"]
+        return Job(
             prompt=[PADDING] * length,
             prefill=length,
-            max_new_tokens=min(2, self._config.max_length - length),
+            max_new_tokens=min(self.num_steps(steps), self._config.max_length - length),
             sampling=Sampling(),
             stops=(),
             events=EventStream(None, {}),
         )
-        (answer,) = self.inference([job])
-        answer.raise_if_failed()
-        return Timing(0.0, time.perf_counter() - began)
+
+    def num_steps(self, steps: int | None) -> int:
+        """Tokens of an answer."""
+        return steps or self._config.defaults.max_new_tokens
 
     def preprocess(self, call: Call) -> Job:
         return self._reader.read(call)

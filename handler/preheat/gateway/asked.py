@@ -1,0 +1,153 @@
+"""What a request asks for, as far as its order in the queue and its price depend on it.
+
+The worker alone decides what is legal. Here a wrong guess costs a batch or a price, never an
+answer; what cannot be read counts as the largest bucket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from preheat.buckets import Bucket, nearest_aspect, smallest_covering
+from preheat.errors import RequestError
+from preheat.protocol.json_text import loads
+
+LONG = 65_536
+"""Bytes of JSON that are not read in the event loop."""
+_LARGEST_SIDE = 65_536
+_MOST = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A request for pictures, or for anything else (`bucket` None)."""
+
+    height: int | None = None
+    """Pixels, as the client said."""
+    width: int | None = None
+    bucket: Bucket | None = None
+    """Where it will be painted, as far as that can be told."""
+    steps: int = 1
+    num_images: int = 1
+    group: Hashable = None
+    """Equal for requests that probably can share a run."""
+
+    @property
+    def pixel_steps(self) -> float:
+        """What it will paint."""
+        return (self.bucket.volume if self.bucket else 1) * self.steps * self.num_images
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What a model's workers say of its buckets and defaults."""
+
+    buckets: tuple[Bucket, ...] = ()
+    """Pictures' alone."""
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    """`request_defaults` of the state."""
+
+    @classmethod
+    def of(cls, names: Sequence[str], defaults: Mapping[str, Any]) -> Model:
+        """From the buckets' names, as the state has them."""
+        found = (_bucket(name) for name in dict.fromkeys(names))
+        return cls(tuple(bucket for bucket in found if bucket is not None), defaults)
+
+    def asked(self, fields: Mapping[str, object]) -> Asked:
+        """By the fields of a request, each of them as it came."""
+        if not self.buckets:
+            return Asked(_whole(fields.get("height")), _whole(fields.get("width")))
+        height, width = (_whole(fields.get(side), _LARGEST_SIDE) for side in ("height", "width"))
+        bucket = self._bucket(height, width, has_image="image" in fields)
+        steps = _whole(fields.get("num_inference_steps")) or self._default("num_inference_steps")
+        # what job.py of the family compares, without what no client changes
+        group = (
+            bucket,
+            steps,
+            str(fields.get("guidance_scale")),
+            str(fields.get("strength")) if "image" in fields else None,
+            "image" in fields,
+            "mask_image" in fields,
+            fields.get("negative_prompt") is None,
+        )
+        num_images = _whole(fields.get("num_images")) or 1
+        return Asked(height, width, bucket, steps, num_images, group)
+
+    def largest(self) -> Asked:
+        """What a request counts as that cannot be read."""
+        if not self.buckets:
+            return Asked()
+        bucket = max(self.buckets, key=lambda each: each.volume)
+        return Asked(bucket=bucket, steps=self._default("num_inference_steps"), group="unread")
+
+    def _bucket(self, height: int | None, width: int | None, *, has_image: bool) -> Bucket:
+        if height is None and width is None and has_image:
+            return max(self.buckets, key=lambda each: each.volume)  # of the image's size
+        first = self.buckets[0]
+        size = Bucket(
+            height or self._default("height") or first.height,
+            width or self._default("width") or first.width,
+        )
+        if self.defaults.get("fit") != "resize" and (
+            found := smallest_covering(self.buckets, size)
+        ):
+            return found
+        if self.defaults.get("oversize") == "eager" and self.defaults.get("fit") != "resize":
+            return size
+        return nearest_aspect(self.buckets, size.height, size.width)
+
+    def _default(self, name: str) -> int:
+        return _whole(self.defaults.get(name)) or 1
+
+
+async def read(body: bytes, content_type: str, model: Model) -> Asked:
+    """What the request `body` asks `model` for."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "text/plain":
+        return model.asked({})
+    try:
+        if kind == "multipart/form-data":
+            return model.asked(await _form(body, content_type))
+        fields = await asyncio.to_thread(_json, body) if len(body) > LONG else _json(body)
+    except (ValueError, RequestError, MultiPartException):
+        return model.largest()  # the worker will say what is wrong
+    return model.asked(fields)
+
+
+def _json(body: bytes) -> Mapping[str, object]:
+    found = loads(body.decode("utf-8"))
+    return found if isinstance(found, dict) else {}
+
+
+async def _form(body: bytes, content_type: str) -> Mapping[str, object]:
+    async def once() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    form = await MultiPartParser(Headers({"content-type": content_type}), once()).parse()
+    try:
+        return {name: True if isinstance(v, UploadFile) else v for name, v in form.items()}
+    finally:
+        await form.close()
+
+
+def _whole(value: object, most: int = _MOST) -> int | None:
+    """A whole number above 0 as JSON or a form has it."""
+    if isinstance(value, str) and value.strip().isascii() and value.strip().isdigit():
+        value = int(value) if len(value.strip()) <= 9 else None
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        return None
+    return min(value, most)
+
+
+def _bucket(name: str) -> Bucket | None:
+    """A picture's, by its name."""
+    height, _, width = name.partition("x")
+    if not (height.isdigit() and width.isdigit()):
+        return None
+    return Bucket(int(height), int(width))

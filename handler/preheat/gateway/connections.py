@@ -1,0 +1,145 @@
+"""HTTP connections that end: uvicorn's own protocol waits for a request, and for its reader, as
+long as they like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+logger = logging.getLogger(__name__)
+
+_TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
+_TOO_MANY = (
+    b"HTTP/1.1 429 Too Many Requests\r\nconnection: close\r\nretry-after: 5\r\n"
+    b"content-length: 0\r\n\r\n"
+)
+
+
+@dataclass(slots=True)
+class Patience:
+    """What connections may take; seconds."""
+
+    headers: float = 10.0
+    """From a request's first byte to its headers' end; of a new connection from its start."""
+    body: float = 120.0
+    """From there to the body's end."""
+    reader: float = 60.0
+    """Without a byte going out although there are some to send."""
+    per_address: int = 256
+    """Connections; all clients behind one proxy have one address."""
+    total: int = 2048
+    _open: Counter[str] = field(default_factory=Counter)
+
+    def enter(self, address: str) -> bool:
+        """Count a connection in, if it may."""
+        if self._open[address] >= self.per_address or self._open.total() >= self.total:
+            return False
+        self._open[address] += 1
+        return True
+
+    def leave(self, address: str) -> None:
+        self._open[address] -= 1
+        if not self._open[address]:
+            del self._open[address]
+
+
+def protocol(patience: Patience) -> type[H11Protocol]:
+    """For uvicorn's `http=`: one server's connections."""
+
+    class Patient(_Patient):
+        own = patience
+
+    return Patient
+
+
+class _Patient(H11Protocol):
+    own: Patience
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self._address: str | None = None
+        self._incoming: asyncio.TimerHandle | None = None
+        self._outgoing: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        address = self.client[0] if self.client else ""
+        if not self.own.enter(address):
+            self._refuse(_TOO_MANY)
+            return
+        self._address = address
+        self._expect(self.own.headers)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        self._expect(None)
+        self.resume_writing()
+        if self._address is not None:
+            self.own.leave(self._address)
+            self._address = None
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return  # refused
+        before = self.cycle
+        if self._is_between and self._incoming is None:
+            self._expect(self.own.headers)
+        super().data_received(data)
+        if self.cycle is not before:
+            self._expect(None)
+        self._expect_body()
+
+    def on_response_complete(self) -> None:
+        self._expect(None)  # uvicorn's timer for kept connections takes over
+        super().on_response_complete()
+        self._expect_body()  # of a request that had come meanwhile
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._outgoing is None:
+            self._outgoing = self.loop.call_later(self.own.reader, self._abandon)
+
+    def resume_writing(self) -> None:
+        super().resume_writing()
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+            self._outgoing = None
+
+    @property
+    def _is_between(self) -> bool:
+        """No request is under way."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def _expect_body(self) -> None:
+        if self._is_between:
+            return
+        if not self.cycle.more_body:
+            self._expect(None)
+        elif self._incoming is None:
+            self._expect(self.own.body)
+
+    def _expect(self, seconds: float | None) -> None:
+        """What comes next is to be there in so many seconds; None: nothing has to come."""
+        if self._incoming is not None:
+            self._incoming.cancel()
+        self._incoming = None if seconds is None else self.loop.call_later(seconds, self._late)
+
+    def _late(self) -> None:
+        self._incoming = None
+        is_answered = not self._is_between and self.cycle.response_started
+        self._refuse(b"" if is_answered else _TIMEOUT)
+
+    def _refuse(self, answer: bytes) -> None:
+        if not self.transport.is_closing():
+            self.transport.write(answer)
+            self.transport.close()
+
+    def _abandon(self) -> None:
+        logger.warning("%s reads nothing for %g s: cut off", self._address, self.own.reader)
+        self.transport.abort()
