@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.export.graph_signature import InputKind, TensorArgument
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils import _pytree as pytree
 
 from preheat.compilation.export import export
@@ -130,6 +131,9 @@ def converted(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> Graph:
     exported = export(module, inputs, dims)
     returns = pytree.treespec_dumps(exported.call_spec.out_spec)
     kinds = {name: _kind(weight) for name, weight in _used_weights(exported).items()}
+    if any(isinstance(part, _BatchNorm) for part in module.modules()):
+        # they are folded into convolutions, so the graph would hold numbers of both
+        return Graph(_converted(exported, by_content=False), returns, kinds)
     with _told_apart(exported):
         graph = Graph(_converted(exported, by_content=True), returns, kinds)
     if graph.is_whole:
