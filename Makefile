@@ -11,6 +11,7 @@ MODEL ?=
 NAME ?=
 OUT ?= .preheat/archives
 FORMAT ?= zip-store
+BACKEND ?= auto
 EXTERNAL ?=
 AOT ?=
 WATCH ?=
@@ -24,6 +25,7 @@ PLAN_OPTIONS ?=
 DOCTOR_OPTIONS ?=
 PROFILE_OPTIONS ?=
 INIT_OPTIONS ?=
+FIT_OPTIONS ?=
 
 INFERENCE_PORT ?= 8080
 MANAGEMENT_PORT ?= 8081
@@ -51,7 +53,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu \
 	setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -68,8 +70,8 @@ $(IPEX_STAMP): pyproject.toml constraints-ipex.txt
 	$(IPEX_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-ipex.txt -e '.[dev,ipex]'
 	touch $@
 
-demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet]
-	$(BIN)/preheat demo $(MODEL_OPTION)
+demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet] [BACKEND=inductor]
+	$(BIN)/preheat demo $(MODEL_OPTION) --backend '$(BACKEND)'
 
 test: lint ## lint, types and every test
 	$(BIN)/python -m pytest $(TWO_PROCESSES)
@@ -83,6 +85,9 @@ setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment 
 
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)
+
+test-fit: $(STAMP) ## pictures of all sizes with fit: mask, each compared with what diffusers alone paints: [FIT_OPTIONS=--family sdxl ...]
+	PYTHONPATH=. $(BIN)/python tests/fit.py $(FIT_OPTIONS)
 
 fuzz: $(STAMP) ## made-up requests against a tiny server: [COUNT=10000] [SEED=]
 	$(BIN)/python tests/fuzz.py --count $(COUNT) $(if $(SEED),--seed '$(SEED)')

@@ -84,7 +84,8 @@ class Plain:
             task = "inpainting" if "mask_image" in own else "image-to-image"
         pipe = self._pipe(task)
         pipe.set_progress_bar_config(disable=True)
-        if not hasattr(pipe, "unet"):  # then diffusers itself hands the step no generator
+        takes = "generator" in inspect.signature(self._step).parameters
+        if takes and not hasattr(pipe, "unet"):  # then diffusers itself hands the step none
             pipe.scheduler.step = partial(self._step, generator=own["generator"])
         if "height" in inspect.signature(type(pipe).__call__).parameters:
             own |= {"height": height, "width": width}

@@ -26,6 +26,8 @@ CONFIG = server.ROOT / "model-config" / "tiny-sdxl.yaml"
 BUCKETS = [
     tuple(bucket) for bucket in yaml.safe_load(CONFIG.read_text())["pt2"]["shapes"]["buckets"]
 ]
+ENGINE = "openvino"
+"""What `backend: auto` takes there."""
 CACHE = server.ROOT / ".preheat" / "cache" / "inductor"
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
 """For servers of the demo's model, which find each other's graphs in CACHE: with another number of

@@ -203,7 +203,7 @@ def test_a_modules_worker_does_not_import_diffusers(loaded: dict[str, bool]) -> 
 def test_the_handler_starts_without_openvinos_backend_and_leaves_it_importable(
     loaded: dict[str, bool],
 ) -> None:
-    pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
+    pytest.importorskip("openvino", reason="no openvino here")
     assert not loaded["openvino"]
 
 

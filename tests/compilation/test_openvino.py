@@ -10,7 +10,9 @@ import subprocess
 import sys
 from collections import namedtuple
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,7 +20,7 @@ import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from preheat.compilation.backends import openvino
+from preheat.compilation.backends import openvino, openvino_graphs
 from preheat.compilation.backends.base import CompiledCode
 from preheat.compilation.closeness import mismatch
 from preheat.compilation.router import Router
@@ -272,7 +274,7 @@ def test_a_missing_package_is_a_loud_eager(
 def test_nothing_is_reported_over_the_network() -> None:
     """In a process of its own: other tests let torch import OpenVINO, telemetry and all."""
     script = (
-        "import sys; from preheat.compilation.backends.openvino import import_openvino; "
+        "import sys; from preheat.compilation.backends.openvino_graphs import import_openvino; "
         "import_openvino(); "
         "sys.exit(sys.modules['openvino_telemetry'] is not None or 'openvino.tools.ovc' not in "
         "sys.modules)"
@@ -331,3 +333,63 @@ def test_the_outputs_of_transformers_are_exported_for_any_batch() -> None:
         assert model.matches((args, kwargs))
         result = model(*args, **kwargs)
         assert type(result) is BaseModelOutput and mismatch(result, Head()(*args)) is None
+
+
+class Normed(Toy):
+    """With a norm, whose fresh ones and zeros are as another norm's, and a weight of two names."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.GroupNorm(2, 4), nn.GroupNorm(2, 4)
+        self.again = self.conv
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        sample, rest = super().forward(*args, **kwargs)
+        return self.again(self.second(self.first(sample).sigmoid())), rest
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_kept_graph_serves_other_weights_and_is_not_converted_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype
+) -> None:
+    def made(seed: int) -> tuple[nn.Module, openvino.Model]:
+        torch.manual_seed(seed)
+        module = Normed().to(dtype).eval()
+        if seed:  # trained: no norm is like another
+            for weight in module.parameters():
+                nn.init.normal_(weight)
+        kept = openvino_graphs.KeptGraphs(tmp_path, "fingerprint")
+        example = inputs(MOST_ROWS, dtype=dtype)
+        return module, openvino.Model("toy", module, example, DynamicDims(), {}, kept)
+
+    def agrees(module: nn.Module, model: openvino.Model) -> bool:
+        args, kwargs = inputs(MOST_ROWS, dtype=dtype)
+        with torch.inference_mode():
+            return mismatch(model(*args, **kwargs), module(*args, **kwargs)) is None
+
+    assert agrees(*made(0))
+    (file,) = tmp_path.iterdir()
+    monkeypatch.delattr(openvino_graphs, "export")
+    for seed in (0, 1):
+        assert agrees(*made(seed))
+    file.write_bytes(file.read_bytes()[:-300])
+    with pytest.raises(NameError, match="export"):
+        made(0)
+
+
+def test_a_graph_that_holds_weights_is_not_kept(tmp_path: Path) -> None:
+    """What the converter has computed with them would be another fine-tune's."""
+
+    class Doubled(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return nn.functional.linear(x, self.weight)
+
+    module = Doubled(4, 4).eval()
+    graph = openvino_graphs.converted(module, ((torch.ones(2, 4),), {}), DynamicDims())
+    kept = openvino_graphs.KeptGraphs(tmp_path, "f")
+    kept.write("call", replace(graph, weights={**graph.weights, "bias": ("torch.float32", (4,))}))
+    assert not list(tmp_path.iterdir())
+    kept.write("call", graph)
+    assert kept.read("call", openvino_graphs.weights_of(module)) is not None
+    other = {"weight": torch.ones(4, 4, dtype=torch.float64)}
+    assert kept.read("call", other) is None and kept.read("another", other) is None

@@ -137,5 +137,5 @@ def check_demo(out: Path) -> None:
     assert {entry["protocol"] for entry in summary["requests"]} == {"REST", "gRPC"}
     for entry in summary["requests"]:
         assert Image.open(out / entry["file"]).size == (entry["width"], entry["height"])
-        assert entry["engine"] == "compiled" and len(entry["bucket"]) == 2
+        assert entry["engine"] == "openvino" and len(entry["bucket"]) == 2
         assert entry["milliseconds"] > 0

@@ -22,6 +22,7 @@ from preheat.worker.worker import Worker
 from served import (
     BUCKETS,
     CONFIG,
+    ENGINE,
     Served,
     events,
     kinds,
@@ -40,12 +41,12 @@ def test_the_server_is_hot_and_says_so(served: Served) -> None:
         and len(state["fingerprint"]) == 64
     )
     assert {(row["height"], row["width"]) for row in state["buckets"]} == set(BUCKETS)
-    assert {row["engine"] for row in state["buckets"]} == {"compiled"}
+    assert {row["engine"] for row in state["buckets"]} == {ENGINE}
     assert {row["target"] for row in state["buckets"]} == {"unet"}
-    looked_up = {
-        row["batch_size"]: row["cache"] in ("hit", "miss", "partial") for row in state["buckets"]
-    }
-    assert looked_up == {4: True, 2: False, 1: True}, "one graph serves batches of 2 to 4"
+    assert {row["batch_size"] for row in state["buckets"]} == {1, 2, 3, 4}, "every size was met"
+    roads = state["roads"]["unet"]
+    assert roads["chosen"] == ENGINE and roads["source"] in ("measured", "kept")
+    assert 0 < roads["roads"][ENGINE]["ratio"] and not roads["roads"][ENGINE]["reason"]
 
 
 def test_rest_and_grpc_give_the_same_bytes_for_the_same_seed(served: Served) -> None:
@@ -63,7 +64,7 @@ def test_headers_say_what_was_done(served: Served) -> None:
     )
     assert reply.headers["content-type"] == "image/png"
     assert reply.headers["x-preheat-bucket"] == "192x320"
-    assert reply.headers["x-preheat-engine"] == "compiled"
+    assert reply.headers["x-preheat-engine"] == ENGINE
     assert reply.headers["x-preheat-seed"] == str(2**63 - 1)
     assert float(reply.headers["x-preheat-padding"]) == pytest.approx(
         1 - 128 * 256 / (192 * 320), abs=1e-4
@@ -131,7 +132,7 @@ def test_many_images_come_as_json(served: Served) -> None:
     document = served.client.predict_grpc(request).json()
     pictures = [base64.b64decode(entry["b64_json"]) for entry in document["data"]]
     assert [entry["seed"] for entry in document["data"]] == [5, 6, 7] and len(set(pictures)) == 3
-    assert document["bucket"] == [192, 320] and document["engine"] == "compiled"
+    assert document["bucket"] == [192, 320] and document["engine"] == ENGINE
     alone = served.client.predict({"prompt": "a", "height": 50, "width": 70, "seed": 6})
     difference = np.asarray(opened(pictures[1])).astype(int) - np.asarray(
         opened(alone.body)

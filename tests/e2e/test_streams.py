@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from preheat.torchserve.client import Reply
-from served import Served, events, kinds, opened, picture, streamed
+from served import ENGINE, Served, events, kinds, opened, picture, streamed
 
 ASKED: dict[str, Any] = {
     "prompt": "a cat",
@@ -59,7 +59,7 @@ def test_a_stream_ends_with_the_picture_that_everybody_gets(served: Served) -> N
         "width": 120,
         "height": 200,
         "bucket": [320, 192],
-        "engine": "compiled",
+        "engine": ENGINE,
         "output_format": "png",
     }
 

@@ -63,7 +63,10 @@ def test_the_first_start_chooses_and_the_next_ones_take_the_same(folder: Path, k
         assert facts(worker) == ({"openvino"}, "kept", ["openvino"])
 
 
-def test_the_choice_travels_in_the_shared_cache(folder: Path, tmp_path: Path) -> None:
+def test_the_choice_and_the_graphs_travel_in_the_shared_cache(
+    folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
     cache = {"shared": str(tmp_path / "shared"), "key": "k"}
     with start(folder, cache=cache) as worker:
         assert facts(worker)[1] == "measured"
@@ -71,6 +74,7 @@ def test_the_choice_travels_in_the_shared_cache(folder: Path, tmp_path: Path) ->
     with start(folder, cache=cache) as worker:
         assert facts(worker)[1] == "kept"
         assert worker.state.shared_cache["outcome"] == "loaded"
+    assert "read the converted graph" in caplog.text
 
 
 def test_where_nothing_is_kept_the_order_decides(

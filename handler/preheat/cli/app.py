@@ -347,6 +347,7 @@ def stop(name: Name = None) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Folder for the pictures or answers.")] = Path("out"),
     model: Annotated[str, typer.Option(help="sdxl, bert or resnet.")] = "sdxl",
+    backend: Annotated[str, typer.Option(help="pt2.compile.backend; auto chooses.")] = "auto",
 ) -> None:
     """Build, archive, warm and ask a tiny model, and stop it again."""
     from preheat.cli import demo
@@ -354,7 +355,7 @@ def demo(
     if model not in demo.MODELS:
         *others, last = demo.MODELS
         raise PreheatError(f"no demo of {model!r}: {', '.join(others)} or {last}")
-    demo.run(model, STATE, out)
+    demo.run(model, STATE, out, backend)
 
 
 @app.command()

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from preheat.cli.progress import WarmupBars
+from preheat.config.model import ModelConfig
 from preheat.errors import PreheatError
 from preheat.torchserve import server
 from preheat.torchserve.archive import PACKAGE, build_archive
@@ -65,14 +66,18 @@ class Answer:
         return (self.asked, self.source, self.bucket, padding, self.engine, milliseconds, last)
 
 
-def run(model: str, state: Path, out: Path, console: Console | None = None) -> None:
-    """Run the demo of `model` with its working files in `state` and its results in `out`.
+def run(
+    model: str, state: Path, out: Path, backend: str = "auto", console: Console | None = None
+) -> None:
+    """Run the demo of `model` with its working files in `state` and its results in `out`, compiled
+    by `backend` (`pt2.compile.backend`).
 
     Raises:
-        PreheatError: the server did not become ready, or an answer is not what was asked for.
+        PreheatError: there is no such backend, the server did not become ready, or an answer is
+            not what was asked for.
     """
     console = console or Console()
-    config = server.ROOT / "model-config" / MODELS[model]
+    config = with_backend(server.ROOT / "model-config" / MODELS[model], backend, state)
     with (
         serving(model, config, state, console) as (running, seconds),
         Client.to(running) as client,
@@ -80,11 +85,46 @@ def run(model: str, state: Path, out: Path, console: Console | None = None) -> N
         ask = _pictures if model == "sdxl" else _tensors
         answers, served = list(ask(client, model)), client.state()
     out.mkdir(parents=True, exist_ok=True)
+    console.print(engines(served["roads"]))
     if model == "sdxl":
         _save_pictures(answers, seconds, out, console)
     else:
         _save_tensors(answers, served["padding"], out, console)
     console.print("The server is stopped.")
+
+
+def with_backend(config: Path, backend: str, state: Path) -> Path:
+    """A copy of the YAML that names another backend; the YAML itself where it names this one.
+
+    Raises:
+        PreheatError: there is no such backend.
+    """
+    if not backend.isidentifier():
+        raise PreheatError(f"{backend!r} is no name of a backend")
+    text = config.read_text()
+    if f"backend: {backend}," in text:
+        return config
+    copy = state / "configs" / backend / config.name
+    copy.parent.mkdir(parents=True, exist_ok=True)
+    copy.write_text(text.replace("backend: auto,", f"backend: {backend},"))
+    ModelConfig.load(copy, ours=True)
+    return copy
+
+
+def engines(roads: Mapping[str, Any]) -> Table:
+    """What was measured of every target's engines at this start, on the largest bucket."""
+    table = Table(title="milliseconds a call on the largest bucket")
+    for heading in ("target", "engine", "ms", "eager's ms", "of eager's time", "serves"):
+        table.add_column(heading, justify="right" if "ms" in heading or "of" in heading else "left")
+    for target, known in roads.items():
+        for road, row in known["roads"].items():
+            if "ratio" not in row:  # not to be had, or not what eager computes
+                table.add_row(target, road, "", "", "", row["reason"])
+                continue
+            times = (f"{row[key]:.1f}" for key in ("milliseconds", "eager_milliseconds"))
+            serves = "yes" if known["chosen"] in ("", road) else row["reason"]
+            table.add_row(target, road, *times, f"{row['ratio']:.2f}", serves)
+    return table
 
 
 @contextmanager

@@ -56,14 +56,20 @@ class Load:
     rows: int
     pictures: int
     steps: int
+    eager: bool = False
+    """It runs eagerly on purpose."""
 
 
 class Pace:
     """Seconds of a run by its load; between and beyond the measured areas and rows they grow in
     proportion.
+
+    Args:
+        overhead: smaller areas than the least that was measured take as long as that.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, overhead: bool = False) -> None:
+        self._overhead = overhead
         self._per_step: dict[int, dict[int, float]] = {}  # area -> rows -> seconds
         self._fixed: dict[int, dict[int, float]] = {}  # area -> pictures -> seconds
         self._drift: dict[int, float] = {}  # area -> seconds as served / as measured
@@ -92,6 +98,10 @@ class Pace:
         """Sizes that were not measured, which are clients' own, share one drift."""
         return load.area if load.area in self._per_step else 0
 
+    @property
+    def is_known(self) -> bool:
+        return bool(self._per_step)
+
     def worst(self, rows: int) -> float:
         """Seconds of a step per pixel, where that is slowest, by the denoiser's rows."""
         return max(
@@ -110,8 +120,10 @@ class Pace:
         return self._expected(load) * (min(MARGIN, drift) if generous else drift)
 
     def _expected(self, load: Load) -> float:
-        fixed = self._at(self._fixed, load.area, load.pictures)
-        return fixed + load.steps * self._at(self._per_step, load.area, load.rows)
+        least = min(self._per_step, default=0) if self._overhead else 0
+        area = max(load.area, least)
+        fixed = self._at(self._fixed, area, load.pictures)
+        return fixed + load.steps * self._at(self._per_step, area, load.rows)
 
     @staticmethod
     def _at(table: Mapping[int, Mapping[int, float]], area: int, number: int) -> float:
@@ -160,12 +172,21 @@ class Budget:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.pace, self.timeout = Pace(), timeout
+        self._eager = Pace(overhead=True)
         self._most, self._clock = most, clock
         self._began: float | None = None
         self._turns: list[Turn] = []
         self._told: list[Turn] = []  # those that requests of this call were put off to
         self._late: deque[int] = deque(maxlen=_MOST_LATE)  # whose turns have expired
         self.running = False  # whether a run of this call has begun; the first one always may
+
+    def pace_of(self, load: Load) -> Pace:
+        """What knows its seconds: of eager code its own pace, where some was measured."""
+        return self._eager if load.eager and self._eager.is_known else self.pace
+
+    def measured(self, load: Load, timing: Timing) -> None:
+        """What warm-up saw."""
+        (self._eager if load.eager else self.pace).measured(load, timing)
 
     def begin(self) -> None:
         """A call starts here, unless it has started already."""

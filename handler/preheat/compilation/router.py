@@ -139,7 +139,9 @@ class Router(Target):
     @property
     def makes_code(self) -> bool:
         """Whether warm-up makes code that another start could use."""
-        return self.roads.is_open or any(each.engine == "compiled" for each in self.backends)
+        return self.roads.is_open or any(
+            each.engine in ("compiled", "openvino") for each in self.backends
+        )
 
     @property
     def wants_every_size(self) -> bool:

@@ -5,7 +5,8 @@ in place.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def _every_road(
     elif "mode" not in config.compile.kwargs:
         if config.shapes.strategy in ("dynamic", "exact") or config.shapes.batch_sizes == "dynamic":
             roads.ruled_out["cuda_graphs"] = "they are recorded per size: list batch_sizes"
+        elif config.scope == "regional":
+            roads.ruled_out["cuda_graphs"] = "they are recorded of whole targets: use scope: full"
         else:
             listed.append(_torch_compile(name, module, config, device, mode="reduce-overhead"))
     listed.append(_torch_compile(name, module, config, device))
@@ -83,6 +86,19 @@ def _every_road(
     # nothing is warmed under exact, so there is no first call to choose by
     roads.is_open = config.shapes.strategy != "exact"
     return found
+
+
+def keep_graphs(routers: Iterable[Router], folder: Path, context: str) -> None:
+    """Have what OpenVINO converts read from the folder and put there, beside Inductor's code.
+
+    Args:
+        folder: whose files are believed.
+        context: all that a graph depends on but target and call.
+    """
+    for router in routers:
+        for backend in router.backends:
+            if isinstance(backend, openvino.OpenVINO):
+                backend.keep_in(folder / "openvino", context)
 
 
 def lay_out_eager(module: nn.Module, config: Pt2Config, device: torch.device) -> None:

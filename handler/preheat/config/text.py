@@ -98,10 +98,10 @@ class TextConfig(FamilyConfig):
                 "is not for text: a package cannot write into the slots' keys and values",
                 "pt2.export.aot_compile",
             )
-        if pt2.openvino:
+        if pt2.openvino or pt2.compile.auto:  # the first step alone would agree with eager
             raise ConfigError(
-                "openvino is not for text: it cannot write into the slots' keys and values; "
-                "leave it out",
+                f"{pt2.compile.kwargs['backend']} is not for text: OpenVINO cannot "
+                "write into the slots' keys and values; leave it out",
                 "pt2.compile.backend",
             )
 

@@ -138,6 +138,15 @@ class ModelRunner(ABC, Generic[JobT, ResultT]):
         """
         return None
 
+    def measure_alone(self, timings: Mapping[Variant, Timing]) -> Mapping[Variant, Timing]:
+        """How long eager code takes that serves beside what was warmed on purpose, measured now;
+        empty where there is none.
+
+        Args:
+            timings: of the variants that run compiled code.
+        """
+        return {}
+
     def measure_padding(self) -> Mapping[str, float | str]:
         """What padding changes in an answer, measured on the warm model; empty where that is not a
         question.

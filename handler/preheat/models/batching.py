@@ -53,7 +53,9 @@ class BaseJob:
     deadline: float | None = None
     """Unix time in seconds after which nobody waits for the answer."""
     bypass: bool = False
-    """Runs eagerly on purpose, outside every bucket (`oversize: eager`)."""
+    """Runs eagerly on purpose: outside every bucket (`oversize: eager`), or because that is
+    quicker.
+    """
 
     @property
     def num_rows(self) -> int:
@@ -259,13 +261,14 @@ class BatchRunner(Generic[JobT, ResultT]):
         return self._seconds([self._family.result(job) for job in jobs], generous=generous)
 
     def _seconds(self, answers: Sequence[ResultT], *, generous: bool = False) -> float:
-        return sum(
-            self._budget.pace.seconds(group[0].job.load(size), generous=generous)
+        loads = (
+            group[0].job.load(size)
             for group in self._family.groups(answers)
             for size in split_rows(
-                self._fitting(group[0].job), sum(answer.job.num_rows for answer in group)
+                self.fitting(group[0].job), sum(answer.job.num_rows for answer in group)
             )
         )
+        return sum(self._budget.pace_of(load).seconds(load, generous=generous) for load in loads)
 
     def _admitted(self, answers: Sequence[ResultT]) -> list[Sequence[ResultT]]:
         """The groups of those whose runs end in time, in their order; the first one's always do.
@@ -305,7 +308,8 @@ class BatchRunner(Generic[JobT, ResultT]):
         """
         self._drop_late(answer for answer, _ in chunk)
         chunk = [(answer, row) for answer, row in chunk if answer.error is None]
-        seconds = self._budget.pace.seconds(chunk[0][0].job.load(size)) if chunk else 0.0
+        load = chunk[0][0].job.load(size) if chunk else None
+        seconds = self._budget.pace_of(load).seconds(load) if load else 0.0
         # Who has begun is not asked for the third on top: it was admitted, and would begin anew.
         # Nor is who was promised the time.
         sure = any(answer.begun or answer.promised for answer, _ in chunk)
@@ -356,7 +360,7 @@ class BatchRunner(Generic[JobT, ResultT]):
             for row in range(answer.job.num_rows)
         ]
         if rows:
-            self._run_rows(rows, self._fitting(rows[0][0].job), retry)
+            self._run_rows(rows, self.fitting(rows[0][0].job), retry)
 
     def _run_rows(self, rows: Chunk[ResultT], batch_sizes: Sequence[int], retry: bool) -> None:
         """Run rows in these batch sizes; a run that does not fit into memory is retried in smaller
@@ -372,7 +376,7 @@ class BatchRunner(Generic[JobT, ResultT]):
             load, began = chunk[0][0].job.load(size), self._budget.now()
             try:
                 run = self._family.run_chunk(chunk, size)
-                self._budget.pace.saw(load, self._budget.now() - began)
+                self._budget.pace_of(load).saw(load, self._budget.now() - began)
                 self.unfit.fitted(job.kind, size)
                 for answer, _ in chunk:
                     answer.note(run)
@@ -390,6 +394,6 @@ class BatchRunner(Generic[JobT, ResultT]):
             for answer, _ in chunk:
                 answer.error = OutOfMemory(f"{job.kind}: one row does not fit into memory")
 
-    def _fitting(self, job: BaseJob) -> Sequence[int]:
+    def fitting(self, job: BaseJob) -> Sequence[int]:
         """Those of the job's batch sizes that are worth a try."""
         return self.unfit.fitting(job.kind, job.batch_sizes(self._execution.batch_sizes))

@@ -45,6 +45,9 @@ class ServerState:
     the largest magnitude (or words), and `exact`, the header's word. Of a pipeline with `fit: mask`
     what masks change in its denoiser, and in the VAE where that is compiled, `border_share` and
     `outside_error` too; empty for others."""
+    own_sizes: Sequence[Mapping[str, object]] = ()
+    """With `fit: mask` how long a step takes eagerly at some sizes, by the denoiser's rows: a
+    picture for which that is less than in its bucket is painted so."""
     warnings: list[str] = field(default_factory=list)
     """What the YAML says that loads and is hardly meant."""
     compiles_at_boot: int = 0
@@ -56,7 +59,8 @@ class ServerState:
     put_off: int = 0
     """Requests that their batch had no time left for: answered 503, not begun."""
     planned_eager: int = 0
-    """Requests outside every bucket, served eagerly on purpose (`oversize: eager`)."""
+    """Requests served eagerly on purpose: outside every bucket (`oversize: eager`), or quicker at
+    their own size (`fit: mask`)."""
     requests: int = 0
     ready_seconds: float = 0.0
     num_threads: int = 0

@@ -44,7 +44,12 @@ from preheat.compilation.choosing import choose_roads
 from preheat.compilation.debugging import debugging
 from preheat.compilation.pace import Budget, Timing
 from preheat.compilation.router import Router
-from preheat.compilation.targets import build_router, lay_out_eager, uses_cuda_graphs
+from preheat.compilation.targets import (
+    build_router,
+    keep_graphs,
+    lay_out_eager,
+    uses_cuda_graphs,
+)
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup
 from preheat.compilation.warmup_plan import WarmupPlan, served_sizes, warmed_sizes, warmup_plan
@@ -479,6 +484,8 @@ class Worker(Generic[JobT, ResultT]):
             progress=partial(self._show, sharing),
             own_folder=sharing.folder if sharing is not None else None,
         )
+        if self._folder is not None:
+            keep_graphs(self.routers.values(), self._folder, self.state.fingerprint)
         warmup.observe(plan.observe)
         self._choose_roads(warmup, started)
         with self._headers():
@@ -486,7 +493,9 @@ class Worker(Generic[JobT, ResultT]):
         self.state.buckets = warmup.rows
         self.state.roads = {name: router.roads.document() for name, router in self.routers.items()}
         self.state.padding = dict(self.runner.measure_padding())
-        self._learn_pace(warmup.timings)
+        alone = self.runner.measure_alone(_hot(warmup))
+        self.state.own_sizes = [_document(*each) for each in alone.items()]
+        self._learn_pace({**warmup.timings, **alone})
         return "hot"
 
     def _choose_roads(self, warmup: Warmup, started: float) -> None:
@@ -521,7 +530,7 @@ class Worker(Generic[JobT, ResultT]):
     def _learn_pace(self, timings: Mapping[Variant, Timing]) -> None:
         """From here on requests that cannot end in time are refused or put off."""
         for variant, timing in timings.items():
-            self._budget.pace.measured(variant.load, timing)
+            self._budget.measured(variant.load, timing)
         assert self._budget.timeout is not None
         too_much = self.runner.overload(self._budget.pace, self._budget.timeout)
         if too_much is not None:
@@ -559,6 +568,25 @@ class Worker(Generic[JobT, ResultT]):
         self.state.eager_fallbacks += answer.is_fallback
         self.state.planned_eager += answer.job.bypass
         self._metrics.answered(answer)
+
+
+def _hot(warmup: Warmup) -> Mapping[Variant, Timing]:
+    """The timings of those that no target runs eagerly."""
+    slow = {(row.bucket, row.batch_size) for row in warmup.rows if row.engine == "eager"}
+    return {
+        variant: timing
+        for variant, timing in warmup.timings.items()
+        if (variant.bucket, variant.batch_size) not in slow
+    }
+
+
+def _document(variant: Variant, timing: Timing) -> dict[str, object]:
+    """What was measured of a size without a bucket."""
+    return {
+        "size": str(variant.bucket),
+        "rows": variant.load.rows,
+        "seconds_per_step": round(timing.per_step, 6),
+    }
 
 
 AnyWorker: TypeAlias = Worker[BaseJob, Outcome]

@@ -25,7 +25,9 @@ from preheat.errors import ConfigError
 from preheat.models import tiny
 from preheat.models.diffusion.job import Answer
 from preheat.models.diffusion.masking import parts
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.pipeline import Batch, DiffusionPipeline
+from preheat.models.diffusion.runner import DiffusionRunner
 from preheat.protocol import responses
 from preheat.status import StatusFile
 from preheat.worker.worker import Worker
@@ -50,7 +52,11 @@ def start(folder: Path, **keys: Any) -> Worker[Any, Any]:
     } | keys.pop("pt2", {})
     pipeline = {"path": "model", "defaults": {"num_inference_steps": 2}} | keys.pop("pipeline", {})
     config = ModelConfig.parse({"batchSize": 4, "pt2": pt2, "pipeline": pipeline} | keys)
-    return Worker[Any, Any](config, folder, torch.device("cpu"), status=StatusFile(None, "tiny"))
+    cpu, status = torch.device("cpu"), StatusFile(None, "tiny")
+    worker = Worker[Any, Any](config, folder, cpu, status=status)
+    assert isinstance(worker.runner, DiffusionRunner)
+    worker.runner.planner.own_sizes = OwnSizes()  # which one is quicker here is chance
+    return worker
 
 
 @pytest.fixture
@@ -246,6 +252,39 @@ def test_a_flux_whose_steps_are_the_same_at_every_size_shares_runs_among_all(
         for answer, request in zip(answers, requests, strict=True):
             asked = {"guidance_scale": 5.0, "num_inference_steps": 2} | request
             assert off(answer, plain.picture(asked)) <= 1
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_who_borrows_a_seat_in_a_larger_bucket_gets_the_same_picture(
+    family: str,
+    folders: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    watch: CompileWatch,
+    closed: list[Worker[Any, Any]],
+) -> None:
+    service = start(
+        folders / family, pt2={"compile": {"enable": False}}, shapes={"batch_sizes": [4]}
+    )
+    closed.append(service)
+    plain = Plain(folders / family / "model", GRID[family])
+    sizes = [(41, 30), (96, 48), (90, 30)]
+    for task in BY_TASK:
+        asked = [
+            {"guidance_scale": 4.0, "num_inference_steps": 2, "prompt": "a cat", "seed": seed}
+            | {"height": height, "width": width}
+            | (
+                {"image": image("RGB", height, width, seed), "strength": 1.0}
+                if task != "text-to-image"
+                else {}
+            )
+            | ({"mask_image": image("L", height, width, 9)} if task == "inpainting" else {})
+            for seed, (height, width) in enumerate(sizes)
+        ]
+        answers, runs = shared_runs(service, monkeypatch, *asked)
+        assert [run[:3] for run in runs] == [["96x48", "96x32", "48x32"]]
+        assert {answer.bucket for answer in answers} == {"96x48"}
+        for answer, request in zip(answers, asked, strict=True):
+            assert off(answer, plain.picture(request)) <= 1
 
 
 def test_pictures_of_as_many_tokens_share_the_steps_that_depend_on_them(

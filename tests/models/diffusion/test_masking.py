@@ -18,8 +18,8 @@ from masked_modules import EXAMPLES, ROWS, Example, pair
 from preheat.buckets import Bucket
 from preheat.errors import ConfigError
 from preheat.models.diffusion import mask_check
+from preheat.models.diffusion.masking.call import Call
 from preheat.models.diffusion.masking.masks import Canvas, Masks
-from preheat.models.diffusion.masking.painting import Call, Rows
 from preheat.models.diffusion.masking.parts import (
     CellAttention,
     FluxAttention,
@@ -30,6 +30,7 @@ from preheat.models.diffusion.masking.parts import (
 )
 from preheat.models.diffusion.masking.place import Place
 from preheat.models.diffusion.masking.rewrite import rewrite
+from preheat.models.diffusion.masking.rows import Rows
 
 MASKED = (SelfAttention, CellAttention, JointAttention, FluxAttention)
 

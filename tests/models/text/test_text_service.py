@@ -323,6 +323,7 @@ def test_a_model_that_gives_other_logits_in_slots_is_refused_by_name(
         ({"continuousBatching": False}, "continuousBatching: must be true for text"),
         ({"pt2": {"shapes": {"batch_sizes": [2]}}}, "pt2.shapes.batch_sizes: is not for text"),
         ({"pt2": {"compile": {"enable": True, "backend": "openvino"}}}, "openvino is not for text"),
+        ({"pt2": {"compile": {"enable": True, "backend": "auto"}}}, "auto is not for text"),
         ({"text": {"prefill_buckets": [8, 8]}}, "text.prefill_buckets"),
         ({"text": {"max_length": 256}}, "256 leaves no room for an answer"),
     ],

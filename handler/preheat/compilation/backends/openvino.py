@@ -8,20 +8,24 @@ its result was compared with eager.
 
 from __future__ import annotations
 
-import importlib
-import sys
 from collections.abc import Mapping
-from types import ModuleType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.export.graph_signature import InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
 from preheat.compilation.backends.base import CompiledCode, EngineName, RoadName
-from preheat.compilation.export import call_key, export, tensors
+from preheat.compilation.backends.openvino_graphs import (
+    KeptGraphs,
+    converted,
+    give_weights,
+    import_openvino,
+    weights_of,
+)
+from preheat.compilation.export import call_key, tensors
 from preheat.compilation.signatures import DynamicDims, Inputs, tensor_shapes
 from preheat.config.pt2 import Pt2Config
 
@@ -43,14 +47,24 @@ class OpenVINO:
 
     def __init__(self, name: str, module: nn.Module, properties: Mapping[str, Any]) -> None:
         self._name, self._module, self._properties = name, module, properties
+        self._kept: KeptGraphs | None = None
         self.models: list[Model] = []
+
+    def keep_in(self, folder: Path, context: str) -> None:
+        """Read converted graphs from this folder, whose files are believed, and put new ones there.
+
+        Args:
+            context: all that a graph depends on but the call, such as a fingerprint.
+        """
+        self._kept = KeptGraphs(folder, f"{context}, {self._name}")
 
     def code_for(self, inputs: Inputs, dims: DynamicDims) -> CompiledCode:
         for model in self.models:
             if model.matches(inputs):
                 return model
         name = f"{self._name}-openvino-{len(self.models)}"
-        self.models.append(Model(name, self._module, inputs, dims, self._properties))
+        model = Model(name, self._module, inputs, dims, self._properties, self._kept)
+        self.models.append(model)
         return self.models[-1]
 
 
@@ -66,6 +80,10 @@ class Model:
             1 in `inputs`, which torch.export would hold to be the only one.
         properties: of OpenVINO's CPU plugin; see `cpu_properties`. The precision is added: that of
             the module's weights now.
+        kept: where its graph may lie already.
+
+    Raises:
+        Exception: of any type: it cannot be exported, converted or compiled.
     """
 
     engine: EngineName = "openvino"
@@ -78,20 +96,25 @@ class Model:
         inputs: Inputs,
         dims: DynamicDims,
         properties: Mapping[str, Any],
+        kept: KeptGraphs | None = None,
     ) -> None:
         self._openvino = openvino = import_openvino()
         self.name, self.dims = name, _batch_alone(dims, inputs)
         self._key = call_key(*inputs, self.dims)
-        exported = export(module, inputs, self.dims)
-        self._returns = exported.call_spec.out_spec
-        model = openvino.convert_model(exported)
-        _keep_tensors(model, exported)
+        graph = kept.read(self._key, weights_of(module)) if kept is not None else None
+        if graph is None:
+            graph = converted(module, inputs, self.dims)
+            if kept is not None:
+                kept.write(self._key, graph)
+        self._returns = pytree.treespec_loads(graph.returns)
+        model = graph.model
+        # Their memory is the model's too. `Module.to` gives a parameter other memory, so the
+        # parameter itself would not keep it.
+        self._weights = weights_of(module)
+        give_weights(model, self._weights)
         shapes = [self._bounds(path, shape) for path, shape in tensor_shapes(*inputs).items()]
         model.reshape(dict(enumerate(shapes)))
         self._num_outputs = len(model.outputs)
-        # Their memory is the model's too. `Module.to` gives a parameter other memory, so the
-        # parameter itself would not keep it.
-        self._weights = [weight.detach() for weight in exported.state_dict.values()]
         self._converted = model
         self.request = (
             openvino.Core()
@@ -205,24 +228,6 @@ def _batch_alone(dims: DynamicDims, inputs: Inputs) -> DynamicDims:
     return DynamicDims(spans, least=1)
 
 
-def _keep_tensors(model: Any, exported: torch.export.ExportedProgram) -> None:
-    """Drop the parameters of plain values, such as `return_dict=False`: the export has settled what
-    they are.
-
-    Raises:
-        RuntimeError: the converter made other parameters than the export has inputs.
-    """
-    specs = [
-        spec for spec in exported.graph_signature.input_specs if spec.kind == InputKind.USER_INPUT
-    ]
-    parameters = model.get_parameters()
-    if len(specs) != len(parameters):
-        raise RuntimeError(f"OpenVINO made {len(parameters)} parameters of {len(specs)} inputs")
-    for spec, parameter in zip(specs, parameters, strict=True):
-        if not isinstance(spec.arg, TensorArgument):
-            model.remove_parameter(parameter)
-
-
 def _taken(tensor: Any) -> torch.Tensor:
     """A copy: the next inference writes over OpenVINO's own. Its numpy view of bfloat16 calls
     itself float16.
@@ -231,17 +236,3 @@ def _taken(tensor: Any) -> torch.Tensor:
     if tensor.element_type.get_type_name() == "bf16":
         return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).clone()
     return torch.from_numpy(array).clone()
-
-
-def import_openvino() -> ModuleType:
-    """OpenVINO's runtime and converter, without its telemetry: else each import and conversion
-    would be reported over the network.
-
-    Raises:
-        ImportError: it is not installed.
-    """
-    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    try:
-        return importlib.import_module("openvino")
-    except ModuleNotFoundError as error:
-        raise ImportError("openvino is not installed (pip install openvino)") from error

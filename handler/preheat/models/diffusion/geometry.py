@@ -53,7 +53,9 @@ class Plan:
     painted: Bucket
     """What of it is the picture, in the bucket's upper left: all of it, unless `fit: mask`."""
     bypass: bool
-    """A size outside every bucket, generated uncompiled on purpose (`oversize: eager`)."""
+    """Generated uncompiled on purpose, and without a bucket around it: a size outside every one
+    (`oversize: eager`), or one that is quicker so.
+    """
     scaled: tuple[int, int]
     """What the picture is resampled to; its own size where it is not."""
     crop: Box
@@ -127,6 +129,11 @@ def plan(
         own = round_up(Bucket(height, width), multiple)
         return pad_into(own, height, width, has_image=has_image, bypass=True)
     raise _too_large(height, width, buckets)
+
+
+def alone(plan: Plan) -> Plan:
+    """The same picture, generated uncompiled and without a canvas around it."""
+    return replace(plan, bucket=plan.painted, bypass=True)
 
 
 def smaller(bucket: Bucket, multiple: int) -> Bucket | None:

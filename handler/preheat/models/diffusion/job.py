@@ -52,10 +52,14 @@ class Job(BaseJob):
         Whether there is a negative prompt counts: SDXL gives "none" zeros and "" the embedding of
         an empty text, per batch.
         """
+        return self.plan.bucket, *self.kin
+
+    @property
+    def kin(self) -> tuple[Hashable, ...]:
+        """The same without the bucket: with masks a row may be seated in a larger one."""
         request = self.request
         strength = request.strength if request.task != "text-to-image" else None
         return (
-            self.plan.bucket,
             self.bypass,
             self.shift,
             request.task,
@@ -63,6 +67,18 @@ class Job(BaseJob):
             request.guidance_scale,
             strength,
             request.negative_prompt is None,
+        )
+
+    def on(self, canvas: Bucket) -> Job:
+        """The same with masks in another bucket that holds what it paints."""
+        if canvas == self.plan.bucket:
+            return self
+        whole = (0, 0, canvas.width, canvas.height)  # what is beside the picture does not matter
+        return replace(
+            self,
+            plan=replace(self.plan, bucket=canvas),
+            image=self.image and self.image.crop(whole),
+            mask=self.mask and self.mask.crop(whole),
         )
 
     @property
@@ -78,7 +94,8 @@ class Job(BaseJob):
 
     def load(self, size: int) -> Load:
         rows = size * (2 if self.doubled else 1)
-        return Load(self.plan.bucket.volume, rows, size, self.request.num_run_steps)
+        steps = self.request.num_run_steps
+        return Load(self.plan.bucket.volume, rows, size, steps, eager=self.bypass)
 
     def row(self, index: int) -> Row:
         """One of its pictures: those of `num_images` take consecutive seeds."""

@@ -15,6 +15,7 @@ from preheat.errors import RequestError
 from preheat.models.diffusion import geometry, image_processor
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Job
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.pipeline import Family
 from preheat.models.diffusion.request import ImageRequest
 from preheat.protocol import images
@@ -39,15 +40,21 @@ class Sized(Protocol):
 class Planner:
     """Plans requests for a pipeline; `shapes` are resolved: with buckets, unless `exact`."""
 
+    own_sizes: OwnSizes
+    """Decides which pictures are painted without their bucket; until it is measured, none."""
+
     def __init__(self, pipeline: Sized, shapes: ShapesConfig, config: PipelineConfig) -> None:
         self._pipeline, self._shapes, self._limits = pipeline, shapes, config.limits
         self._keeps_unmasked = config.keep_unmasked
+        self.own_sizes = OwnSizes()
 
-    def prepare(self, request: ImageRequest, deadline: float | None = None) -> Job:
+    def prepare(
+        self, request: ImageRequest, deadline: float | None = None, *, alone: bool = False
+    ) -> Job:
         """Decode the request's images and plan its geometry.
 
         A side that the request leaves out comes from its image (in proportion, where the other side
-        is given), else from the first bucket.
+        is given), else from the first bucket. `alone`: without its bucket, whatever is quicker.
 
         Raises:
             RequestError: an image that cannot be read, or a size that no bucket covers under
@@ -62,6 +69,9 @@ class Planner:
         height, width = _asked_size(request, image, self._shapes.buckets[0])
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
+        doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
+        if alone or self.own_sizes.are_quicker(plan, request.num_images, doubled=doubled):
+            plan = geometry.alone(plan)
         if image is not None:
             image = image_processor.fit_to(image, height, width)
         if mask is not None:
@@ -69,7 +79,6 @@ class Planner:
         if image is not None and mask is not None and self._keeps_unmasked:
             around = image_processor.unmasked(image, mask)
         image, mask = (each and image_processor.place(each, plan) for each in (image, mask))
-        doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         return Job(
             request,
             plan,

@@ -5,8 +5,9 @@ picture out of its bucket.
 from __future__ import annotations
 
 import io
+import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -14,30 +15,41 @@ from typing import Protocol
 
 from PIL import Image
 
-from preheat.buckets import Bucket, round_up
+from preheat.buckets import Bucket, joined, round_up, smallest_covering
 from preheat.compilation.pace import MARGIN, Pace, Timing
 from preheat.compilation.variants import Variant as AnyVariant
 from preheat.config.diffusion import PipelineConfig, Task
 from preheat.config.model import ModelConfig
 from preheat.device import num_cores, synchronize
-from preheat.errors import RequestError
+from preheat.errors import OutOfMemory, RequestError
 from preheat.models.base import ModelRunner
 from preheat.models.batching import Chunk, Execution, RunReport
 from preheat.models.diffusion import geometry, image_processor, responses
 from preheat.models.diffusion.admission import check_cost, check_time
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.job import Answer, Job
+from preheat.models.diffusion.lending import Party, lend
 from preheat.models.diffusion.masking.seats import VaeBuckets
+from preheat.models.diffusion.own_sizes import OwnSizes
 from preheat.models.diffusion.pipeline import AfterStep, Batch, Generated, Row, Sketch
 from preheat.models.diffusion.preprocess import Planner, Sized
 from preheat.models.diffusion.prompts import Reader
 from preheat.models.diffusion.request import ImageRequest, parse_row
 from preheat.models.diffusion.streaming import emit_step
-from preheat.models.diffusion.variants import Variant, covering, own, plan_variants, seated
+from preheat.models.diffusion.variants import (
+    Variant,
+    alone_variants,
+    covering,
+    own,
+    plan_variants,
+    seated,
+)
 from preheat.protocol import images
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.responses import Response
+
+logger = logging.getLogger(__name__)
 
 
 class Pipeline(Sized, Protocol):
@@ -137,7 +149,10 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         """
         (meant,) = own([variant])
         samples = (self._sample(meant, seed) for seed in range(meant.batch_size))
-        jobs = [self._fitted(self.planner.prepare(sample), meant) for sample in samples]
+        jobs = [
+            self._fitted(self.planner.prepare(sample, alone=meant.alone), meant)
+            for sample in samples
+        ]
         ended: list[float] = []  # of each of its steps
         events = EventStream(lambda _: ended.append(time.perf_counter()), {})
         jobs[0], began = replace(jobs[0], events=events), time.perf_counter()
@@ -150,6 +165,32 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
     def measure_padding(self) -> Mapping[str, float | str]:
         """Of what has masks, which was looked at before it was compiled."""
         return self._pipeline.mask_error
+
+    def measure_alone(self, timings: Mapping[AnyVariant, Timing]) -> Mapping[AnyVariant, Timing]:
+        """With masks every picture has two roads, but where all are to be the same to the last bit,
+        or one is as good as the other; see `own_sizes`.
+        """
+        compiles = any(not router.idle for router in self.execution.routers.values())
+        if not any(self._shapes.masks) or self._shapes.invariant or not compiles:
+            return {}
+        alone: dict[AnyVariant, Timing] = {}
+        for variant in alone_variants(
+            max(self.buckets, key=lambda bucket: bucket.volume),
+            self._pipeline.multiple,
+            self._own.limits.min_side,
+            self.execution.batch_sizes,
+            self._pipeline.guidance_variants,
+            self._pipeline.tasks[0],
+        ):
+            try:
+                alone[variant] = self.run_variant(variant)
+            except OutOfMemory as error:
+                logger.warning("not painted without its bucket: %s", error)
+        met = {**timings, **alone}
+        self.planner.own_sizes = OwnSizes.measured(
+            self.execution.batch_sizes, {variant: met[variant] for variant in own(list(met))}
+        )
+        return alone
 
     def _fitted(self, job: Job, variant: Variant) -> Job:
         """The variant's job, whose picture fills as much of the bucket as the variant's do."""
@@ -235,9 +276,11 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         job = replace(self.planner.prepare(request, call.deadline), dropped=dropped)
         steps = self._pipeline.num_calls(request)
         least_area = min(bucket.volume for bucket in self.buckets)
+        # what may be asked for is no matter of which road is quicker on this machine
+        canvas = smallest_covering(self.buckets, job.plan.painted) if job.bypass else None
         check_cost(
             request,
-            job.plan.bucket,
+            canvas or job.plan.bucket,
             steps=steps,
             least_area=least_area,
             max_cost=pipeline.limits.max_cost,
@@ -275,10 +318,39 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
                 job.events.emit("queued")
         return self.batches.run(jobs)
 
+    def groups(self, results: Sequence[Answer]) -> Iterable[Sequence[Answer]]:
+        """With masks those of a smaller bucket borrow what seats a larger one's run has left."""
+        groups = [list(group) for group in super().groups(results)]
+        if not any(self._shapes.masks) or self._shapes.invariant:
+            return groups
+        kin: dict[Hashable, list[Party[Answer]]] = {}
+        for group in groups:
+            job = group[0].job
+            party = Party(job.plan.bucket, self.batches.fitting(job), group)
+            kin.setdefault(job.kin, []).append(party)
+        for parties in kin.values():
+            lend(parties, lambda answer: answer.job.num_rows, _may_be_seated)
+        seated = [party.members for parties in kin.values() for party in parties if party.members]
+        order = {id(result): index for index, result in enumerate(results)}
+        return sorted(seated, key=lambda members: min(order[id(each)] for each in members))
+
+    def _canvas(self, jobs: Sequence[Job]) -> Bucket:
+        """The bucket in which these share a run."""
+        own = {job.plan.bucket for job in jobs}
+        if len(own) == 1:
+            return own.pop()
+        # that of who borrows nothing holds them all, even where its own rows are gone by now
+        canvas = smallest_covering(self.buckets, joined([job.plan.painted for job in jobs]))
+        assert canvas is not None
+        return canvas
+
     def run_chunk(self, chunk: Chunk[Answer], size: int) -> RunReport:
+        canvas = self._canvas([answer.job for answer, _ in chunk])
+        for answer, _ in chunk:
+            answer.job = answer.job.on(canvas)
         job, rows = chunk[0][0].job, [answer.job.row(row) for answer, row in chunk]
-        masked = self._always_masked or any(row.size != job.plan.bucket for row in rows)
-        batch = _batch(job.request, job.plan.bucket, rows, size, masked=masked and not job.bypass)
+        masked = self._always_masked or any(row.size != canvas for row in rows)
+        batch = _batch(job.request, canvas, rows, size, masked=masked and not job.bypass)
         generated, run = self.execution.run(
             lambda: self._pipeline.generate(batch, partial(self._emit_step, chunk)),
             num_rows=size,
@@ -319,6 +391,12 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
 
     def close(self) -> None:
         self._encoders.shutdown()
+
+
+def _may_be_seated(answer: Answer, bucket: Bucket) -> bool:
+    """Not who streams: the headers that name its bucket have left already."""
+    job = answer.job
+    return not job.bypass and job.events is None and bucket.covers(job.plan.painted)
 
 
 def _timing(seconds: float, ended: Sequence[float], order: int) -> Timing:

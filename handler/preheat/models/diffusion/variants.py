@@ -8,21 +8,23 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 
-from preheat.buckets import Bucket, smallest_covering
+from preheat.buckets import Bucket, joined, round_up, smallest_covering
 from preheat.compilation import variants
 from preheat.compilation.pace import Load
+from preheat.models.diffusion.geometry import smaller
 from preheat.models.diffusion.masking.seats import Seat, VaeBuckets
 
 
 @dataclass(frozen=True, slots=True)
 class Variant(variants.Variant):
     """A pipeline's. `guidance` doubles the denoiser's batch; `masked` has rows that do not fill the
-    bucket.
+    bucket; one that is `alone` has none around it and runs eagerly.
     """
 
     guidance: bool
     task: str
     masked: bool = False
+    alone: bool = False
     painted: Bucket | None = None
     """What its rows fill of the bucket; None: all of it."""
     seat: Seat | None = None
@@ -31,7 +33,7 @@ class Variant(variants.Variant):
     @property
     def load(self) -> Load:
         rows = self.batch_size * (2 if self.guidance else 1)
-        return Load(self.bucket.volume, rows, self.batch_size, 1)
+        return Load(self.bucket.volume, rows, self.batch_size, 1, eager=self.alone)
 
     @property
     def details(self) -> str:
@@ -68,6 +70,29 @@ def plan_variants(
                 not v.masked,
             ),
         )
+    )
+
+
+def alone_variants(
+    largest: Bucket,
+    multiple: int,
+    least_side: int,
+    batch_sizes: Sequence[int],
+    guidance: Iterable[bool],
+    task: str,
+) -> tuple[Variant, ...]:
+    """Those that show how long eager code takes for pictures smaller than the largest bucket: a
+    quarter and half of its sides, and all but `multiple` of it (pixels).
+    """
+    least = Bucket(least_side, least_side)
+    shares = [Bucket(-(-largest.height // part), -(-largest.width // part)) for part in (4, 2)]
+    sizes = {round_up(joined([share, least]), multiple): None for share in shares}
+    sizes |= {size: None for size in [smaller(largest, multiple)] if size and size.covers(least)}
+    ends = sorted({min(batch_sizes), max(batch_sizes)})
+    return tuple(
+        Variant(size, number, doubled, task, alone=True)
+        for size, number, doubled in product(sizes, ends, guidance)
+        if size != largest
     )
 
 
