@@ -13,6 +13,7 @@ ALONE = (
     "production_config",
     "shared_cache",
     "stock_archive",
+    "text",
     "true_readiness",
 )
 """End-to-end tests whose servers share nothing with other files."""
