@@ -56,7 +56,7 @@ WINGS: dict[str, Wing] = {
     ),
     "gateway": Wing(
         {"ground", "protocol", "torchserve", "gateway"},
-        {"fastapi", "starlette", "uvicorn", "httpx"},
+        {"fastapi", "starlette", "python_multipart", "uvicorn", "httpx"},
     ),
     "planning": Wing({"ground"}, {"numpy", "scipy"}),
     "preflight": Wing({"ground", "config", "cache", "planning"}, {"pydantic"}),

@@ -17,6 +17,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fake_host import FakeHost, png
+from preheat.errors import RequestError
+from preheat.gateway import openai_requests
 from preheat.gateway.backend import Answer
 from preheat.gateway.openai_answers import lines, pictures
 
@@ -250,8 +252,20 @@ def test_bodies_that_are_none_are_refused(host: FakeHost, gateway: str) -> None:
     assert code("edits", files={"mask": b"mask"}, data={"prompt": "a"}) == 400
     kind = {"content-type": "multipart/form-data; boundary=x"}
     assert code("edits", content=b"nonsense", headers=kind) == 400
+    slow = "multipart/form-data; boundary=x; charset=punycode"
+    head = b'content-disposition: form-data; name="image-"; filename="a-"'
+    form = b"--x\r\n" + head + b"\r\n\r\na\r\n--x--\r\n"
+    assert code("variations", content=form, headers={"content-type": slow}) == 400
+    assert not host.bodies
     assert code("edits", files={"image": b" " * 100_001}) == 413
     assert code("none", json={}) == 404
+
+
+def test_a_body_of_json_is_as_long_as_one_without_files() -> None:
+    assert openai_requests.from_json(b"{" + b" " * (openai_requests.MAX_JSON - 2) + b"}") == {}
+    with pytest.raises(RequestError, match="body is over") as refused:
+        openai_requests.from_json(b"{" + b" " * openai_requests.MAX_JSON + b"}")
+    assert refused.value.code == 413
 
 
 @given(

@@ -12,6 +12,8 @@ import pytest
 
 from memory_host import BUCKETS, DEFAULTS, MemoryHost
 from preheat.buckets import Bucket
+from preheat.errors import RequestError
+from preheat.gateway import contents
 from preheat.gateway.app import create_app
 from preheat.gateway.asked import Asked, Model, read
 from preheat.gateway.queued import Queued
@@ -163,6 +165,57 @@ def test_forms_and_text_are_read_as_json_is() -> None:
     assert _read(b"a cat", "text/plain; charset=utf-8") == MODEL.asked({})
     long = b'{"height": 700, "image": "' + b"A" * 100_000 + b'"}'
     assert _read(long, "application/json").bucket == Bucket(768, 512)
+
+
+def _form(*parts: tuple[str, str, str], charset: str = "") -> tuple[bytes, str]:
+    """A form of (name, more of the part's head, content), and its content type."""
+    body = "".join(
+        f'--x\r\ncontent-disposition: form-data; name="{name}"{head}\r\n\r\n{content}\r\n'
+        for name, head, content in parts
+    )
+    return f"{body}--x--\r\n".encode(), f"multipart/form-data; boundary=x{charset}"
+
+
+AS_FILE = '; filename="a"'
+AS_TEXT = f"{AS_FILE}\r\ncontent-type: text/plain"
+
+
+@pytest.mark.parametrize(
+    ("parts", "steps"),
+    [
+        ([("num_inference_steps", AS_FILE, "9")], 9),
+        ([("body", "", '{"num_inference_steps": 9}')], 9),
+        ([("data", AS_FILE, '{"num_inference_steps": 9}')], 9),
+        ([("data", "", '{"seed": 1}'), ("num_inference_steps", "", "9")], 9),
+        ([("prompt", "", "x" * 1_100_000), ("num_inference_steps", "", "9")], 9),
+        ([("body", AS_TEXT, '{"num_inference_steps": 9}')], 4),  # a prompt
+        ([("image", AS_FILE, "\u20ac"), ("num_inference_steps", "", "9")], 9),
+    ],
+)
+def test_a_form_is_priced_by_what_its_worker_reads(
+    parts: list[tuple[str, str, str]], steps: int
+) -> None:
+    assert _read(*_form(*parts)).steps == steps
+
+
+@pytest.mark.parametrize(
+    ("charset", "legal"),
+    [("utf-8", True), ('"ISO_8859-1"', True), ("punycode", False), ('"punycode"', False)],
+)
+def test_a_forms_charset_is_one_that_costs_nothing(charset: str, legal: bool) -> None:
+    form = _form(("height", "", "700"), charset=f"; charset={charset}")
+    if legal:
+        assert _read(*form).height == 700
+    else:
+        with pytest.raises(RequestError, match="body must be in UTF-8"):
+            _read(*form)
+
+
+def test_json_of_countless_parts_is_not_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(contents, "loads", None)
+    hostile = b'{"height": 100, "a": [' + b"[]," * 5000 + b"[]]}"
+    assert _read(hostile, "application/json") == MODEL.largest()
+    assert _read(*_form(("data", "", hostile.decode()))) == MODEL.largest()
 
 
 @pytest.mark.parametrize(

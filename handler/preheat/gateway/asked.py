@@ -6,20 +6,14 @@ answer; what cannot be read counts as the largest bucket.
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncGenerator, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from starlette.datastructures import Headers, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-
 from preheat.buckets import Bucket, nearest_aspect, smallest_covering
 from preheat.errors import RequestError
-from preheat.protocol.json_text import loads
+from preheat.gateway import contents
 
-LONG = 65_536
-"""Bytes of JSON that are not read in the event loop."""
 _LARGEST_SIDE = 65_536
 _MOST = 10_000
 
@@ -107,33 +101,23 @@ class Model:
 
 
 async def read(body: bytes, content_type: str, model: Model) -> Asked:
-    """What the request `body` asks `model` for."""
+    """What the request `body` asks `model` for.
+
+    Raises:
+        RequestError: a form in a charset that is not read here.
+    """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "text/plain":
         return model.asked({})
+    is_form = kind == "multipart/form-data"
+    if is_form:
+        contents.check_charset(content_type)
     try:
-        if kind == "multipart/form-data":
-            return model.asked(await _form(body, content_type))
-        fields = await asyncio.to_thread(_json, body) if len(body) > LONG else _json(body)
-    except (ValueError, RequestError, MultiPartException):
+        if is_form:
+            return model.asked(await contents.of_form(body, content_type))
+        return model.asked(await contents.of_json(body))
+    except (ValueError, RequestError):
         return model.largest()  # the worker will say what is wrong
-    return model.asked(fields)
-
-
-def _json(body: bytes) -> Mapping[str, object]:
-    found = loads(body.decode("utf-8"))
-    return found if isinstance(found, dict) else {}
-
-
-async def _form(body: bytes, content_type: str) -> Mapping[str, object]:
-    async def once() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    form = await MultiPartParser(Headers({"content-type": content_type}), once()).parse()
-    try:
-        return {name: True if isinstance(v, UploadFile) else v for name, v in form.items()}
-    finally:
-        await form.close()
 
 
 def _whole(value: object, most: int = _MOST) -> int | None:

@@ -12,6 +12,7 @@ from starlette.responses import Response
 from preheat.errors import RequestError
 from preheat.gateway import openai_requests
 from preheat.gateway.backend import Backend, Call
+from preheat.gateway.contents import check_charset
 from preheat.gateway.headers import for_host
 from preheat.gateway.openai_answers import Events, pictures
 from preheat.gateway.openai_requests import Kind, Wanted
@@ -54,8 +55,10 @@ def router(backend: Backend) -> APIRouter:
         return {"id": name, "object": "model", "created": started, "owned_by": "preheat"}
 
     async def form(request: Request) -> dict[str, object]:
-        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        content_type = request.headers.get("content-type", "")
+        if not content_type.startswith("multipart/form-data"):
             raise RequestError("must be multipart/form-data", "body")
+        check_charset(content_type)
         async with request.form() as sent:
             return await openai_requests.from_form(sent)
 

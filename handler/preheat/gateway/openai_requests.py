@@ -53,6 +53,8 @@ _KNOWN: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
         "variations": (*_COMMON, "image"),
     }
 )
+MAX_JSON = 1 << 20
+"""Bytes of a body of JSON: a file never lies in one."""
 _LONGEST = 100
 """Characters of a name, a size and the like."""
 
@@ -75,8 +77,10 @@ def from_json(body: bytes) -> dict[str, object]:
     """The fields of a JSON body.
 
     Raises:
-        RequestError: it is none.
+        RequestError: it is none, or over `MAX_JSON` bytes.
     """
+    if len(body) > MAX_JSON:
+        raise RequestError(f"is over {MAX_JSON} bytes", "body", 413)
     try:
         document = loads(decoded(body, "body"))
     except ValueError as error:
