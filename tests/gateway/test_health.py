@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -14,6 +15,7 @@ import pytest
 from typing_extensions import Self
 
 from fake_host import BUCKET, FakeHost, listening
+from preheat.gateway import tokens
 from preheat.gateway.app import create_app
 from preheat.gateway.torchserve import Places, TorchServeBackend
 from preheat.status import StatusFile
@@ -161,3 +163,35 @@ def test_a_token_is_renewed_before_it_ends(fresh: Fresh) -> None:
     for _ in range(2):
         assert fresh.http.post("/predictions/tiny", json={"prompt": ""}).status_code == 200
     assert [each["authorization"] for each in fresh.host.headers] == ["Bearer new"] * 2
+
+
+def test_a_token_that_cannot_be_renewed_costs_nobody_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The management API's port is closed, or it accepts and says nothing."""
+    monkeypatch.setattr(tokens, "TIMEOUT", 0.2)
+    key_file, tried = tmp_path / "key_file.json", list[str]()
+    entry = {"key": "old", "expiration time": "2000-01-01T00:00:00.1Z"}
+    key_file.write_text(json.dumps({"inference": entry, "management": entry}))
+
+    async def ask(url: str) -> None:
+        async with httpx.AsyncClient(trust_env=False, timeout=None) as http:
+            own = tokens.Tokens(key_file, url, http, clock=lambda: 1e9)
+            found = await asyncio.gather(*(own.get("inference") for _ in range(50)))
+            assert found == ["old"] * 50
+
+    async def note(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        tried.append("x")
+        await reader.read()
+        writer.close()
+
+    async def body() -> None:
+        silent = await asyncio.start_server(note, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{silent.sockets[0].getsockname()[1]}"
+        await ask(url)
+        assert tried == ["x"]  # not each of them
+        silent.close()
+        await silent.wait_closed()
+        await ask(url)
+
+    asyncio.run(asyncio.wait_for(body(), 30))

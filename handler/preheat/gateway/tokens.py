@@ -15,10 +15,14 @@ from typing import Literal
 
 import httpx
 
+from preheat.errors import in_one_line
+
 logger = logging.getLogger(__name__)
 Kind = Literal["inference", "management"]
 MARGIN = 30.0
 """Seconds before its end at which a token is renewed."""
+TIMEOUT = 5.0
+"""Seconds that TorchServe has for it, and from one try to the next: everybody waits for it."""
 
 
 class Tokens:
@@ -37,6 +41,7 @@ class Tokens:
     ) -> None:
         self._file, self._management, self._http, self._clock = key_file, management, http, clock
         self._renewing = asyncio.Lock()
+        self._tried: dict[Kind, float] = {}
 
     @property
     def wanted(self) -> bool:
@@ -50,11 +55,12 @@ class Tokens:
         if not self.wanted:
             return None
         entry = self._entry(kind)
-        if self._left(entry) < MARGIN:
+        if self._is_due(kind, entry):
             async with self._renewing:
                 entry = self._entry(kind)  # somebody else may have been here
-                if self._left(entry) < MARGIN:
+                if self._is_due(kind, entry):
                     await self._renew(kind)
+                    self._tried[kind] = self._clock()
                     entry = self._entry(kind)
         return entry.get("key")
 
@@ -71,6 +77,10 @@ class Tokens:
             logger.warning("%s holds no %s token: %s", self._file, kind, error)
             return {}
 
+    def _is_due(self, kind: Kind, entry: Mapping[str, str]) -> bool:
+        again = self._tried.get(kind, float("-inf")) + TIMEOUT
+        return self._left(entry) < MARGIN and self._clock() >= again
+
     def _left(self, entry: Mapping[str, str]) -> float:
         """Seconds until it ends; what says nothing of an end has none."""
         text = entry.get("expiration time", "")[:19]  # UTC; digits and a Z follow
@@ -80,12 +90,20 @@ class Tokens:
         return ends.timestamp() - self._clock()
 
     async def _renew(self, kind: Kind) -> None:
-        """TorchServe writes the new token to the file; its API key, which renews, never ends."""
-        response = await self._http.get(
-            f"{self._management}/token",
-            params={"type": kind},
-            headers={"authorization": f"Bearer {self._entry('API').get('key')}"},
-        )
+        """TorchServe writes the new token to the file; its API key, which renews, never ends.
+
+        Where that fails the old one goes on: it may not have ended yet.
+        """
+        try:
+            response = await self._http.get(
+                f"{self._management}/token",
+                params={"type": kind},
+                headers={"authorization": f"Bearer {self._entry('API').get('key')}"},
+                timeout=TIMEOUT,
+            )
+        except httpx.TransportError as error:
+            logger.warning("no %s token is renewed: %s", kind, in_one_line(error) or repr(error))
+            return
         if response.is_error:
             logger.warning("TorchServe renews no %s token: %s", kind, response.text.strip())
         else:
