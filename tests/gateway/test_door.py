@@ -149,6 +149,23 @@ def test_the_log_has_what_was_asked_and_nothing_private(keys: Path, log: Path) -
     assert "private" not in log.read_text() and key not in log.read_text()
 
 
+def test_a_fault_of_ours_is_written_down_as_one(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(_: object) -> None:
+        raise ZeroDivisionError
+
+    async def body() -> None:
+        app = create_app(Queued(MemoryHost()), access=access_log(log))
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as http:
+            monkeypatch.setattr("preheat.gateway.predictions.for_host", broken)
+            assert (await http.post(PATH, json=NOW)).status_code == 500
+            assert 'answers_total{Code="500"} 1' in (await http.get("/metrics")).text
+
+    _run(body)
+    (line,) = _lines(log)
+    assert line["status"] == 500
+
+
 @pytest.mark.parametrize("given", ["", "a b", "x\n{}", "ä", "x" * 129, None])
 def test_an_id_that_no_log_can_hold_is_replaced(given: str | None) -> None:
     assert request_id(given) != given
@@ -165,6 +182,10 @@ def test_an_id_that_no_log_can_hold_is_replaced(given: str | None) -> None:
         ({"host": "evil.example"}, 403),
         ({"host": "localhost:8000"}, 200),
         ({"host": "[::1]:8000"}, 200),
+        ({"host": "["}, 400),
+        ({"origin": "http://["}, 400),
+        ({"content-type": b"application/json; x=\xe4"}, 400),
+        ({"x-request-start": b"t=\xb2"}, 400),
     ],
 )
 def test_without_keys_no_other_sites_page_may_ask(headers: dict[str, str], status: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import Request
@@ -62,6 +62,9 @@ class Door:
             await self._app(scope, receive, named)
         except RequestError as error:
             await errors.refused(Request(scope), error)(scope, receive, named)
+        except Exception:  # a fault of ours: the server answers it, outside of all middlewares
+            record.status = record.status or 500
+            raise
         finally:
             current.reset(holds)
             client.reset(asks)
@@ -86,11 +89,18 @@ class Door:
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
-        if self._local and urlsplit(f"//{host}").hostname not in LOCAL:
+        if self._local and _split("host", f"//{host}").hostname not in LOCAL:
             raise RequestError("only this machine's own names lead here", None, 403)
         origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and _split("origin", origin).netloc != host:
             raise RequestError("another site's page may not ask", None, 403)
+
+
+def _split(name: str, url: str) -> SplitResult:
+    try:
+        return urlsplit(url)
+    except ValueError:
+        raise RequestError("is no such thing", name) from None
 
 
 def _is_open(path: str) -> bool:

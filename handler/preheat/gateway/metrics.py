@@ -72,18 +72,24 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        begun, bucket = time.perf_counter(), ""
+        begun, bucket, is_begun = time.perf_counter(), "", False
 
         async def watched(message: Message) -> None:
-            nonlocal bucket
+            nonlocal bucket, is_begun
             if message["type"] == "http.response.start":
+                is_begun = True
                 self._waits.answers[message["status"]] += 1
                 bucket = dict(message["headers"]).get(_BUCKET, b"").decode("latin-1")
             await send(message)
             if bucket and message["type"] == "http.response.body" and not message.get("more_body"):
                 self._waits.took(bucket, time.perf_counter() - begun)
 
-        await self._app(scope, receive, watched)
+        try:
+            await self._app(scope, receive, watched)
+        except Exception:  # a fault of ours: the server answers it, outside of all middlewares
+            if not is_begun:
+                self._waits.answers[500] += 1
+            raise
 
 
 def router(backend: Backend, waits: Waits) -> APIRouter:
