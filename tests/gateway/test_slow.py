@@ -22,6 +22,7 @@ class Call:
 
     def __init__(self, parts: list[bytes], headers: dict[str, str] | None = None) -> None:
         self.parts, self.headers = parts, headers or {}
+        self.said = 0
         self.ended = asyncio.Event()
         self.go = asyncio.Event()
         self.go.set()
@@ -36,6 +37,7 @@ class Call:
     async def _say(self) -> AsyncIterator[bytes]:
         for part in self.parts:
             await self.go.wait()
+            self.said += 1
             yield part
 
 
@@ -65,11 +67,25 @@ def test_who_is_behind_loses_previews_and_nothing_else(monkeypatch: pytest.Monke
     asyncio.run(body())
 
 
-def test_who_is_too_far_behind_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_whole_answer_waits_for_its_reader(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(slow, "CUT_OFF", 10)
 
     async def body() -> None:
         call = Call([b"x" * 8] * 5)
+        async with unhurried(call.open()) as answer:
+            for _ in range(20):
+                await asyncio.sleep(0)
+            assert call.said == 2
+            assert await asyncio.wait_for(answer.read(), 20) == b"x" * 40
+
+    asyncio.run(body())
+
+
+def test_a_streams_reader_too_far_behind_is_cut_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(slow, "CUT_OFF", 10)
+
+    async def body() -> None:
+        call = Call([b"x" * 7 + b"\n"] * 5, EVENTS)
         async with unhurried(call.open()) as answer:
             await asyncio.wait_for(call.ended.wait(), 20)
             with pytest.raises(Unreachable, match="bytes behind"):

@@ -18,7 +18,9 @@ from preheat.protocol.events import CONTENT_TYPE
 NO_PREVIEWS = 1 << 18
 """Bytes of a stream that its reader is behind: it gets no more previews."""
 CUT_OFF = 1 << 26
-"""The stream ends there: more than a picture's worth of pixels waits."""
+"""A stream of events ends there: more than a picture's worth of pixels waits. Of another answer no
+more is taken until its reader has read.
+"""
 
 
 class _Behind:
@@ -28,12 +30,21 @@ class _Behind:
         self.size = 0
         self._parts: deque[bytes] = deque()
         self._more = asyncio.Event()
+        self._less = asyncio.Event()
         self._source: asyncio.Task[None] | None = None
 
     def add(self, part: bytes) -> None:
         self._parts.append(part)
         self.size += len(part)
         self._more.set()
+
+    async def room(self) -> None:
+        """Wait until less than `CUT_OFF` is here; the connection's own timer ends who never reads
+        (`connections.Patience.reader`).
+        """
+        while self.size > CUT_OFF:
+            self._less.clear()
+            await self._less.wait()
 
     def end(self, source: asyncio.Task[None]) -> None:
         """Nothing more comes of it; what it raised is raised to the reader."""
@@ -45,6 +56,7 @@ class _Behind:
             while self._parts:
                 part = self._parts.popleft()
                 self.size -= len(part)
+                self._less.set()
                 yield part
             if self._source is not None:
                 self._source.result()
@@ -82,8 +94,9 @@ async def _pump(
         parts = _without_late_previews(answer.parts, behind) if is_events else answer.parts
         async for part in parts:
             behind.add(part)
-            if behind.size > CUT_OFF:
+            if is_events and behind.size > CUT_OFF:
                 raise Unreachable(f"the reader is {behind.size} bytes behind: cut off")
+            await behind.room()
 
 
 async def _without_late_previews(
