@@ -27,8 +27,8 @@ class Host:
         self.changed = asyncio.Condition()
         self.go_on = asyncio.Event()
 
-    async def ask(self, name: str, group: str = "A", **patience: float) -> str:
-        async with self.admission.place("key", group, 0.01, **patience):
+    async def ask(self, name: str, group: str = "A", **seconds: float) -> str:
+        async with self.admission.place("key", group, 0.01, **seconds):
             await self._note(name)
             await self.go_on.wait()
         return name
@@ -67,6 +67,39 @@ def test_who_leaves_the_queue_never_reaches_the_host() -> None:
         host.go_on.set()
         await asyncio.gather(*asked, return_exceptions=True)
         assert [task.cancelled() for task in asked] == [True, False, True, False]
+
+    _run(body())
+
+
+def test_who_leaves_the_host_fills_its_place_while_it_paints() -> None:
+    async def body() -> None:
+        host = Host()
+        asked = [asyncio.create_task(host.ask(name, held=0.05)) for name in "abc"]
+        await host.until("a", "b")
+        asked[0].cancel()
+        await asyncio.wait({asked[0]})
+        assert host.admission.queue.num_inside == 2 and host.admission.queue.num_queued == 1
+        await host.until("a", "b", "c")
+        host.go_on.set()  # who was answered keeps nothing
+        await asyncio.gather(*asked[1:])
+        assert host.admission.queue.num_inside == 0
+
+    _run(body())
+
+
+def test_who_leaves_before_it_is_sent_fills_no_place() -> None:
+    async def body() -> None:
+        host = Host()
+        asked = [asyncio.create_task(host.ask(name, held=60.0)) for name in "abc"]
+        await host.until("a", "b")
+        host.admission.resize(Limits(num_workers=2))  # c has its turn, and has not been told
+        assert host.admission.queue.num_inside == 3
+        asked[2].cancel()
+        await asyncio.wait({asked[2]})
+        assert host.admission.queue.num_inside == 2
+        host.go_on.set()
+        await asyncio.gather(*asked[:2])
+        assert host.inside == ["a", "b"]
 
     _run(body())
 

@@ -12,11 +12,12 @@ import pytest
 
 from memory_host import BUCKETS, DEFAULTS, MemoryHost
 from preheat.buckets import Bucket
-from preheat.errors import RequestError
+from preheat.errors import RequestError, Unreachable
 from preheat.gateway import contents
 from preheat.gateway.app import create_app
 from preheat.gateway.asked import Asked, Model, read
 from preheat.gateway.queued import Queued
+from preheat.torchserve.overview import ModelView
 
 PATH = "/predictions/tiny"
 MODEL = Model.of(BUCKETS, DEFAULTS)
@@ -65,6 +66,51 @@ def test_slots_take_requests_one_by_one() -> None:
         await host.until(*"abcd")  # two a slot, which wait for no others like them
         host.go.set()
         await asyncio.gather(*asked)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+@pytest.mark.parametrize("has_slots", [False, True])
+def test_a_place_is_filled_while_its_host_paints_for_who_has_left(has_slots: bool) -> None:
+    async def body() -> None:
+        host = MemoryHost()
+        if has_slots:  # it stops there
+            (worker,) = host.seen.workers
+            slots = replace(worker, request_defaults={"slots": 1})
+            host.seen = replace(host.seen, workers=(slots,))
+        gateway = Gateway(host)
+        inner, outer = gateway.ask("a", num_inference_steps=1000), gateway.ask("b")
+        await host.until("a", "b")
+        third = gateway.ask("c")
+        inner.cancel()
+        await asyncio.wait({inner})
+        inside = 'preheat_gateway_inside{ModelName="tiny"} 2'
+        assert inside in (await gateway.http.get("/metrics")).text
+        assert host.left == ["a"]
+        assert ("c" in host.inside) is has_slots
+        host.go.set()
+        await asyncio.gather(outer, third)
+
+    asyncio.run(asyncio.wait_for(body(), 30))
+
+
+def test_while_the_workers_were_never_seen_nobody_is_served(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def body() -> None:
+        host = MemoryHost()
+        gateway, seen = Gateway(host), host.overview
+
+        async def gone() -> list[ModelView]:
+            raise Unreachable("it is gone")
+
+        monkeypatch.setattr(host, "overview", gone)
+        for _ in range(2):
+            refused = await gateway.ask("now")
+            assert refused.status_code == 503 and refused.json()["type"] == "Unreachable"
+        assert host.inside == []
+        monkeypatch.setattr(host, "overview", seen)
+        assert (await gateway.ask("now")).status_code == 200
 
     asyncio.run(asyncio.wait_for(body(), 30))
 

@@ -16,6 +16,9 @@ from preheat.torchserve.overview import BucketView
 
 UNKNOWN_SECONDS = 1.0
 """A request's work where nothing was measured: keys then share by requests."""
+HELD_AT_MOST = 120.0
+"""Seconds; TorchServe's own `responseTimeout`. A client names its steps, not how long others wait.
+"""
 
 
 class Admission:
@@ -32,12 +35,28 @@ class Admission:
         self.queue.limits = limits
         self._serve()
 
+    def run_seconds(self, seconds: float) -> float:
+        """For which the host is busy at most with a request of so much work: the run that it is
+        in, and the one before that.
+        """
+        return min(2 * seconds * self.queue.limits.batch_size, HELD_AT_MOST)
+
     @asynccontextmanager
     async def place(
-        self, key: str, group: Hashable, seconds: float, patience: float = math.inf
+        self,
+        key: str,
+        group: Hashable,
+        seconds: float,
+        patience: float = math.inf,
+        held: float = 0.0,
     ) -> AsyncIterator[Entry]:
         """Wait for a place inside the host, which is given back on leaving, as is one in the queue
-        by who is cancelled there. `patience`: seconds after which nobody waits for the answer.
+        by who is cancelled there.
+
+        Args:
+            patience: seconds after which nobody waits for the answer.
+            held: seconds for which who is cancelled inside still fills its place, since the host
+                goes on painting for it.
 
         Raises:
             QueueFull: too many wait already.
@@ -45,14 +64,25 @@ class Admission:
         """
         entry = self.queue.offer(key, group, seconds, self._clock() + patience)
         turn = self._turns[entry] = asyncio.get_running_loop().create_future()
+        kept = 0.0
         try:
             self._serve()
             await turn
-            yield entry
+            try:
+                yield entry
+            except (asyncio.CancelledError, GeneratorExit):
+                kept = held
+                raise
         finally:
             del self._turns[entry]
-            self.queue.remove(entry)
-            self._serve()
+            if kept:
+                asyncio.get_running_loop().call_later(kept, self._give_back, entry)
+            else:
+                self._give_back(entry)
+
+    def _give_back(self, entry: Entry) -> None:
+        self.queue.remove(entry)
+        self._serve()
 
     def _serve(self) -> None:
         for entry in self.queue.take():

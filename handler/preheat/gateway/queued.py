@@ -37,6 +37,8 @@ class _Host:
     admission: Admission
     model: Model
     costs: Costs
+    drops_left: bool
+    """It stops painting for who has left: continuous batching."""
 
 
 class Queued:
@@ -48,6 +50,7 @@ class Queued:
         self._inner, self._max_queued, self._per_key = inner, max_queued, max_queued_per_key
         self._hosts: dict[str, _Host] = {}
         self._looked = -math.inf
+        self._has_seen = False
         self._looking: asyncio.Task[None] | None = None
 
     @asynccontextmanager
@@ -67,7 +70,9 @@ class Queued:
             who.spend(asked.pixel_steps)
         patience = math.inf if deadline is None else deadline - time.time()
         name = who.name if who is not None else ANYBODY
-        turn = host.admission.place(name, asked.group, _seconds(host, asked), patience)
+        seconds = _seconds(host, asked)
+        held = 0.0 if host.drops_left else host.admission.run_seconds(seconds)
+        turn = host.admission.place(name, asked.group, seconds, patience, held)
         async with unhurried(self._served(turn, call)) as answer:
             yield answer
 
@@ -87,19 +92,27 @@ class Queued:
                 yield answer
 
     async def _host(self, model: str) -> _Host | None:
-        """What is known of it; looked at again in the background, for the first time at once."""
-        if self._looking is None and time.monotonic() - self._looked > FRESH:
+        """What is known of it; looked at again in the background, for the first time at once.
+
+        Raises:
+            Unreachable: no look has succeeded yet, so neither prices nor places are known.
+        """
+        is_due = not self._has_seen or time.monotonic() - self._looked > FRESH
+        if self._looking is None and is_due:
             self._looking = asyncio.create_task(self._look())
         if model not in self._hosts and self._looking is not None:
             await asyncio.shield(self._looking)
+        if not self._has_seen:
+            raise Unreachable("the workers have not been seen yet; send it again later")
         return self._hosts.get(model)
 
     async def _look(self) -> None:
         try:
             views = await self._inner.overview()
         except Unreachable as error:
-            logger.warning("the queue goes on with what it knows of the workers: %s", error)
+            logger.warning("the queue knows of the workers what it knew before: %s", error)
         else:
+            self._has_seen = True
             for view in views:
                 self._update(view)
             for gone in self._hosts.keys() - {view.model for view in views}:
@@ -110,14 +123,15 @@ class Queued:
     def _update(self, view: ModelView) -> None:
         rows = [row for worker in view.workers for row in worker.buckets]
         defaults = next((w.request_defaults for w in view.workers if w.request_defaults), {})
-        limits = self._limits(view, has_slots="slots" in defaults)
+        has_slots = "slots" in defaults
+        limits = self._limits(view, has_slots=has_slots)
         model, costs = Model.of([row.bucket for row in rows], defaults), Costs.of(rows)
         known = self._hosts.get(view.model)
         if known is None:
-            self._hosts[view.model] = _Host(Admission(limits), model, costs)
+            self._hosts[view.model] = _Host(Admission(limits), model, costs, has_slots)
             return
         if rows:  # while its only worker starts again, it is as it was
-            known.model, known.costs = model, costs
+            known.model, known.costs, known.drops_left = model, costs, has_slots
         if limits != known.admission.queue.limits:
             known.admission.resize(limits)
 
