@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import httpx
@@ -16,6 +18,7 @@ from starlette.responses import Response, StreamingResponse
 from fake_host import listening
 from preheat.gateway.connections import Patience, protocol
 
+LARGE = 1 << 24
 HEAD = b"POST /whole HTTP/1.1\r\nhost: 127.0.0.1\r\n"
 
 
@@ -25,9 +28,13 @@ class App:
         self.app = FastAPI()
         self.app.post("/whole")(self.whole)
         self.app.get("/endless")(self.endless)
+        self.app.get("/large")(self.large)
 
     async def whole(self, request: Request) -> Response:
         return Response(str(len(await request.body())))
+
+    async def large(self) -> Response:
+        return Response(b"x" * LARGE)
 
     async def endless(self, request: Request) -> Response:
         async def parts() -> object:
@@ -91,6 +98,54 @@ def test_who_reads_nothing_is_cut_off() -> None:
         assert app.aborted.wait(20)
         # others are served
         assert httpx.post(f"{url}/whole", content=b"abc", trust_env=False).text == "3"
+
+
+def _small(url: str, path: str, size: int = 4096) -> socket.socket:
+    """A connection that has asked for `path`, whose kernel takes `size` bytes unread."""
+    address = httpx.URL(url)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, size)
+    connection.settimeout(20)
+    connection.connect((address.host, address.port))
+    connection.sendall(f"GET {path} HTTP/1.1\r\nhost: 127.0.0.1\r\n\r\n".encode())
+    return connection
+
+
+def test_who_reads_slowly_gets_it_all() -> None:
+    """It lasts several times the timer's seconds, all paused: what is unsent is one part."""
+    with server(reader=0.3) as (_, url, _), _small(url, "/large", 65_536) as connection:
+        got, ends = 0, time.monotonic() + 1.2
+        while time.monotonic() < ends:
+            got += len(connection.recv(65_536))
+            time.sleep(0.01)
+        while got < LARGE:
+            part = connection.recv(1 << 20)
+            assert part, got
+            got += len(part)
+
+
+def test_the_end_of_an_answer_is_not_kept_for_who_does_not_read() -> None:
+    own, app, unsent = Patience(reader=0.3), FastAPI(), list[Callable[[], int]]()
+
+    class Seen(protocol(own)):  # type: ignore[misc]
+        def connection_made(self, transport: asyncio.Transport) -> None:
+            super().connection_made(transport)
+            unsent.append(transport.get_write_buffer_size)
+
+    @app.get("/")
+    async def some() -> Response:
+        async def parts() -> AsyncIterator[bytes]:
+            while not unsent[0]():
+                yield b"x" * 8192
+
+        return StreamingResponse(parts())  # it ends before anything pauses its writer
+
+    with listening(app, http=Seen) as url, _small(url, "/") as connection:
+        deadline = time.monotonic() + 20
+        while not (unsent and not own._open):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        assert connection.fileno() > 0  # not the client has closed it
 
 
 def test_an_address_has_so_many_connections_and_gets_them_back() -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 logger = logging.getLogger(__name__)
 
+IN_KERNEL = 1 << 17
+"""Bytes that wait there to be sent: of its usual megabytes a slow reader takes none out of ours for
+minutes, and seems to stand still.
+"""
 _TIMEOUT = b"HTTP/1.1 408 Request Timeout\r\nconnection: close\r\ncontent-length: 0\r\n\r\n"
 _TOO_MANY = (
     b"HTTP/1.1 429 Too Many Requests\r\nconnection: close\r\nretry-after: 5\r\n"
@@ -66,6 +71,7 @@ class _Patient(H11Protocol):
         self._address: str | None = None
         self._incoming: asyncio.TimerHandle | None = None
         self._outgoing: asyncio.TimerHandle | None = None
+        self._unsent = 0
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
@@ -74,12 +80,16 @@ class _Patient(H11Protocol):
             self._refuse(_TOO_MANY)
             return
         self._address = address
+        connection = transport.get_extra_info("socket")
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, IN_KERNEL)
         self._expect(self.own.headers)
 
     def connection_lost(self, exc: Exception | None) -> None:
         super().connection_lost(exc)
         self._expect(None)
-        self.resume_writing()
+        if self._outgoing is not None:
+            self._outgoing.cancel()
+            self._outgoing = None
         if self._address is not None:
             self.own.leave(self._address)
             self._address = None
@@ -99,17 +109,15 @@ class _Patient(H11Protocol):
         self._expect(None)  # uvicorn's timer for kept connections takes over
         super().on_response_complete()
         self._expect_body()  # of a request that had come meanwhile
+        self._watch()  # less than what pauses, and nothing more comes of it
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        if self._outgoing is None:
-            self._outgoing = self.loop.call_later(self.own.reader, self._abandon)
+        self._watch()
 
     def resume_writing(self) -> None:
         super().resume_writing()
-        if self._outgoing is not None:
-            self._outgoing.cancel()
-            self._outgoing = None
+        self._unsent = -1  # much went out, whatever has come since
 
     @property
     def _is_between(self) -> bool:
@@ -139,7 +147,19 @@ class _Patient(H11Protocol):
         if not self.transport.is_closing():
             self.transport.write(answer)
             self.transport.close()
+            self._watch()
 
-    def _abandon(self) -> None:
-        logger.warning("%s reads nothing for %g s: cut off", self._address, self.own.reader)
-        self.transport.abort()
+    def _watch(self) -> None:
+        """Look whether what is unsent gets less, until it is nothing."""
+        if self._outgoing is None:
+            self._unsent = self.transport.get_write_buffer_size()
+            if self._unsent:
+                self._outgoing = self.loop.call_later(self.own.reader, self._look)
+
+    def _look(self) -> None:
+        self._outgoing = None
+        if self.transport.get_write_buffer_size() == self._unsent:
+            logger.warning("%s reads nothing for %g s: cut off", self._address, self.own.reader)
+            self.transport.abort()
+        else:
+            self._watch()
