@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import resource
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -202,3 +203,15 @@ def test_without_keys_other_machines_are_not_served(host: str) -> None:
     places = Places(inference="", management="", metrics="")
     with pytest.raises(GatewayError, match="--keys"):
         serving.run(places, host, 0, serving.Admits())
+
+
+def test_as_many_files_may_be_open_as_connections_need() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
+        serving._allow_files(512)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
+        serving._allow_files(300)  # never down
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

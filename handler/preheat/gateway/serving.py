@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import resource
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
@@ -18,6 +19,8 @@ from preheat.gateway.queued import Queued
 from preheat.gateway.record import access_log
 from preheat.gateway.torchserve import Places, TorchServeBackend
 
+FILES = 8192
+"""Descriptors: two for each of the connections that `Patience.total` allows, and some."""
 GRACE = 120
 """Seconds that answers under way have, once it is told to end."""
 
@@ -30,6 +33,7 @@ def configured(
         host,
         port,
         http=protocol(patience or Patience()),
+        ws="none",  # an upgrade would leave our protocol, and its timers
         log_level="warning",
         access_log=False,
         server_header=False,
@@ -73,7 +77,16 @@ def run(places: Places, host: str, port: int, admits: Admits) -> None:
         access=access_log(admits.access_log) if admits.access_log is not None else None,
         local=is_local,
     )
+    _allow_files(FILES)
     uvicorn.Server(configured(app, host, port)).run()
+
+
+def _allow_files(number: int) -> None:
+    """Raise this process's limit of open files, often 1024, as far as it may."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = number if hard == resource.RLIM_INFINITY else min(number, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _is_loopback(host: str) -> bool:
