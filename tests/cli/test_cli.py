@@ -38,7 +38,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def listening(monkeypatch: pytest.MonkeyPatch) -> set[int]:
     """The ports that somebody listens on: none, whatever else runs on this machine."""
     ports: set[int] = set()
-    monkeypatch.setattr(server, "_can_bind", lambda port: port not in ports)
+    monkeypatch.setattr(server, "_can_bind", lambda port, host: port not in ports)
     return ports
 
 

@@ -104,3 +104,24 @@ def test_the_gateways_port_is_checked_with_the_others(tmp_path: Path) -> None:
             server.check_free(tmp_path, replace(Ports.free(), gateway=number))
     with pytest.raises(ServerError, match="8081 is asked for twice"):
         Ports(gateway=8081)
+
+
+def test_the_gateways_port_is_checked_where_it_is_to_listen(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.2", 0)) as taken:
+        number = taken.getsockname()[1]
+        ports = replace(Ports.free(), gateway=number)
+        server.check_free(tmp_path, ports)
+        with pytest.raises(ServerError, match=f"port {number} on 127.0.0.2 "):
+            server.check_free(tmp_path, ports, "127.0.0.2")
+        server.check_free(tmp_path, ports, "no-such-host.invalid")  # the gateway will say so
+
+
+def test_another_listener_is_no_gateway(
+    recorded: TorchServe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(front, "_COMMAND", "raise SystemExit('no gateway today')")
+    with (
+        socket.create_server(("127.0.0.1", recorded.ports.gateway or 0)),
+        pytest.raises(ServerError, match="no gateway today"),
+    ):
+        front.start(recorded)

@@ -366,7 +366,7 @@ def serve(
         grpc_management=grpc_management_port,
         gateway=gateway_port if gateway else None,
     )
-    server.check_free(run_dir, ports)
+    server.check_free(run_dir, ports, gateway_host)
     if not archives:
         place, out = place_of_model(config, model), run_dir / "archives"
         archives = [
@@ -380,6 +380,7 @@ def serve(
         base=properties or server.DEMO_PROPERTIES,
         properties={"grpc_inference_address": grpc_host},
         foreground=foreground,
+        gateway_host=gateway_host,
     )
     try:
         if gateway:

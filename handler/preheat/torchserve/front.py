@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
+
+import httpx
 
 from preheat.errors import ServerError
 from preheat.status import STATUS_DIR_VARIABLE
@@ -89,9 +90,12 @@ def trouble(server: TorchServe) -> str | None:
 
 
 def _answers(host: str, port: int) -> bool:
-    reached = HOST if host == "0.0.0.0" else host
+    """Whether a gateway does, and not somebody else who listens there."""
+    reached = {"0.0.0.0": HOST, "::": "::1"}.get(host, host)
+    url = f"http://[{reached}]:{port}/v2" if ":" in reached else f"http://{reached}:{port}/v2"
     try:
-        with socket.create_connection((reached, port), timeout=1):
-            return True
-    except OSError:
+        # on loopback it knows this machine's names alone, not each of its addresses
+        said = httpx.get(url, headers={"host": "localhost"}, timeout=1, trust_env=False).json()
+    except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return False
+    return isinstance(said, dict) and said.get("name") == "preheat"

@@ -7,6 +7,7 @@ the workers' status files, and `server.json`, by which a later process finds it.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -69,9 +70,10 @@ class Ports:
         if twice:
             raise ServerError(f"port {_listed(twice)} is asked for twice; all must differ")
 
-    def taken(self) -> list[int]:
-        """Those that somebody listens on."""
-        return [port for port in self._all() if not _can_bind(port)]
+    def taken(self, gateway_host: str = HOST) -> list[int]:
+        """Those that somebody listens on, the gateway's where it is to be."""
+        hosts = {self.gateway: gateway_host}
+        return [port for port in self._all() if not _can_bind(port, hosts.get(port, HOST))]
 
     def _all(self) -> list[int]:
         return [port for port in asdict(self).values() if port is not None]
@@ -228,6 +230,7 @@ def start(
     env: Mapping[str, str] | None = None,
     seconds: float = 300,
     foreground: bool = False,
+    gateway_host: str = HOST,
 ) -> TorchServe:
     """Start a server for `archives` (.mar files or no-archive folders) and return when its
     management API answers.
@@ -242,7 +245,7 @@ def start(
             `seconds`.
     """
     run_dir, ports = run_dir.resolve(), ports or Ports()
-    check_free(run_dir, ports)
+    check_free(run_dir, ports, gateway_host)
     left = recall(run_dir)
     if left is not None:
         left.stop()  # its Java died; its workers and temporary files may have not
@@ -261,9 +264,9 @@ def start(
     return server
 
 
-def check_free(run_dir: Path, ports: Ports) -> None:
-    """Raise ServerError where a server runs from `run_dir`, or somebody listens on one of
-    `ports`.
+def check_free(run_dir: Path, ports: Ports, gateway_host: str = HOST) -> None:
+    """Raise ServerError where a server runs from `run_dir`, or somebody listens on one of `ports`:
+    on loopback, and the gateway's on `gateway_host`.
     """
     running = find(run_dir)
     if running:
@@ -271,9 +274,10 @@ def check_free(run_dir: Path, ports: Ports) -> None:
             f"a server named {run_dir.name} runs already (pid {running.pid}): stop it, or give "
             "this one another name"
         )
-    taken = ports.taken()
+    taken = ports.taken(gateway_host)
     if taken:
-        raise ServerError(f"port {_listed(taken)} on {HOST} is taken; choose another")
+        where = gateway_host if taken == [ports.gateway] else HOST
+        raise ServerError(f"port {_listed(taken)} on {where} is taken; choose another")
 
 
 def find(run_dir: Path) -> TorchServe | None:
@@ -460,12 +464,19 @@ def _listed(ports: Sequence[int]) -> str:
     return ", ".join(map(str, ports))
 
 
-def _can_bind(port: int) -> bool:
-    with socket.socket() as probe:
+def _can_bind(port: int, host: str = HOST) -> bool:
+    """Whether nobody listens there; so too on a `host` that is none of this machine's, of which
+    whoever is to listen there says more.
+    """
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError:
+        return True
+    with socket.socket(family) as probe:
         # a port in TIME_WAIT is free for a server
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((HOST, port))
-        except OSError:
-            return False
+            probe.bind(address)
+        except OSError as error:
+            return error.errno == errno.EADDRNOTAVAIL
         return True
