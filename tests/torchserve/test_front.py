@@ -8,11 +8,13 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import httpx
 import psutil
 import pytest
 
+from preheat.cli import app
 from preheat.errors import ServerError
 from preheat.status import STATUS_DIR_VARIABLE
 from preheat.torchserve import front, server
@@ -125,3 +127,17 @@ def test_another_listener_is_no_gateway(
         pytest.raises(ServerError, match="no gateway today"),
     ):
         front.start(recorded)
+
+
+def test_a_second_signal_ends_the_wait_for_what_is_under_way() -> None:
+    told: list[dict[str, float]] = []
+
+    class Running:
+        def stop(self, **seconds: float) -> None:
+            told.append(seconds)
+            if len(told) == 1:
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        app._end(cast(TorchServe, Running()), 120)
+    assert told == [{"drain": 120}, {"seconds": 5}]

@@ -391,7 +391,16 @@ def serve(
         if foreground:
             front.stay(running)
     except BaseException:  # a signal, too: who started them ends them
-        running.stop(drain=front.GRACE if foreground else 0)
+        _end(running, front.GRACE if foreground else 0)
+        raise
+
+
+def _end(running: TorchServe, drain: float) -> None:
+    """Stop what was started; on a second signal meanwhile without waiting for what is under way."""
+    try:
+        running.stop(drain=drain)
+    except (KeyboardInterrupt, SystemExit):
+        running.stop(seconds=5)
         raise
 
 
