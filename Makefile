@@ -49,7 +49,7 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
 	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks browser cli config e2e examples gateway gpu planning protocol \
-	torchserve __pycache__)),$(wildcard tests/*/))
+	preflight torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
