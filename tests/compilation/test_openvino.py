@@ -114,6 +114,10 @@ def stance(watch: CompileWatch) -> Iterator[None]:
     yield
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9",
+    reason="OpenVINO's converter fails on a slice as torch 2.8 exports it",
+)
 def test_a_model_of_a_masked_decoder_serves_sizes_that_it_has_not_met(watch: CompileWatch) -> None:
     example, module = EXAMPLES["vae decoder"], copy.deepcopy(pair("vae decoder")[1])
     kwargs = {"backend": "openvino"}
