@@ -7,7 +7,6 @@ IPEX_BIN := .venv-ipex/bin
 IPEX_STAMP := .venv-ipex/.preheat-installed
 
 CHROMIUM ?= /usr/bin/chromium
-AXE := .preheat/browser/node_modules/axe-core/axe.min.js
 
 CONFIG ?= model-config/tiny-sdxl.yaml
 MODEL ?=
@@ -49,7 +48,7 @@ TWO_PROCESSES := -n 2 --no-loadscope-reorder
 IPEX_TESTS := tests/test_device.py tests/test_handler.py tests/config/test_pt2_forms.py \
 	tests/benchmarks/test_bench_cpu.py tests/e2e/test_cpu_roads.py \
 	$(filter-out $(addprefix tests/,$(addsuffix /,benchmarks browser cli config e2e examples gateway gpu planning protocol \
-	torchserve __pycache__)),$(wildcard tests/*/))
+	preflight torchserve __pycache__)),$(wildcard tests/*/))
 
 MODEL_OPTION = $(if $(MODEL),--model '$(MODEL)')
 NAME_OPTION = $(if $(NAME),--name '$(NAME)')
@@ -90,11 +89,8 @@ lint: $(STAMP) ## ruff and mypy --strict
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
 
 # The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
-$(AXE):
-	npm install --silent --no-audit --no-fund --prefix .preheat/browser axe-core@4.10.3
-
-test-browser: $(STAMP) $(AXE) ## the gateway's page in headless Chromium (CHROMIUM=, of the system): needs npm
-	CHROMIUM='$(CHROMIUM)' AXE='$(AXE)' $(BIN)/python -m pytest tests/browser
+test-browser: $(STAMP) ## the gateway's page in headless Chromium (CHROMIUM=, of the system)
+	CHROMIUM='$(CHROMIUM)' $(BIN)/python -m pytest tests/browser
 
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)

@@ -204,7 +204,9 @@ def test_panels_have_their_own_place_and_say_what_they_show() -> None:
 
 
 def test_the_declaration_is_what_the_handler_emits() -> None:
-    sources = [*(ROOT / "handler").glob("*.py"), *(ROOT / "handler" / "preheat").rglob("*.py")]
+    every = [*(ROOT / "handler").glob("*.py"), *(ROOT / "handler" / "preheat").rglob("*.py")]
+    # the gateway's own go past TorchServe, which drops what is not declared
+    sources = [path for path in every if "gateway" not in path.parts]
     emitted = {
         name
         for path in sources

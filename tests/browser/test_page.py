@@ -7,7 +7,7 @@ import io
 import json
 import os
 from collections.abc import Iterator
-from pathlib import Path
+from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from browser.painter import Painter
 
-CHROMIUM, AXE = os.environ.get("CHROMIUM", ""), os.environ.get("AXE", "")
+CHROMIUM = os.environ.get("CHROMIUM", "")
 if not CHROMIUM:
     pytest.skip("needs a browser: make test-browser", allow_module_level=True)
 
@@ -258,7 +258,8 @@ def test_nothing_stands_in_the_way_of_a_screen_reader(
 
 def _findings(page: Page) -> list[Any]:
     """What axe-core finds serious."""
-    page.evaluate(Path(AXE).read_text())
+    axe = resources.files("axe_playwright_python") / "axe.min.js"
+    page.evaluate(axe.read_text(encoding="utf-8"))
     found = page.evaluate("axe.run(document)")
     return [
         (each["id"], each["impact"], [node["html"][:120] for node in each["nodes"]])

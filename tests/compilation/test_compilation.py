@@ -284,8 +284,8 @@ def test_ipex_serves_channels_last_models_and_inputs(
     router.start_run()
     module(sample(3, 4, 8, 8))
     assert router.run.engines == {"ipex"} and router.run.unwarmed == 0
-    # compared with eager in warm-up, then served
-    assert fake.dtypes == [torch.bfloat16] and seen == [True] * 3
+    # compared with eager, raced against it, then served
+    assert fake.dtypes == [torch.bfloat16] and len(seen) > 3 and all(seen)
     assert module.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -341,7 +341,7 @@ def test_ipex_leaves_a_module_without_convolutions_in_its_layout(
     router.freeze()
     router.start_run()
     module(sample(2, 4, 4, 8))
-    assert router.run.engines == {"ipex"} and seen == [True] * 3
+    assert router.run.engines == {"ipex"} and all(seen)
 
 
 class BrokenIpex(FakeIpex):

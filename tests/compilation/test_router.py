@@ -154,6 +154,16 @@ def test_a_run_outside_every_bucket_is_eager_and_no_fallback() -> None:
     assert code.calls == calls
 
 
+def test_nor_is_it_one_where_nothing_but_eager_is_left() -> None:
+    refused = Precompiled("aot", [], "the package is another machine's")
+    router = Router("toy", double, [refused])
+    router.freeze()
+    for bypass, fallbacks in ((True, 0), (False, 1)):
+        router.start_run(bypass=bypass)
+        router(torch.ones(1))
+        assert (router.run.engines, router.run.fallbacks) == ({"eager"}, fallbacks)
+
+
 @pytest.mark.parametrize("smallest", [True, False])
 def test_want_of_memory_counts_against_code_at_the_smallest_batch_alone(smallest: bool) -> None:
     class Hungry(Code):

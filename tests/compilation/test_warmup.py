@@ -10,8 +10,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from preheat.buckets import Bucket
+from preheat.compilation.backends.base import EngineName, Precompiled
 from preheat.compilation.backends.inductor import TorchCompile
+from preheat.compilation.pace import Timing
 from preheat.compilation.router import Router
+from preheat.compilation.signatures import Inputs
 from preheat.compilation.targets import build_router
 from preheat.compilation.variants import Variant as AnyVariant
 from preheat.compilation.warmup import Warmup
@@ -295,3 +298,37 @@ def test_only_the_target_that_compiled_again_is_given_up(
     assert warmup.verify(VARIANTS) == 2, "in each bucket once: then it is eager"
     engines = {(record.target, record.engine) for record in warmup.rows}
     assert ("unet", "eager") not in engines and ("vae.decoder", "eager") in engines
+
+
+class Slow:
+    """Takes long to make and not to run, and makes no compile events."""
+
+    engine: EngineName = "openvino"
+    name = "slow"
+    is_compared = True
+
+    def matches(self, inputs: Inputs) -> bool:
+        return True
+
+    def __call__(self, sample: torch.Tensor) -> torch.Tensor:
+        return sample
+
+
+def test_the_making_of_code_without_compile_events_is_no_runs_time(watch: CompileWatch) -> None:
+    router = Router("toy", lambda sample: sample, [Precompiled("openvino", [Slow()])])
+    runs: list[int] = []
+
+    def serve(variant: AnyVariant) -> Timing:
+        router.start_run()
+        router(torch.zeros(variant.batch_size))
+        runs.append(variant.batch_size)
+        return Timing(0.0, float(len(runs)))
+
+    warmup = Warmup(
+        serve, {"toy": router}, watch, on_failure="eager", progress=lambda variant, seconds: None
+    )
+    variants = [AnyVariant(SMALL, 1), AnyVariant(SMALL, 2)]
+    warmup.warm(variants)
+    # twice where code was made, of which the second time counts
+    assert runs == [1, 1, 2]
+    assert warmup.timings[variants[0]].per_step == 2.0

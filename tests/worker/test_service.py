@@ -73,7 +73,8 @@ def start(
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
     """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
-    return replace(plan, warm=[variant for variant in plan.warm if variant not in leave_out])
+    kept = [each for each in plan.warm if replace(each, painted=None) not in leave_out]
+    return replace(plan, warm=kept)
 
 
 def ask(service: Worker[Any, Any], *bodies: dict[str, Any]) -> list[Answer]:

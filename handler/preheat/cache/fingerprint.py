@@ -20,7 +20,7 @@ _GENERATED = re.compile(
     r"|fp|fphp|asimd\w*|sve\w*|sme\w*|bf16|i8mm|atomics|crc32|pmull|jscvt|fcma|i?lrcpc\w*|flagm2?|frint"
 )
 """As /proc/cpuinfo names them, of x86 and ARM."""
-_PACKAGES = ("torch", "triton", "diffusers", "transformers")
+_PACKAGES = ("torch", "triton", "diffusers", "transformers", "openvino")
 _PASSING = {"_name_or_path", "_commit_hash", "_diffusers_version", "_use_default_values"}
 """Keys of a component's config: where its folder lies today and who wrote it, and a list that
 diffusers makes of a set, in an order that is another one in each process (configuration_utils.py,

@@ -173,7 +173,7 @@ class Eager:
         self._target, self._is_fallback = target, target.reason is not None
 
     def __call__(self, args: Any, kwargs: Any) -> Any:
-        self._target.run.fallbacks += self._is_fallback
+        self._target.run.fallbacks += self._is_fallback and not self._target.run.bypass
         return self._target.eager(args, kwargs)
 
 

@@ -30,13 +30,17 @@ class TextLimits(Section):
     """Tokens whose log-probabilities are told beside the chosen one's."""
 
 
+LEAST_TEMPERATURE = 1e-6
+"""Below it logits overflow when they are divided by it."""
+
+
 class TextDefaults(Section):
     """What a request gets that does not say."""
 
     max_new_tokens: Positive = 256
     """Tokens; fewer where `max_length` leaves less."""
     temperature: Annotated[float, Field(ge=0, le=100)] = 1.0
-    """0: always the most probable token."""
+    """0: always the most probable token; otherwise 1e-6 at least."""
     top_k: Count = 0
     """Draw among so many of the most probable tokens; 0: all."""
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -107,6 +111,11 @@ class TextConfig(FamilyConfig):
 
     @model_validator(mode="after")
     def _agree(self) -> TextConfig:
+        if 0 < self.defaults.temperature < LEAST_TEMPERATURE:
+            raise ConfigError(
+                f"must be 0, or from {LEAST_TEMPERATURE:g} to 100, got {self.defaults.temperature}",
+                "text.defaults.temperature",
+            )
         refuse_twice(self.prefill_buckets, "text.prefill_buckets")
         if max(self.prefill_buckets) >= self.max_length:
             raise ConfigError(

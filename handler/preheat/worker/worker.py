@@ -34,6 +34,7 @@ from preheat.cache.shared import (
     CacheUse,
     SharedCache,
     fingerprint,
+    refuse_foreign_headers,
     synchronized_inductor_cache,
     without_headers_if_warmed,
     writable_inductor_folder,
@@ -418,7 +419,12 @@ class Worker(Generic[JobT, ResultT]):
         """Compile in here: with the shared cache, if there is one. Gives what becomes of it."""
         cache = self.config.pt2.cache
         # not with a package for everything
-        if not self._prepared.makes_code or self.config.pt2.shapes.strategy == "exact":
+        if not self._prepared.makes_code:
+            yield None
+            return
+        if self.config.pt2.shapes.strategy == "exact":  # compiled in requests, but from there too
+            writable_inductor_folder()
+            refuse_foreign_headers()
             yield None
             return
         if cache.shared is None:
@@ -501,7 +507,9 @@ class Worker(Generic[JobT, ResultT]):
 
     def _choose_roads(self, warmup: Warmup, started: float) -> None:
         """Settle what serves each target that `backend: auto` has left open."""
-        context = f"{self.state.fingerprint}, {torch.get_num_threads()} threads"
+        # what can be had is part of it: packages, or a compiler, may come later
+        roads = {name: router.roads_to_be_had for name, router in self.routers.items()}
+        context = f"{self.state.fingerprint}, {torch.get_num_threads()} threads, {roads}"
         choose_roads(
             self.routers,
             ChoiceFile(self._folder, context) if self._folder is not None else None,

@@ -17,6 +17,7 @@ class FakePipeline:
 
     family = FAMILIES["StableDiffusionXLPipeline"]
     multiple, grid, order = 8, 16, 1
+    most_side: int | None = None
     shifts_by_size = False
     mask_error: Mapping[str, float | str] = {}
     tasks: tuple[Task, ...] = ("text-to-image", "image-to-image", "inpainting")

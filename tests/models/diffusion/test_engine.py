@@ -251,6 +251,10 @@ def test_oversize_follows_the_policy() -> None:
         Bench().job(height=100, width=100)
     eager = Bench(oversize="eager").job(height=100, width=100)
     assert eager.bypass and eager.plan.bucket == Bucket(104, 104)
+    bounded = Bench(oversize="eager")
+    bounded.canvas.most_side = 96
+    with pytest.raises(RequestError, match="would be 104 pixels; this model has positions for 96"):
+        bounded.job(height=100, width=40)
     downscaled = Bench(oversize="downscale").job(height=200, width=100)
     assert downscaled.plan.bucket == Bucket(96, 48) and downscaled.plan.resampled
 
@@ -276,6 +280,9 @@ def test_exact_and_dynamic_paint_the_asked_size_rounded_to_the_models_grid() -> 
     assert Bench(strategy="dynamic").job(height=20, width=41).plan.bucket == Bucket(32, 48)
     with pytest.raises(RequestError):
         Bench(strategy="dynamic").job(height=90, width=90)
+    # half of a bucket is at least two grid cells a side, which may be more than it has
+    low = Bench(strategy="dynamic", buckets=(Bucket(24, 96),)).runner
+    assert {variant.bucket for variant in low.between(low.variants((1,)))} == {Bucket(24, 96)}
 
 
 def test_each_picture_keeps_its_own_flag_through_splits_and_fillers() -> None:

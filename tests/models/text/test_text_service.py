@@ -348,3 +348,18 @@ def test_the_longest_sequence_is_served(client: Client) -> None:
     assert done["finish_reason"] == "stop" or (
         done["usage"]["completion_tokens"] == MAX_LENGTH - BUCKETS[-1]
     )
+
+
+def test_both_steps_are_warmed_whatever_ends_an_answer(folder: Path) -> None:
+    """Here the first token is its last: no more fit."""
+    torch.compiler.reset()
+    with start(config(folder, prefill_buckets=[MAX_LENGTH - 1])) as own:
+        engines = {(row.target, row.engine) for row in own.state.buckets}
+        assert engines == {("prefill", "compiled"), ("decode", "compiled")}
+    torch.compiler.reset()
+
+
+def test_a_default_temperature_that_logits_overflow_by_is_refused(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="must be 0, or from 1e-06 to 100") as refusal:
+        config(folder, defaults={"temperature": 1e-40})
+    assert "text.defaults.temperature" in str(refusal.value)

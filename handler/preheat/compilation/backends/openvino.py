@@ -23,6 +23,7 @@ from preheat.compilation.backends.openvino_graphs import (
     converted,
     give_weights,
     import_openvino,
+    unseen,
     weights_of,
 )
 from preheat.compilation.export import call_key, tensors
@@ -101,11 +102,12 @@ class Model:
         self._openvino = openvino = import_openvino()
         self.name, self.dims = name, _batch_alone(dims, inputs)
         self._key = call_key(*inputs, self.dims)
-        graph = kept.read(self._key, weights_of(module)) if kept is not None else None
+        key = f"{self._key} {unseen(module)}"
+        graph = kept.read(key, weights_of(module)) if kept is not None else None
         if graph is None:
             graph = converted(module, inputs, self.dims)
             if kept is not None:
-                kept.write(self._key, graph)
+                kept.write(key, graph)
         self._returns = pytree.treespec_loads(graph.returns)
         model = graph.model
         # Their memory is the model's too. `Module.to` gives a parameter other memory, so the

@@ -34,6 +34,7 @@ from preheat.compilation.signatures import DynamicDims, Inputs
 logger = logging.getLogger(__name__)
 
 _WEIGHT = "weight:"
+_VERSIONED = {"torch", "diffusers", "transformers", "preheat"}
 _FORMAT = 1
 _TELLING = 4
 """So many random numbers are by chance as others once in billions, even in bfloat16."""
@@ -120,6 +121,40 @@ def weights_of(module: nn.Module) -> dict[str, torch.Tensor]:
     found = dict(module.named_parameters(remove_duplicate=False))
     found |= dict(module.named_buffers(remove_duplicate=False))  # type: ignore[arg-type]
     return {name: weight.detach() for name, weight in found.items()}
+
+
+def unseen(module: nn.Module) -> str:
+    """A digest of what a graph holds though neither weights nor classes tell of it: plain
+    attributes, tensors that are not saved, and the code of parts that are none of the libraries'
+    which a fingerprint knows by their versions.
+    """
+    found, saved = hashlib.sha256(), module.state_dict(keep_vars=True).keys()
+    for name, part in module.named_modules():
+        kind = type(part)
+        found.update(f"{name}\0{kind.__module__}.{kind.__qualname__}\0".encode())
+        if kind.__module__.partition(".")[0] not in _VERSIONED:
+            found.update(_source(kind.__module__))
+        for key, value in sorted(vars(part).items()):
+            if isinstance(value, torch.Tensor):
+                found.update(key.encode() + _bytes(value))
+            elif _is_plain(value):
+                found.update(f"{key}={value!r}\0".encode())
+    for name, buffer in module.named_buffers():
+        if name not in saved:
+            found.update(name.encode() + _bytes(buffer))
+    return found.hexdigest()
+
+
+def _is_plain(value: object) -> bool:
+    """Numbers, words and tuples of them; not where a model lies."""
+    if isinstance(value, tuple):
+        return all(map(_is_plain, value))
+    return isinstance(value, bool | int | float) or (isinstance(value, str) and os.sep not in value)
+
+
+def _source(module: str) -> bytes:
+    file = getattr(sys.modules.get(module), "__file__", None)
+    return Path(file).read_bytes() if file else b""
 
 
 def converted(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> Graph:

@@ -34,6 +34,9 @@ class Sized(Protocol):
     def grid(self) -> int: ...
 
     @property
+    def most_side(self) -> int | None: ...
+
+    @property
     def shifts_by_size(self) -> bool: ...
 
 
@@ -74,6 +77,7 @@ class Planner:
         height, width = _asked_size(request, image, self._shapes.buckets[0])
         _check_sides(height, width, self._limits)
         plan = self.plan(height, width, has_image=image is not None)
+        self._check_positions(plan.painted)
         doubled = self._pipeline.family.guidance == "cfg" and request.guidance_scale > 1
         if alone or self.own_sizes.are_quicker(plan, request.num_images, doubled=doubled):
             plan = geometry.alone(plan)
@@ -95,6 +99,15 @@ class Planner:
             deadline=deadline,
             bypass=plan.bypass,
         )
+
+    def _check_positions(self, painted: Bucket) -> None:
+        """Buckets have been checked at load; what is painted without one has not."""
+        most = self._pipeline.most_side
+        for field_name, side in (("height", painted.height), ("width", painted.width)):
+            if most is not None and side > most:
+                raise RequestError(
+                    f"would be {side} pixels; this model has positions for {most}", field_name
+                )
 
     def plan(self, height: int, width: int, *, has_image: bool) -> Plan:
         """The geometry of one request; sizes in pixels."""

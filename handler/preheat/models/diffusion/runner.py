@@ -141,7 +141,8 @@ class DiffusionRunner(ModelRunner[Job, Answer]):
         half = round_up(
             Bucket(max(2 * grid, bucket.height // 2), max(2 * grid, bucket.width // 2)), grid
         )
-        return replace(variant, bucket=half, painted=half)
+        # where that is more than the bucket, nothing but the bucket itself is ever served in it
+        return replace(variant, bucket=half, painted=half) if bucket.covers(half) else variant
 
     def run_variant(self, variant: AnyVariant) -> Timing:
         """Run one variant as requests would: every limit, image decoder and encoder on the way is

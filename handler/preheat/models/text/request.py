@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from preheat.config.text import TextConfig
+from preheat.config.text import LEAST_TEMPERATURE, TextConfig
 from preheat.errors import RequestError, is_panic
 from preheat.models.text.job import Job, bucket
 from preheat.models.text.sampler import Sampling
@@ -35,8 +35,6 @@ _UNSERVED = {
 }
 _SEND = 'send JSON: {"prompt": "..."}'
 _MOST_SEED = 2**63 - 1
-_LEAST_TEMPERATURE = 1e-6
-"""But for 0: logits are divided by it, and infinity over infinity is no probability."""
 
 
 class Tokenizer(Protocol):
@@ -165,9 +163,9 @@ class Reader:
     def _sampling(self, fields: Fields, seed: int) -> Sampling:
         defaults = self.config.defaults
         temperature = fields.number("temperature", 100.0)
-        if temperature is not None and 0 < temperature < _LEAST_TEMPERATURE:
+        if temperature is not None and 0 < temperature < LEAST_TEMPERATURE:
             raise RequestError(
-                f"must be 0, or from {_LEAST_TEMPERATURE:g} to 100, got {temperature}",
+                f"must be 0, or from {LEAST_TEMPERATURE:g} to 100, got {temperature}",
                 "temperature",
             )
         top_k = fields.whole("top_k", 0, 1_000_000)
