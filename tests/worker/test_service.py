@@ -28,7 +28,7 @@ from preheat.errors import ConfigError, ModelError, RequestError, WarmupError
 from preheat.models import tiny
 from preheat.models.diffusion.job import Answer, Job
 from preheat.models.diffusion.pipeline import FAMILIES
-from preheat.models.diffusion.variants import Variant
+from preheat.models.diffusion.variants import Variant, own
 from preheat.protocol import responses
 from preheat.protocol.call import Call
 from preheat.status import StatusFile
@@ -73,7 +73,7 @@ def start(
 def _forgetful_plan(leave_out: Any, *facts: Any, **known: Any) -> WarmupPlan:
     """What is verified is not what was warmed: verification must find it."""
     plan = warmup_plan(*facts, **known)
-    kept = [each for each in plan.warm if replace(each, painted=None) not in leave_out]
+    kept = [each for each in own(plan.warm) if replace(each, painted=None) not in leave_out]
     return replace(plan, warm=kept)
 
 
