@@ -15,6 +15,7 @@ from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -433,3 +434,19 @@ def test_a_graph_serves_no_module_whose_unsaved_numbers_are_others(change: str) 
         other.table = torch.tensor([1.0, 1.0005])
     same = openvino_graphs.unseen(one) == openvino_graphs.unseen(other)
     assert same == (change == "nothing")
+
+
+def test_a_conversion_that_fails_leaves_the_log_as_it_was(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """OpenVINO's converter silences it, and lets it speak again only where it succeeds."""
+    root = logging.getLogger()
+    before = root.level, list(root.filters), list(root.handlers)
+    openvino_graphs.import_openvino()
+    monkeypatch.setattr(
+        "openvino.frontend.pytorch.fx_decoder.TorchFXPythonDecoder.from_exported_program",
+        mock.Mock(side_effect=RuntimeError("no such operation")),
+    )
+    with pytest.raises(RuntimeError, match="no such operation"):
+        openvino_graphs.converted(nn.Linear(2, 2).eval(), ((torch.ones(2, 2),), {}), DynamicDims())
+    assert (root.level, root.filters, root.handlers) == before

@@ -154,6 +154,10 @@ def test_what_a_request_may_cost_does_not_depend_on_its_road() -> None:
     assert job.plan.bucket == Bucket(40, 40) and job.bypass
 
 
+@pytest.mark.skipif(
+    torch.__version__ < "2.9",
+    reason="OpenVINO's converter fails on a slice as torch 2.8 exports it",
+)
 def test_a_picture_is_painted_without_its_bucket_where_that_is_quicker(tmp_path: Path) -> None:
     pytest.importorskip("openvino", reason="the extra `openvino` is not installed")
     tiny.build("sdxl", tmp_path / "model")

@@ -5,11 +5,13 @@ other's middle, what each is told.
 from __future__ import annotations
 
 import json
+import os
 import random
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -38,7 +40,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def worker(folder: Path) -> Iterator[Worker[Job, Answer]]:
     torch.compiler.reset()
-    with start(config(folder)) as own:
+    with mock.patch.dict(os.environ), start(config(folder)) as own:
         yield own
     torch.compiler.reset()
 

@@ -178,10 +178,25 @@ def converted(module: nn.Module, inputs: Inputs, dims: DynamicDims) -> Graph:
 
 
 def _converted(exported: torch.export.ExportedProgram, *, by_content: bool) -> Any:
-    model = import_openvino().convert_model(exported)
+    with _log_kept():
+        model = import_openvino().convert_model(exported)
     _keep_tensors(model, exported)
     _take_weights(model, _used_weights(exported), by_content=by_content)
     return model
+
+
+@contextmanager
+def _log_kept() -> Iterator[None]:
+    """The root logger is as before, whatever is raised: the converter sets its level to ERROR, adds
+    a filter, and takes both back only where it succeeds (openvino/tools/ovc/convert.py).
+    """
+    root = logging.getLogger()
+    level, filters, handlers = root.level, list(root.filters), list(root.handlers)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.filters, root.handlers = filters, handlers
 
 
 def give_weights(model: Any, weights: Mapping[str, torch.Tensor]) -> None:
