@@ -45,9 +45,9 @@ class SlotCache(nn.Module):
                 self.register_buffer(f"{name}_{index}", buffer, persistent=False)
 
     def pairs(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """Keys and values, layer by layer."""
+        """Keys and values, layer by layer; not by get_buffer, which not every Dynamo traces."""
         return [
-            (self.get_buffer(f"keys_{index}"), self.get_buffer(f"values_{index}"))
+            (getattr(self, f"keys_{index}"), getattr(self, f"values_{index}"))
             for index in range(self.num_layers)
         ]
 
