@@ -254,7 +254,7 @@ def test_a_row_that_fails_costs_no_other(client: Client, monkeypatch: pytest.Mon
 def test_a_step_that_fails_fails_who_was_in_it_and_the_next_are_served(
     worker: Worker[Job, Answer], client: Client, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    client.send("in it", prompt="m", max_new_tokens=9)
+    client.send("in it", prompt="m", max_new_tokens=9, seed=1)
     client.turn()
     with monkeypatch.context() as broken:
         broken.setattr(worker.model.slots, "decode", lambda _: 1 / 0)  # type: ignore[attr-defined]
