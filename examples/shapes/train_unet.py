@@ -20,9 +20,9 @@ from examples.shapes.text import Texts
 from examples.shapes.training import Losses, Plan, Training, appearing
 
 SEED = 4
-BATCH = 64
+BATCH = 32
 EMPTY = 0.1
-PLAN = Plan(steps=10_000, rate=1e-3, decay=0.999, warmup=300, show_every=1000)
+PLAN = Plan(steps=10_000, rate=8e-4, decay=0.999, warmup=300, show_every=1000)
 SHOWN = 18
 GUIDANCE = 3.0
 STEPS = 20
