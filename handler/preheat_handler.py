@@ -48,6 +48,10 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
     metric and profiler.
     """
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._since: dict[str, Arrival] = {}
+
     def initialize(self, context: Any) -> None:
         """Load, compile, warm and verify; TorchServe shows READY when this returns.
 
@@ -56,7 +60,6 @@ class PreheatHandler(BaseHandler):  # type: ignore[misc]  # ts has no types
                 TorchServe tries again.
         """
         self.context, self.manifest = context, context.manifest
-        self._since: dict[str, Arrival] = {}
         gpus = num_gpus()
         properties = {
             **context.system_properties,

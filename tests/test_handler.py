@@ -158,11 +158,12 @@ def test_only_good_answers_have_a_latency_whatever_a_streams_last_part_says() ->
         lambda kind, name, value, unit, labels: samples.update({labels.get("le", ""): int(value)})
     )
     last = Response(200, b"", {"x-preheat-bucket": "fixed"})
-    handler.worker = mock.Mock(**{"postprocess.return_value": [last] * 3})
-    handler._arrivals = [handler.metrics.took({}) for _ in range(3)]
     put_off = Outcome(BaseJob(), error=PutOff())
     pending = [AnyPending(result=Outcome(BaseJob())), AnyPending(result=put_off), AnyPending()]
-    handler.postprocess(pending)
+    handler.worker = mock.Mock(
+        **{"preprocess.return_value": pending, "postprocess.return_value": [last] * 3}
+    )
+    handler.postprocess(handler.preprocess([{"body": b"a cat"}] * 3))
     assert samples["+Inf"] == 1
 
 
@@ -190,7 +191,7 @@ def test_at_every_turn_each_open_request_is_told_what_there_is() -> None:
     turns = mock.Mock(**{"take.return_value": parts})
     samples = Counter[str]()
     handler = PreheatHandler()
-    handler.context, handler._since = Context("m", ".", {}, 4, None, "0.12.0"), {}
+    handler.context = Context("m", ".", {}, 4, None, "0.12.0")
     handler.metrics = Metrics(
         lambda kind, name, value, unit, labels: samples.update({labels.get("le", ""): int(value)})
     )

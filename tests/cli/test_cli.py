@@ -19,7 +19,7 @@ from preheat.cli import app, demo
 from preheat.config.model import ModelConfig
 from preheat.errors import ConfigError, PreheatError
 from preheat.preflight.graphs import num_graphs
-from preheat.torchserve import front, server
+from preheat.torchserve import front, overview, readiness, server
 from preheat.torchserve.archive import MANIFEST, is_archive
 
 ROOT = Path(__file__).parents[2]
@@ -344,13 +344,24 @@ def test_a_gateway_that_has_ended_for_good_is_told_of(command: str, here: Path) 
         assert ("the gateway has ended" in said) is ended
 
 
-def test_the_token_of_a_server_that_was_started_here_is_its_own(here: Path) -> None:
+def test_the_token_of_a_server_that_was_started_here_is_its_own(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tokens: list[str | None] = []
+
+    def token(*options: str) -> str | None:
+        result = CliRunner().invoke(app.app, ["status", "--json", *options])
+        assert json.loads(result.output) == {"models": []}
+        return tokens.pop()
+
+    monkeypatch.setattr(readiness, "Management", lambda url, token: tokens.append(token))
+    monkeypatch.setattr(overview, "look", lambda *_: [])
     run_dir = here / ".preheat" / "run" / "fox"
     run_dir.mkdir(parents=True)
     (run_dir / "server.json").write_text(json.dumps({"management": "http://127.0.0.1:9"}))
-    assert app._Asked.of(None, None, None, None).token is None
+    assert token() is None
     for key_file, key in ((run_dir / "key_file.json", "own"), (here / "other.json", "other")):
         key_file.write_text(json.dumps({"management": {"key": key}}))
-    assert app._Asked.of(None, "fox", None, None).token == "own"
-    assert app._Asked.of(None, "fox", None, here / "other.json").token == "other"
-    assert app._Asked.of("http://127.0.0.1:9", None, None, None).token is None
+    assert token("--name", "fox") == "own"
+    assert token("--name", "fox", "--token-file", str(here / "other.json")) == "other"
+    assert token("--management", "http://127.0.0.1:9") is None

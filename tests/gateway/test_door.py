@@ -209,9 +209,9 @@ def test_as_many_files_may_be_open_as_connections_need() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, hard))
-        serving._allow_files(512)
+        serving.allow_files(512)
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
-        serving._allow_files(300)  # never down
+        serving.allow_files(300)  # never down
         assert resource.getrlimit(resource.RLIMIT_NOFILE) == (512, hard)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -139,5 +139,5 @@ def test_a_second_signal_ends_the_wait_for_what_is_under_way() -> None:
                 raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        app._end(cast(TorchServe, Running()), 120)
+        app.end(cast(TorchServe, Running()), 120)
     assert told == [{"drain": 120}, {"seconds": 5}]

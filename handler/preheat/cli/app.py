@@ -391,11 +391,11 @@ def serve(
         if foreground:
             front.stay(running)
     except BaseException:  # a signal, too: who started them ends them
-        _end(running, front.GRACE if foreground else 0)
+        end(running, front.GRACE if foreground else 0)
         raise
 
 
-def _end(running: TorchServe, drain: float) -> None:
+def end(running: TorchServe, drain: float) -> None:
     """Stop what was started; on a second signal meanwhile without waiting for what is under way."""
     try:
         running.stop(drain=drain)

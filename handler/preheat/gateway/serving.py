@@ -77,11 +77,11 @@ def run(places: Places, host: str, port: int, admits: Admits) -> None:
         access=access_log(admits.access_log) if admits.access_log is not None else None,
         local=is_local,
     )
-    _allow_files(FILES)
+    allow_files(FILES)
     uvicorn.Server(configured(app, host, port)).run()
 
 
-def _allow_files(number: int) -> None:
+def allow_files(number: int) -> None:
     """Raise this process's limit of open files, often 1024, as far as it may."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
