@@ -222,18 +222,24 @@ FAILURES: list[tuple[str, type[openai.APIStatusError], int]] = [
 ]
 
 
+def _soon(answer: Any) -> None:
+    """Whoever asks again is to wait no longer."""
+    answer.headers["retry-after-ms"] = "1"
+
+
 @pytest.mark.parametrize(("failure", "raised", "asked"), FAILURES, ids=lambda case: str(case))
 def test_each_failure_is_its_own_exception_and_asked_again_where_that_helps(
     host: FakeHost,
     client: openai.OpenAI,
-    monkeypatch: pytest.MonkeyPatch,
     failure: str,
     raised: type[openai.APIStatusError],
     asked: int,
 ) -> None:
-    monkeypatch.setattr(openai._base_client, "INITIAL_RETRY_DELAY", 0.001)
-    with pytest.raises(raised) as caught:
-        client.images.generate(prompt=f"fail {failure}")
+    with (
+        openai.DefaultHttpxClient(event_hooks={"response": [_soon]}) as http,
+        pytest.raises(raised) as caught,
+    ):
+        client.with_options(http_client=http).images.generate(prompt=f"fail {failure}")
     assert caught.value.status_code == int(failure[:3])
     assert len(host.bodies) == asked
 

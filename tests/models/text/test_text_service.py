@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from models.text.texts import BUCKETS, MAX_LENGTH, SLOTS, Client, config, start, tokens
 from preheat.errors import ConfigError, ModelError
 from preheat.models import tiny
+from preheat.models.text import runner
 from preheat.models.text.job import Answer, Job
 from preheat.models.text.runner import TextRunner
-from preheat.models.text.sampler import Sampler
+from preheat.models.text.sampler import Choice, Sampler, Sampling
 from preheat.protocol.call import Call
 from preheat.worker.worker import Worker
 
@@ -232,15 +233,16 @@ def test_what_cannot_be_served_is_refused_by_name_and_costs_nobody(
 
 
 def test_a_row_that_fails_costs_no_other(client: Client, monkeypatch: pytest.MonkeyPatch) -> None:
-    choose = Sampler.choose
+    class Poisoned(Sampler):
+        def __init__(self, sampling: Sampling) -> None:
+            super().__init__(sampling)
+            # an infinite one is what torch.multinomial refuses
+            self.added = {12: torch.inf, 13: torch.nan}.get(sampling.seed, 0.0)
 
-    def poisoned(sampler: Sampler, logits: torch.Tensor) -> Any:
-        seed = sampler._sampling.seed
-        if seed == 12:  # what torch.multinomial refuses
-            logits = logits + torch.inf
-        return choose(sampler, logits * torch.nan if seed == 13 else logits)
+        def choose(self, logits: torch.Tensor) -> Choice:
+            return super().choose(logits + self.added)
 
-    monkeypatch.setattr(Sampler, "choose", poisoned)
+    monkeypatch.setattr(runner, "Sampler", Poisoned)
     for seed in (12, 13, 14):
         client.send(str(seed), prompt="l", seed=seed, max_new_tokens=4)
     client.drain()
