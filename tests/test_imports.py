@@ -27,7 +27,7 @@ class Wing(NamedTuple):
 
 # A file directly in `preheat/` is the ground, named by itself; everything else belongs to its
 # folder.
-GROUND = {"errors", "buckets", "device", "status", "user_code"}
+GROUND = {"errors", "buckets", "device", "files", "status", "user_code"}
 SERVING = {"ground", "config", "protocol", "cache", "compilation", "models"}
 WINGS: dict[str, Wing] = {
     "ground": Wing({"ground"}, {"torch"}),

@@ -10,16 +10,16 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
+
+from preheat.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -63,15 +63,7 @@ class ChoiceFile:
         """Whole or not at all; what cannot be written costs a warning, and every start chooses."""
         document = {target: asdict(choice) for target, choice in choices.items()}
         try:
-            descriptor, name = tempfile.mkstemp(".tmp", "preheat-roads-", self.path.parent)
-            try:
-                with os.fdopen(descriptor, "w") as file:
-                    json.dump(document, file)
-                os.replace(name, self.path)
-            except BaseException:
-                with suppress(OSError):
-                    os.unlink(name)
-                raise
+            write_whole(self.path, json.dumps(document).encode(), "preheat-roads-")
         except OSError as error:
             logger.warning("cannot write down what was chosen in %s: %s", self.path, error)
 

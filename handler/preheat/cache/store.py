@@ -27,6 +27,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 from preheat.cache import bundle
 from preheat.cache.trust import Trust
 from preheat.errors import Untrusted
+from preheat.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -207,15 +208,8 @@ class Share:
         Raises:
             OSError: not even this fits on the share.
         """
-        descriptor, name = tempfile.mkstemp(".tmp", f"{self._stem}.", self.folder)
-        try:
-            with os.fdopen(descriptor, "w") as file:
-                json.dump({"host": socket.gethostname(), "pid": os.getpid()}, file)
-            os.replace(name, self._beside(_MARK))
-        except BaseException:
-            with suppress(OSError):
-                os.unlink(name)
-            raise
+        said = json.dumps({"host": socket.gethostname(), "pid": os.getpid()})
+        write_whole(self._beside(_MARK), said.encode(), f"{self._stem}.")
 
     def unmark(self) -> None:
         with suppress(OSError):

@@ -10,16 +10,15 @@ import hashlib
 import json
 import logging
 import math
-import os
 import re
 import secrets
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from preheat.errors import GatewayError, QuotaSpent
+from preheat.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -195,10 +194,8 @@ def _write(path: Path, rows: list[dict[str, object]]) -> None:
     """Replaced at once, and for its owner's eyes."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, scratch = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
-        os.replace(scratch, path)
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        write_whole(path, text.encode(), f".{path.name}.")
     except OSError as error:
         raise GatewayError(f"cannot write {path}: {error.strerror}") from error
 

@@ -30,6 +30,7 @@ from torch.utils import _pytree as pytree
 
 from preheat.compilation.export import export
 from preheat.compilation.signatures import DynamicDims, Inputs
+from preheat.files import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -103,11 +104,7 @@ class KeptGraphs:
             return
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            content = _serialized(graph, self._folder)
-            descriptor, name = tempfile.mkstemp(".tmp", dir=self._folder)
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(content)
-            os.replace(name, self._path(key))
+            write_whole(self._path(key), _serialized(graph, self._folder))
         except (OSError, RuntimeError) as error:
             logger.warning("cannot keep a converted graph in %s: %s", self._folder, error)
 
