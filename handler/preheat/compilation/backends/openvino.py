@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 
 from preheat.compilation.backends.base import CompiledCode, EngineName, RoadName
 from preheat.compilation.backends.openvino_graphs import (
+    Graph,
     KeptGraphs,
     converted,
     give_weights,
@@ -102,12 +103,7 @@ class Model:
         self._openvino = openvino = import_openvino()
         self.name, self.dims = name, _batch_alone(dims, inputs)
         self._key = call_key(*inputs, self.dims)
-        key = f"{self._key} {unseen(module)}"
-        graph = kept.read(key, weights_of(module)) if kept is not None else None
-        if graph is None:
-            graph = converted(module, inputs, self.dims)
-            if kept is not None:
-                kept.write(key, graph)
+        graph = self._graph(module, inputs, kept)
         self._returns = pytree.treespec_loads(graph.returns)
         model = graph.model
         # Their memory is the model's too. `Module.to` gives a parameter other memory, so the
@@ -123,6 +119,16 @@ class Model:
             .compile_model(model, "CPU", {**_precision(module), **properties})
             .create_infer_request()
         )
+
+    def _graph(self, module: nn.Module, inputs: Inputs, kept: KeptGraphs | None) -> Graph:
+        if kept is None:
+            return converted(module, inputs, self.dims)
+        key = f"{self._key} {unseen(module)}"
+        graph = kept.read(key, weights_of(module))
+        if graph is None:
+            graph = converted(module, inputs, self.dims)
+            kept.write(key, graph)
+        return graph
 
     def matches(self, inputs: Inputs) -> bool:
         return call_key(*inputs, self.dims) == self._key
