@@ -19,7 +19,7 @@ from starlette.datastructures import FormData, UploadFile
 from preheat.errors import RequestError
 from preheat.gateway.bodies import MAX_BYTES
 from preheat.protocol.fields import Fields, shown_value
-from preheat.protocol.json_text import decoded, loads
+from preheat.protocol.json_text import document, loads
 
 Kind = Literal["generations", "edits", "variations"]
 
@@ -81,13 +81,10 @@ def from_json(body: bytes) -> dict[str, object]:
     """
     if len(body) > MAX_JSON:
         raise RequestError(f"is over {MAX_JSON} bytes", "body", 413)
-    try:
-        document = loads(decoded(body, "body"))
-    except ValueError as error:
-        raise RequestError(f"is not JSON: {error}", "body") from None
-    if not isinstance(document, dict):
-        raise RequestError(f"must be a JSON object, got {shown_value(document)}", "body")
-    return document
+    values = document(body, "body")
+    if not isinstance(values, dict):
+        raise RequestError(f"must be a JSON object, got {shown_value(values)}", "body")
+    return values
 
 
 async def from_form(form: FormData) -> dict[str, object]:

@@ -71,6 +71,18 @@ def decoded(value: bytes, name: str) -> str:
         raise RequestError(f"is not UTF-8 (byte {error.start})", name) from None
 
 
+def document(data: bytes, name: str, hint: str = "") -> object:
+    """`data` as JSON; `hint`: what to send instead.
+
+    Raises:
+        RequestError: it is none.
+    """
+    try:
+        return loads(decoded(data, name))
+    except ValueError as error:
+        raise RequestError("; ".join(filter(None, [f"is not JSON: {error}", hint])), name) from None
+
+
 def from_base64(text: str, name: str, max_bytes: int, *, refusal: str = "is not base64") -> bytes:
     """The bytes in `text`, with or without a data URL's head; the size is checked before anything
     is decoded.

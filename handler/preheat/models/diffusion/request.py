@@ -15,7 +15,7 @@ from preheat.errors import RequestError
 from preheat.models.diffusion import unserved
 from preheat.protocol.fields import Fields, envelope, shown_value, together
 from preheat.protocol.images import MaskChannel, OutputFormat
-from preheat.protocol.json_text import decoded, loads
+from preheat.protocol.json_text import decoded, document
 
 if TYPE_CHECKING:
     from preheat.config.diffusion import DefaultsConfig, Guidance, LimitsConfig, Task
@@ -210,16 +210,12 @@ def _fields_of(row: object, *, is_text: bool) -> dict[str, object]:
     """
     body, parts = envelope(row, hint=_SEND)
     if isinstance(body, bytes | bytearray | memoryview) and (is_text or len(body)):
-        text = decoded(bytes(body), "body")
-        body = text if is_text else _json(text)
+        body = decoded(bytes(body), "body") if is_text else _json(bytes(body))
     return together(_object(body), parts, "JSON")
 
 
-def _json(text: str) -> Mapping[str, object]:
-    try:
-        body = loads(text)
-    except ValueError as error:
-        raise RequestError(f"is not JSON: {error}; {_SEND}", "body") from None
+def _json(data: bytes) -> Mapping[str, object]:
+    body = document(data, "body", _SEND)
     if not isinstance(body, dict):
         raise RequestError(f"must be a JSON object, got {shown_value(body)}", "body")
     return body

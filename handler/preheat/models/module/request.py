@@ -18,7 +18,7 @@ from preheat.config.module import InputConfig, ModuleLimits
 from preheat.errors import RequestError, is_panic
 from preheat.models.module import tensors
 from preheat.protocol.fields import envelope, together, unknown
-from preheat.protocol.json_text import decoded, from_base64, in_bytes, loads
+from preheat.protocol.json_text import decoded, document, from_base64, in_bytes
 
 Kind = Literal["json", "npy", "safetensors", "image", "text"]
 Accept = Literal["application/json", "application/x-npy", "application/safetensors"]
@@ -120,10 +120,7 @@ class Reader:
         most = self._most_numbers()
         if data.count(b",") > most + self.limits.max_text_chars:
             raise RequestError(f"holds more numbers than the {most} that this model can take", name)
-        try:
-            return loads(decoded(data, name))
-        except ValueError as error:
-            raise RequestError(f"is not JSON: {error}", name) from None
+        return document(data, name)
 
     def _most_numbers(self) -> int:
         """Of all inputs together, and some."""

@@ -14,7 +14,7 @@ from preheat.models.text.sampler import Sampling
 from preheat.protocol.call import Call
 from preheat.protocol.events import EventStream
 from preheat.protocol.fields import Fields, envelope, shown_value, together
-from preheat.protocol.json_text import decoded, in_bytes, loads
+from preheat.protocol.json_text import document, in_bytes
 from preheat.protocol.responses import preheat_headers
 
 FIELDS = (
@@ -209,10 +209,7 @@ def _values(row: Mapping[str, object]) -> dict[str, object]:
     body, parts = envelope(row, FIELDS, hint=_SEND)
     body = in_bytes(body)
     if isinstance(body, bytes):
-        try:
-            body = loads(decoded(body, "body"))
-        except ValueError as error:
-            raise RequestError(f"is not JSON: {error}", "body") from None
+        body = document(body, "body")
     if not isinstance(body, Mapping):
         raise RequestError(f"must be a JSON object; {_SEND}", "body")
     return together(body, parts, "body")
