@@ -21,6 +21,7 @@ def router(backend: Backend) -> APIRouter:
     routes = APIRouter(tags=["health"])
 
     @routes.get("/health/live")
+    @routes.get("/v2/health/live")
     async def live() -> dict[str, bool]:
         """200 while the gateway runs."""
         return {"live": True}
@@ -42,10 +43,6 @@ def router(backend: Backend) -> APIRouter:
     @routes.get("/v2")
     async def server() -> dict[str, Any]:
         return {"name": "preheat", "version": preheat.__version__, "extensions": []}
-
-    @routes.get("/v2/health/live")
-    async def server_live() -> dict[str, bool]:
-        return {"live": True}
 
     @routes.get("/v2/health/ready")
     async def server_ready() -> JSONResponse:
