@@ -68,16 +68,8 @@ def finish(pixels: NDArray[np.uint8], plan: Plan) -> Image.Image:
         return Image.fromarray(
             np.ascontiguousarray(pixels[crop.top : crop.bottom, crop.left : crop.right])
         )
-    # Resampling to `scaled` and cutting `crop` in one: the cut, seen from what is painted, whose
-    # parts outside are not made.
-    (tall, wide), (high, broad) = plan.scaled, (painted.height, painted.width)
-    # Multiplied before divided: exact at the far edges, past which Pillow refuses a box.
-    box = (
-        crop.left * broad / wide,
-        crop.top * high / tall,
-        crop.right * broad / wide,
-        crop.bottom * high / tall,
-    )
+    # Resampling to `scaled` and cutting `crop` in one: parts outside are not made.
+    box = _cut_from(plan, painted.height, painted.width)
     return Image.fromarray(np.ascontiguousarray(pixels)).resize(
         (plan.width, plan.height), Image.Resampling.LANCZOS, box=box
     )
@@ -90,15 +82,21 @@ def preview(cells: NDArray[np.uint8], plan: Plan) -> Image.Image:
     high = max(1, len(cells) * plan.painted.height // plan.bucket.height)
     broad = max(1, cells.shape[1] * plan.painted.width // plan.bucket.width)
     cells = np.ascontiguousarray(cells[:high, :broad])
+    size = (
+        max(1, plan.width * broad // plan.painted.width),
+        max(1, plan.height * high // plan.painted.height),
+    )
+    box = _cut_from(plan, high, broad)
+    return Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR, box=box)
+
+
+def _cut_from(plan: Plan, high: int, broad: int) -> tuple[float, float, float, float]:
+    """The plan's `crop` as (left, top, right, bottom), seen from what is painted, of this size."""
     (tall, wide), crop = plan.scaled, plan.crop
-    box = (
+    # Multiplied before divided: exact at the far edges, past which Pillow refuses a box.
+    return (
         crop.left * broad / wide,
         crop.top * high / tall,
         crop.right * broad / wide,
         crop.bottom * high / tall,
     )
-    size = (
-        max(1, plan.width * broad // plan.painted.width),
-        max(1, plan.height * high // plan.painted.height),
-    )
-    return Image.fromarray(cells).resize(size, Image.Resampling.BILINEAR, box=box)
