@@ -11,10 +11,10 @@ code was compared with eager.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -36,6 +36,8 @@ from preheat.compilation.roads import Roads
 from preheat.compilation.signatures import DynamicDims, Shapes, Signature
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class Router(Target):
@@ -165,3 +167,14 @@ class Router(Target):
             yield
         finally:
             self._mode = before
+
+
+@contextmanager
+def every(
+    routers: Mapping[str, Router], mode: Callable[[Router], AbstractContextManager[T]]
+) -> Iterator[dict[str, T]]:
+    """In here each of these routers is in this mode, such as `Router.observing`; what it gives, by
+    name.
+    """
+    with ExitStack() as stack:
+        yield {name: stack.enter_context(mode(router)) for name, router in routers.items()}

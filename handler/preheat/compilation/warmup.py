@@ -10,16 +10,15 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal
 
 from preheat.buckets import Bucket
 from preheat.compilation.backends.base import EngineName, slowest
 from preheat.compilation.modes import Route, Visits
 from preheat.compilation.pace import Load, Timing
-from preheat.compilation.router import Router
+from preheat.compilation.router import Router, every
 from preheat.compilation.signatures import Signature
 from preheat.compilation.variants import Variant
 from preheat.compilation.watch import (
@@ -33,7 +32,6 @@ from preheat.errors import WarmupError
 
 logger = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Visited = Mapping[str, Visits]
 """What the targets met of a variant, by their names."""
 # Compile, record, replay: CUDA graphs need three calls until nothing happens any more
@@ -100,8 +98,7 @@ class Warmup:
             for router in self._routers.values():
                 router.learn(None)
             return
-        with ExitStack() as stack:
-            calls = self._each(stack, Router.observing)
+        with every(self._routers, Router.observing) as calls:
             for variant in variants:
                 self._serve(variant)
         for name, router in self._routers.items():
@@ -116,8 +113,7 @@ class Warmup:
             return True
         met: dict[Variant, set[tuple[str, Signature]]] = {}
         for variant in variants:
-            with ExitStack() as stack:
-                calls = self._each(stack, Router.observing)
+            with every(self._routers, Router.observing) as calls:
                 self._serve(variant)
             met[variant] = {
                 (name, key)
@@ -141,8 +137,7 @@ class Warmup:
         for variant in variants:
             if not any(router.roads.is_open for router in self._routers.values()):
                 return
-            with ExitStack() as stack:
-                self._each(stack, Router.warming)
+            with every(self._routers, Router.warming):
                 self._serve(variant)
 
     def warm(self, variants: Sequence[Variant]) -> None:
@@ -154,8 +149,7 @@ class Warmup:
         allow_compiling()
         for done, variant in enumerate(variants, start=1):
             events = self._watch.num_events
-            with ExitStack() as stack:
-                visited = self._each(stack, Router.warming)
+            with every(self._routers, Router.warming) as visited:
                 seconds, outcome = self._warm_until_quiet(variant)
             self._note(variant, visited, seconds, outcome)
             how = "in" if self._watch.num_events > events else "already, ran in"
@@ -204,8 +198,7 @@ class Warmup:
         num_faults = 0
         for variant in variants:
             events = self._watch.num_events
-            with ExitStack() as stack:
-                visited = self._each(stack, lambda each: each.replaying(self._num_events))
+            with every(self._routers, lambda each: each.replaying(self._num_events)) as visited:
                 self._time(variant)
             why = "compiled again in the replay" if self._watch.num_events != events else None
             if self._give_up(visited, why):
@@ -224,12 +217,6 @@ class Warmup:
         timing = self._serve(variant)
         if timing is not None:
             self.timings[variant] = timing
-
-    def _each(
-        self, stack: ExitStack, verb: Callable[[Router], AbstractContextManager[T]]
-    ) -> dict[str, T]:
-        """Put every router into this mode until the stack ends."""
-        return {name: stack.enter_context(verb(each)) for name, each in self._routers.items()}
 
     def _give_up(self, visited: Visited, why: str | None) -> bool:
         """Turn the shapes at fault in the last replay into eager ones: those whose calls compiled,

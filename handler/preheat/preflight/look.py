@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch._dynamo.utils import graph_break_reasons
 
 from preheat.compilation.backends import aot, inductor, openvino
-from preheat.compilation.modes import Visits
+from preheat.compilation.router import Router, every
 from preheat.compilation.variants import Variant
 from preheat.compilation.warmup import Warmup
 from preheat.compilation.watch import (
@@ -164,23 +163,15 @@ def _broken(prepared: AnyPrepared, variant: Variant) -> Iterator[Guard]:
     forbid_compiling()
     try:
         for _ in range(_RUNS):
-            for name, visits in _replayed(prepared, variant).items():
+            with every(prepared.routers, Router.replaying) as visited:
+                prepared.runner.run_variant(variant)
+            for name, visits in visited.items():
                 known = prepared.routers[name].routes
                 for key, route in visits.routes.items():
                     if route.reason and known.get(key) != route:
                         yield Guard(target=name, condition=" ".join(route.reason.split()))
     finally:
         allow_compiling()
-
-
-def _replayed(prepared: AnyPrepared, variant: Variant) -> Mapping[str, Visits]:
-    with ExitStack() as stack:
-        visited = {
-            name: stack.enter_context(router.replaying())
-            for name, router in prepared.routers.items()
-        }
-        prepared.runner.run_variant(variant)
-    return visited
 
 
 def _break(target: str, reason: Any, root: Path) -> Break:

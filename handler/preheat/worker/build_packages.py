@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from torch._logging._internal import set_logs
 
 from preheat.compilation.attention import attention_backend
 from preheat.compilation.backends import aot
+from preheat.compilation.router import Router, every
 from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.device import any_device, pick_device, share_cpu
@@ -79,11 +80,7 @@ def rehearse(prepared: AnyPrepared) -> list[Wanted]:
 def _calls(
     prepared: AnyPrepared, variants: Iterable[Variant]
 ) -> Iterator[tuple[str, aot.PackageSpec]]:
-    with ExitStack() as stack:
-        calls = {
-            name: stack.enter_context(router.observing(keep=True))
-            for name, router in prepared.routers.items()
-        }
+    with every(prepared.routers, partial(Router.observing, keep=True)) as calls:
         for variant in variants:
             prepared.runner.run_variant(variant)
     for name, observed in calls.items():

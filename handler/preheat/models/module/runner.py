@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Hashable, Iterable, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
@@ -15,6 +14,7 @@ from torch import nn
 from preheat.buckets import Bucket, combinations, joined, smallest_covering
 from preheat.compilation.closeness import Closeness
 from preheat.compilation.pace import Timing
+from preheat.compilation.router import Router, every
 from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
 from preheat.config.module import ModuleConfig, OutputConfig, is_mask
@@ -71,9 +71,7 @@ class ModuleRunner(ModelRunner[Job, Answer]):
             self._warn_of_unknown_ranges()
             return
         smallest = dict(self.buckets[-1].sizes)
-        with ExitStack() as stack:
-            for router in self.execution.routers.values():
-                stack.enter_context(router.observing())
+        with every(self.execution.routers, Router.observing):
             self._try_ranges(smallest)
             if self._shapes.strategy == "exact":
                 return
