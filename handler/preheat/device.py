@@ -137,9 +137,11 @@ def pick_device(
     return device
 
 
-def any_device() -> torch.device:
-    """The first GPU, or the CPU of a machine without one: where no TorchServe deals them out."""
-    return pick_device(0 if torch.cuda.is_available() else None)
+def any_device(wanted: Literal["cpu", "gpu"] | None = None) -> torch.device:
+    """Where no TorchServe deals them out the first GPU, or the CPU: of a machine without one, or
+    because that is wanted.
+    """
+    return pick_device(0 if wanted != "cpu" and torch.cuda.is_available() else None)
 
 
 def use_tensor_cores(device: torch.device) -> None:

@@ -34,7 +34,7 @@ from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ExportConfig
 from preheat.config.pt2_forms import CompileConfig
 from preheat.config.schema import FrozenDict
-from preheat.device import any_device, computes, pick_device, share_cpu
+from preheat.device import any_device, computes, share_cpu
 from preheat.errors import ConfigError, PreheatError
 from preheat.preflight.facts import OPTIONAL, Break, Guard, Machine, Model, Seen
 from preheat.worker.worker import AnyPrepared, load
@@ -86,7 +86,7 @@ def _memory_bytes() -> int:
 def examine(config: ModelConfig, root: Path, prompts: Sequence[str] = ()) -> Model:
     """What loading and tracing it shows."""
     # the doctor's own check tells of a GPU that is not there
-    device = pick_device(None, "cpu") if config.deviceType == "cpu" else any_device()
+    device = any_device(config.deviceType)
     pt2 = config.pt2
     missing = None
     if pt2.compile.enable:

@@ -24,7 +24,7 @@ from preheat.buckets import Bucket
 from preheat.config.model import ModelConfig
 from preheat.config.pt2 import ExportConfig
 from preheat.config.pt2_forms import CompileConfig
-from preheat.device import any_device, pick_device, share_cpu, synchronize
+from preheat.device import any_device, share_cpu, synchronize
 from preheat.errors import ModelError, PreheatError
 from preheat.models.base import TimedPart
 from preheat.preflight.profile import ENCODING, InBucket, Operator, Profile, Stopwatch
@@ -41,7 +41,7 @@ def measure(config: ModelConfig, root: Path, steps: int | None, trace: Path | No
     Raises:
         PreheatError: the model cannot be served, or has no buckets to ask for.
     """
-    device = pick_device(None, "cpu") if config.deviceType == "cpu" else any_device()
+    device = any_device(config.deviceType)
     pt2 = config.pt2.model_copy(update={"compile": CompileConfig(), "export": ExportConfig()})
     eager = config.model_copy(update={"pt2": pt2})
     prepared: AnyPrepared = load(eager, root, device)

@@ -25,7 +25,7 @@ from preheat.compilation.backends import aot
 from preheat.compilation.router import Router, every
 from preheat.compilation.variants import Variant
 from preheat.config.model import ModelConfig
-from preheat.device import any_device, pick_device, share_cpu
+from preheat.device import any_device, share_cpu
 from preheat.errors import AheadError, PreheatError
 from preheat.worker.worker import AnyPrepared, load
 
@@ -108,7 +108,7 @@ def _built(prepared: AnyPrepared, each: Wanted, path: Path) -> aot.Entry:
 
 def main(config_path: Path, root: Path, folder: Path) -> None:
     config = ModelConfig.load(config_path)
-    device = pick_device(None, "cpu") if config.deviceType == "cpu" else any_device()
+    device = any_device(config.deviceType)
     if device.type == "cpu":
         share_cpu(config.minWorkers)
     for warning in config.warnings:
