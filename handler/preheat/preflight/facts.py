@@ -16,11 +16,13 @@ from pydantic import BaseModel, ConfigDict
 from preheat.config.model import ModelConfig
 
 
-class _Fact(BaseModel):
+class Fact(BaseModel):
+    """Plain data that one process writes and another reads."""
+
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Machine(_Fact):
+class Machine(Fact):
     """Where the worker will run, as its torch sees it."""
 
     torch: str
@@ -43,7 +45,7 @@ OPTIONAL = ("openvino", "peft", "scipy")
 """Packages that some YAML keys need and that are no dependency."""
 
 
-class Break(_Fact):
+class Break(Fact):
     """A place at which Dynamo ends a graph and goes on in Python."""
 
     target: str
@@ -52,14 +54,14 @@ class Break(_Fact):
     """`file.py:12`, relative to the archive where it lies in it."""
 
 
-class Guard(_Fact):
+class Guard(Fact):
     """What torch would compile again for, of a call whose signature had been warmed."""
 
     target: str
     condition: str
 
 
-class Model(_Fact):
+class Model(Fact):
     """What loading it as a worker does, and tracing its smallest bucket, showed."""
 
     refusal: str | None = None
@@ -78,7 +80,7 @@ class Model(_Fact):
     """Of each prompt that was given: tokens at its end that nobody reads."""
 
 
-class Seen(_Fact):
+class Seen(Fact):
     """What `preflight.look` writes."""
 
     machine: Machine

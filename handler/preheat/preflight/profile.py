@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from statistics import fmean
 
-from pydantic import BaseModel, ConfigDict
+from preheat.preflight.facts import Fact
 
 ELSE, ENCODING = "everything else", "encoding"
 WORTH = 0.1
@@ -47,11 +47,7 @@ class Stopwatch:
             self._within.pop()
 
 
-class _Fact(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class InBucket(_Fact):
+class InBucket(Fact):
     """One request of exactly a bucket's size."""
 
     bucket: str
@@ -65,7 +61,7 @@ class InBucket(_Fact):
         return {name: each / self.wall_seconds for name, each in self.seconds.items()}
 
 
-class Operator(_Fact):
+class Operator(Fact):
     """One of torch's, in the largest bucket."""
 
     name: str
@@ -74,7 +70,7 @@ class Operator(_Fact):
     """Of the time in operators, its own alone; on a GPU of the time on it."""
 
 
-class Profile(_Fact):
+class Profile(Fact):
     """What was measured, eager."""
 
     device: str
