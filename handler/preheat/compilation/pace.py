@@ -110,7 +110,7 @@ class Pace:
 
     def per_step(self, area: int, rows: int) -> float:
         """As estimated now; 0 where nothing was measured."""
-        return self._at(self._per_step, area, rows) * self._drift.get(area, 1.0)
+        return at_load(self._per_step, area, rows) * self._drift.get(area, 1.0)
 
     def seconds(self, load: Load, *, generous: bool = False) -> float:
         """Of one run, 0 where nothing was measured. `generous`: at most a third more than
@@ -122,14 +122,13 @@ class Pace:
     def _expected(self, load: Load) -> float:
         least = min(self._per_step, default=0) if self._overhead else 0
         area = max(load.area, least)
-        fixed = self._at(self._fixed, area, load.pictures)
-        return fixed + load.steps * self._at(self._per_step, area, load.rows)
+        fixed = at_load(self._fixed, area, load.pictures)
+        return fixed + load.steps * at_load(self._per_step, area, load.rows)
 
-    @staticmethod
-    def _at(table: Mapping[int, Mapping[int, float]], area: int, number: int) -> float:
-        return interpolated(
-            {each: interpolated(column, number) for each, column in table.items()}, area
-        )
+
+def at_load(table: Mapping[int, Mapping[int, float]], area: int, number: int) -> float:
+    """The value of a table by area, then by rows or pictures; see `interpolated`."""
+    return interpolated({each: interpolated(own, number) for each, own in table.items()}, area)
 
 
 def interpolated(points: Mapping[int, float], at: int) -> float:

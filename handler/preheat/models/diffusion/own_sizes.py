@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from preheat.buckets import Bucket, split_rows
-from preheat.compilation.pace import Timing, interpolated
+from preheat.compilation.pace import Timing, at_load, interpolated
 from preheat.models.diffusion.geometry import Plan
 from preheat.models.diffusion.variants import Variant
 
@@ -53,11 +53,5 @@ class OwnSizes:
             return False
         area = max(plan.painted.volume, min(self.own))  # what is left there is overhead
         every = [size * (2 if doubled else 1) for size in split_rows(self.batch_sizes, pictures)]
-        return sum(self._own(area, rows) for rows in every) < sum(
-            interpolated(graph, rows) for rows in every
-        )
-
-    def _own(self, area: int, rows: int) -> float:
-        return interpolated(
-            {each: interpolated(column, rows) for each, column in self.own.items()}, area
-        )
+        alone = sum(at_load(self.own, area, rows) for rows in every)
+        return alone < sum(interpolated(graph, rows) for rows in every)
