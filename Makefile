@@ -59,7 +59,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu bench-gpu \
-	test-browser setup-ipex test-ipex reference clean
+	test-browser train-text setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -91,6 +91,9 @@ setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment 
 # The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
 test-browser: $(STAMP) ## the gateway's page in headless Chromium (CHROMIUM=, of the system)
 	CHROMIUM='$(CHROMIUM)' $(BIN)/python -m pytest tests/browser
+
+train-text: $(STAMP) ## train a tiny language model that adds, into examples/text/model: some minutes of one core
+	PYTHONPATH=. $(BIN)/python -m examples.text.train examples/text/model
 
 test-ipex: $(IPEX_STAMP) ## the tests that torch 2.8 can change, and IPEX inside a real TorchServe
 	$(IPEX_BIN)/python -m pytest $(TWO_PROCESSES) $(IPEX_TESTS)

@@ -1,7 +1,8 @@
 """A TorchServe with our handler, as HTTP sees it: what the gateway's tests stand in front of.
 
-It paints nothing. Its prompts are orders: "fail 507 OutOfMemory" answers so, "slow" waits until the
-test says go or the client leaves.
+It paints nothing, and its model TEXT writes PIECES. Its prompts are orders: "fail 507 OutOfMemory"
+answers so, "slow" waits until the test says go or the client leaves, "break" fails half-way,
+"vanish" ends there, and "die" too, with TorchServe's word on it.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import base64
 import contextlib
 import io
 import json
+import math
 import socket
 import threading
 import time
@@ -28,6 +30,9 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 MODELS = "tiny", "wide"
 BUCKET = "320x192"
 STEPS = 6
+TEXT = "words"
+PIECES = "One", "", " two ", "€"
+"""Of every text, one for each token."""
 
 
 @dataclass
@@ -88,6 +93,8 @@ class FakeHost:
             return _error(404, "ModelNotFoundException", f"Model not found: {model}")
         asked = json.loads(body)
         self.bodies.append(asked)
+        if model == TEXT:
+            return self._write(asked)
         prompt = asked.get("prompt")
         if prompt is None:
             return _error(400, "InvalidRequest", "prompt is missing", "prompt")
@@ -97,9 +104,7 @@ class FakeHost:
         if not isinstance(asked.get("stream", False), bool):
             return _error(400, "InvalidRequest", "stream must be true or false", "stream")
         if prompt.startswith("fail "):
-            _, code, kind, *_ = prompt.split()
-            again = {"retry-after": "0"} if kind == "PutOff" else {}
-            return _error(int(code), kind, "as asked", headers=again)
+            return _failure(prompt)
         if asked.get("stream"):
             headers = {"x-preheat-bucket": BUCKET, "x-request-id": "theirs"}
             parts = self._events(asked)
@@ -107,6 +112,44 @@ class FakeHost:
         if prompt == "slow":
             await self._wait(request)
         return self._picture(asked)
+
+    def _write(self, asked: dict[str, Any]) -> Response:
+        prompt = asked["messages"][-1]["content"] if "messages" in asked else asked["prompt"]
+        if asked.get("max_new_tokens", 1) > 100:
+            return _error(400, "InvalidRequest", "max_new_tokens is too many", "max_new_tokens")
+        if asked.get("logprobs", 0) > 20:
+            return _error(400, "InvalidRequest", "logprobs is too many", "logprobs")
+        if prompt.startswith("fail "):
+            return _failure(prompt)
+        headers = {"x-preheat-bucket": "prompt=8", "x-preheat-seed": "3", "x-secret": "theirs"}
+        parts = self._words(asked, prompt)
+        return StreamingResponse(parts, media_type="application/x-ndjson", headers=headers)
+
+    async def _words(self, asked: dict[str, Any], prompt: str) -> AsyncIterator[bytes]:
+        ended = False
+        try:
+            yield _line({"event": "queued"})
+            self.begun.set()
+            for number, piece in enumerate(PIECES):
+                while prompt == "slow" and number and not self.go.is_set():
+                    await asyncio.sleep(0.01)
+                if number == 2 and prompt in ("break", "vanish", "die"):
+                    document = {"code": 507, "type": "OutOfMemory", "message": "no room"}
+                    if prompt == "die":
+                        yield _line({"code": 500, "type": "Died", "message": "Worker died."})
+                    if prompt == "break":
+                        yield _line({"event": "error", **document, "field": None})
+                    ended = True
+                    return
+                yield _line({"event": "text", "text": piece, **_token(number, asked)})
+            used = {"prompt_tokens": 5, "completion_tokens": len(PIECES)}
+            finish = "stop" if "stop" in asked else "length"
+            told = {"finish_reason": finish, "seed": 3, "engine": "compiled", "usage": used}
+            yield _line({"event": "done", **told})
+            ended = True
+        finally:
+            if not ended:
+                self.left.set()
 
     async def _wait(self, request: Request) -> None:
         self.begun.set()
@@ -161,6 +204,24 @@ def png(asked: dict[str, Any]) -> bytes:
     file = io.BytesIO()
     Image.new("L", size, asked.get("seed", 7) % 256).save(file, "png")
     return file.getvalue()
+
+
+def _token(number: int, asked: dict[str, Any]) -> dict[str, Any]:
+    """Of each piece; the second one's is part of a character, and another that looks like it is as
+    probable as nothing.
+    """
+    if "logprobs" not in asked:
+        return {}
+    text = PIECES[number] or "\ufffd"
+    said = {"token": number, "token_text": text, "logprob": -0.5}
+    others = [said, {"token": 9, "token_text": text, "logprob": -math.inf}]
+    return {**said, "top_logprobs": others[: asked["logprobs"]]}
+
+
+def _failure(prompt: str) -> Response:
+    _, code, kind, *_ = prompt.split()
+    again = {"retry-after": "0"} if kind == "PutOff" else {}
+    return _error(int(code), kind, "as asked", headers=again)
 
 
 def _document(asked: dict[str, Any]) -> dict[str, Any]:

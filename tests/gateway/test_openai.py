@@ -20,7 +20,8 @@ from fake_host import FakeHost, png
 from preheat.errors import RequestError
 from preheat.gateway import openai_requests
 from preheat.gateway.backend import Answer
-from preheat.gateway.openai_answers import lines, pictures
+from preheat.gateway.openai_answers import pictures
+from preheat.gateway.openai_replies import lines
 
 SIZED: dict[str, Any] = {"prompt": "a cat", "size": "120x200"}
 

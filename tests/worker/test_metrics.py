@@ -47,7 +47,7 @@ def counted() -> tuple[Metrics, Port]:
     port = Port()
     told = Metrics(port)
     told.expect(["64x64", "96x96"], [])
-    told.ready(ServerState("0", "buckets"))
+    told.ready(ServerState("0", "pipeline", "buckets"))
     return told, port
 
 

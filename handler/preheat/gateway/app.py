@@ -11,7 +11,16 @@ from starlette.exceptions import HTTPException
 
 import preheat
 from preheat.errors import RequestError, RunError
-from preheat.gateway import errors, health, metrics, openai_images, page, predictions
+from preheat.gateway import (
+    errors,
+    health,
+    metrics,
+    openai_images,
+    openai_models,
+    openai_texts,
+    page,
+    predictions,
+)
 from preheat.gateway.backend import Backend
 from preheat.gateway.bodies import MAX_BYTES, BodyLimit
 from preheat.gateway.door import Door
@@ -51,7 +60,10 @@ def create_app(
     for kind in (RequestError, RunError, HTTPException):
         app.add_exception_handler(kind, errors.refused)
     app.include_router(predictions.router(backend))
-    app.include_router(openai_images.router(backend))
+    models = openai_models.Models(backend)
+    app.include_router(openai_models.router(backend))
+    app.include_router(openai_images.router(backend, models))
+    app.include_router(openai_texts.router(backend, models))
     app.include_router(health.router(backend))
     app.include_router(page.router(backend))
     app.include_router(metrics.router(backend, waits))

@@ -9,15 +9,25 @@ import re
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Mapping
-from http import HTTPStatus
+from types import MappingProxyType
 from typing import Any
 
 from preheat.errors import RunError
-from preheat.gateway import openai_errors
+from preheat.gateway import openai_replies
 from preheat.gateway.backend import Answer
-from preheat.gateway.headers import OWN
-from preheat.gateway.relay import Reply, whole
+from preheat.gateway.relay import Reply
 
+THEIR_NAMES: Mapping[str, str] = MappingProxyType(
+    {
+        "num_images": "n",
+        "mask_image": "mask",
+        "mask_channel": "mask",
+        "num_previews": "partial_images",
+        "height": "size",
+        "width": "size",
+    }
+)
+"""Of our fields, where OpenAI's have others."""
 _SAID = {"quality": "auto", "background": "opaque"}
 """What clients read as given in every event."""
 _TAIL = 2000
@@ -35,8 +45,8 @@ _NO_TOKENS = {
 async def pictures(answer: Answer) -> Reply:
     """All pictures in one document: the worker's, with what OpenAI's has beside."""
     if answer.status != 200:
-        return await _refusal(answer)
-    headers = {**_own(answer), "content-type": "application/json"}
+        return await openai_replies.refusal(answer, THEIR_NAMES)
+    headers = {**openai_replies.own(answer), "content-type": "application/json"}
     return Reply(200, headers, _completed(answer.parts))
 
 
@@ -72,18 +82,12 @@ class Events:
 
     async def __call__(self, answer: Answer) -> Reply:
         if answer.status != 200:
-            return await _refusal(answer)
-        headers = {
-            **_own(answer),
-            "content-type": "text/event-stream",
-            "cache-control": "no-cache",
-            "x-accel-buffering": "no",  # nginx would keep them together
-        }
-        return Reply(200, headers, self._events(answer.parts))
+            return await openai_replies.refusal(answer, THEIR_NAMES)
+        return openai_replies.events(answer, self._events(answer.parts))
 
     async def _events(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         try:
-            async for line in lines(parts):
+            async for line in openai_replies.lines(parts):
                 yield self._told(json.loads(line))
         except RunError as error:
             yield self._failed(error.body())
@@ -122,48 +126,8 @@ class Events:
 
     def _failed(self, said: Mapping[str, Any]) -> bytes:
         self._ended = True
-        status = int(said.get("code", 500))
-        document = openai_errors.document(status, openai_errors.renamed(said))
+        document = openai_replies.failure(said, THEIR_NAMES)
         return f"event: error\ndata: {json.dumps(document)}\n\n".encode()
-
-
-async def lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """The lines of what comes in parts that end anywhere."""
-    begun: list[bytes] = []  # a picture's line is megabytes: joined once
-    async for part in parts:
-        *ends, rest = part.split(b"\n")
-        for end in ends:
-            yield b"".join([*begun, end])
-            begun.clear()
-        if rest:
-            begun.append(rest)
-    if begun:
-        yield b"".join(begun)
-
-
-async def _refusal(answer: Answer) -> Reply:
-    text = await answer.read()
-    try:
-        said = json.loads(text)
-    except ValueError:
-        said = None
-    if not isinstance(said, dict) or "message" not in said:  # TorchServe's own, at times empty
-        said = {"message": HTTPStatus(answer.status).phrase}
-    headers = openai_errors.headers(answer.status, said)
-    if "retry-after" in answer.headers:
-        headers["retry-after"] = answer.headers["retry-after"]
-    document = openai_errors.document(answer.status, openai_errors.renamed(said))
-    return _json(answer.status, document, headers)
-
-
-def _json(status: int, document: Mapping[str, Any], headers: Mapping[str, str]) -> Reply:
-    body = json.dumps(document).encode()
-    about = {"content-type": "application/json", "content-length": str(len(body))}
-    return Reply(status, {**headers, **about}, whole(body))
-
-
-def _own(answer: Answer) -> dict[str, str]:
-    return {name: value for name, value in answer.headers.items() if name.startswith(OWN)}
 
 
 def _size(said: Mapping[str, Any]) -> str:

@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from types import MappingProxyType
 from typing import Any
 
-THEIR_NAMES: Mapping[str, str] = MappingProxyType(
-    {
-        "num_images": "n",
-        "mask_image": "mask",
-        "mask_channel": "mask",
-        "num_previews": "partial_images",
-        "height": "size",
-        "width": "size",
-    }
-)
-"""Of our fields, where OpenAI's have others."""
 FINAL = frozenset({"PipelineFailure", "OutOfMemory", "AnswerTooLarge", "DeadlinePassed"})
 """Failures that painting again would repeat. A dead worker's and a full queue's it would not."""
 _KINDS = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
-def renamed(said: Mapping[str, Any]) -> dict[str, Any]:
-    """A worker's error document about a field that OpenAI's API names otherwise."""
+def renamed(said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """A worker's error document about a field that OpenAI's API names otherwise (`names`)."""
     ours, message = said.get("field"), str(said.get("message", ""))
-    theirs = THEIR_NAMES.get(str(ours), ours)
+    theirs = names.get(str(ours), ours)
     if ours and message.startswith(f"{ours} "):
         message = f"{theirs}{message[len(str(ours)) :]}"
     return {**said, "field": theirs, "message": message}

@@ -17,6 +17,7 @@ from typing import Literal
 from starlette.datastructures import FormData, UploadFile
 
 from preheat.errors import RequestError
+from preheat.gateway import openai_models
 from preheat.gateway.bodies import MAX_BYTES
 from preheat.protocol.fields import Fields, shown_value
 from preheat.protocol.json_text import document, loads
@@ -56,7 +57,7 @@ _KNOWN: Mapping[Kind, tuple[str, ...]] = MappingProxyType(
 MAX_JSON = 1 << 20
 """Bytes of a body of JSON: a file never lies in one."""
 _LONGEST = 100
-"""Characters of a name, a size and the like."""
+"""Characters of a size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +127,7 @@ def wanted(kind: Kind, values: Mapping[str, object]) -> Wanted:
         fields.text(name, 10_000)
     if fields.choice("response_format", ("b64_json", "url")) == "url":
         raise RequestError("must be b64_json: pictures are answered, not kept", "response_format")
-    model, _, version = (fields.text("model", _LONGEST) or "").partition("@")
+    model, version = openai_models.asked(fields)
     size = fields.text("size", _LONGEST) or "auto"
     body: dict[str, object] = {
         **{name: values.get(name) for name in (*_AS_THEY_ARE, *_OURS)},
@@ -140,7 +141,7 @@ def wanted(kind: Kind, values: Mapping[str, object]) -> Wanted:
     if len(coded) > MAX_BYTES:
         raise RequestError(f"is over {MAX_BYTES} bytes, its files in base64", "body", 413)
     stream = fields.flag("stream") or False
-    return Wanted(model or None, version or None, stream, size, coded)
+    return Wanted(model, version, stream, size, coded)
 
 
 def _sides(size: str) -> dict[str, int]:

@@ -47,6 +47,8 @@ class WorkerView:
     request_defaults: Mapping[str, Any]
     """What a picture gets that does not say; empty for others."""
     buckets: tuple[BucketView, ...]
+    family: str = ""
+    """`pipeline`, `module` or `text`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +128,7 @@ def _worker(worker: Mapping[str, Any], status: Status | None) -> WorkerView:
         padding=served.get("padding", {}),
         request_defaults=served.get("request_defaults", {}),
         buckets=tuple(_bucket(row) for row in served.get("buckets", ())),
+        family=served.get("family", ""),
     )
 
 

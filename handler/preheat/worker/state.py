@@ -21,6 +21,8 @@ class ServerState:
     """The design's state object. Counters count requests, not denoising steps."""
 
     version: str
+    family: str
+    """The YAML's section that says what is served: `pipeline`, `module` or `text`."""
     strategy: str
     state: Phase = "loading"
     fingerprint: str = ""

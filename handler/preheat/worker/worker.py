@@ -226,7 +226,9 @@ class Worker(Generic[JobT, ResultT]):
         self._asked = AskedSizes()
         self._folder: Path | None = None
         """Where compiled code is kept that later starts will find."""
-        self.state = ServerState(preheat.__version__, config.pt2.shapes.strategy)
+        self.state = ServerState(
+            preheat.__version__, config.family.name, config.pt2.shapes.strategy
+        )
         self.state.warnings = list(config.warnings)
         for warning in config.warnings:
             logger.warning("%s", warning)

@@ -169,10 +169,14 @@ def test_logprobs_come_with_each_token(client: Client) -> None:
     client.send("x", prompt="c", max_new_tokens=4, temperature=0.0, logprobs=2)
     client.drain()
     told = [event for event in client.events("x") if event["event"] == "text"]
+    for event in told:  # a byte, or half of a character
+        assert list(tokens(event["token_text"])) == [event["token"]] or (
+            event["token_text"] == "\ufffd"
+        )
     assert len(told) == client.events("x")[-1]["usage"]["completion_tokens"]
     for event in told:
         (best, second) = event["top_logprobs"]
-        assert best == {"token": event["token"], "logprob": event["logprob"]}
+        assert best == {name: event[name] for name in ("token", "token_text", "logprob")}
         assert second["logprob"] <= best["logprob"] <= 0
 
 

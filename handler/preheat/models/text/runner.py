@@ -35,12 +35,11 @@ class _Writer:
     """What writes one answer: its sampler, and its text so far."""
 
     def __init__(self, answer: Answer, reader: Reader, ends: Collection[int]) -> None:
-        decode = partial(
-            reader.tokenizer.decode, skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        decode = partial(reader.tokenizer.decode, clean_up_tokenization_spaces=False)
+        self._decode = partial(decode, skip_special_tokens=False)
         self._answer, self._ends = answer, ends
         self._sampler = Sampler(answer.job.sampling)
-        self._stream = TextStream(decode, answer.job.stops)
+        self._stream = TextStream(partial(decode, skip_special_tokens=True), answer.job.stops)
 
     def write(self, logits: torch.Tensor) -> None:
         """The next token, by these logits [vocabulary]."""
@@ -55,7 +54,7 @@ class _Writer:
         if answer.finish is not None:
             text += self._stream.close()
         if text or choice.logprob is not None:
-            answer.job.events.emit("text", text=text, **responses.logprobs(choice))
+            answer.job.events.emit("text", text=text, **responses.logprobs(choice, self._decode))
 
 
 class TextRunner(StepRunner[Job, Answer]):
