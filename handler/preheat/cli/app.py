@@ -410,7 +410,9 @@ def _say_started(running: TorchServe, config: Path) -> None:
     for model in running.models:
         print(f"REST        {' and '.join(f'{url}/predictions/{model}' for url in urls)}")
     if running.front:
+        everywhere = running.gateway_host in ("0.0.0.0", "::")
         print(f"OpenAI      {running.front}/v1")
+        print(f"page        {running.front}/{', at each of its addresses' if everywhere else ''}")
     print(f"gRPC        {running.grpc}")
     print(f"management  {running.management}")
     print(f"metrics     {running.metrics}/metrics", flush=True)
