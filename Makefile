@@ -16,6 +16,7 @@ FORMAT ?= zip-store
 BACKEND ?= auto
 EXTERNAL ?=
 AOT ?=
+VERSION ?=
 WATCH ?=
 WAIT ?= 1800
 PROFILE ?= tiny
@@ -125,8 +126,8 @@ status: $(STAMP) ## show workers, queue, restarts and what serves each bucket: [
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)
 
-archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
-	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1] [VERSION=1.0]
+	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot) $(if $(VERSION),--version '$(VERSION)')
 
 plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
 	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)

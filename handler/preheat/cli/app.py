@@ -154,6 +154,9 @@ def archive(
             help="Compile now, for machines like this one, so that workers compile nothing.",
         ),
     ] = False,
+    version: Annotated[
+        str, typer.Option(help="TorchServe serves several of one name side by side.")
+    ] = "1.0",
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
     from preheat.torchserve.archive import build_archive
@@ -168,6 +171,7 @@ def archive(
             archive_format=archive_format.value,
             external=external,
             aot=aot,
+            version=version,
         )
     )
 
