@@ -59,7 +59,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu bench-gpu \
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-gateway bench-forecast bench-start bench-cpu bench-gpu \
 	test-browser setup-ipex test-ipex reference clean
 
 help: ## show this list
@@ -137,6 +137,12 @@ bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFI
 
 bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-gateway: $(STAMP) ## what the gateway costs, and how near its queue comes to its simulation: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.gateway --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-forecast: $(STAMP) ## whether make profile foretells what a served request takes: [PROFILE=tiny|small] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.forecast --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)
