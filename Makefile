@@ -16,6 +16,7 @@ FORMAT ?= zip-store
 BACKEND ?= auto
 EXTERNAL ?=
 AOT ?=
+VERSION ?=
 WATCH ?=
 WAIT ?= 1800
 PROFILE ?= tiny
@@ -60,8 +61,8 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
-.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-start bench-cpu bench-gpu \
-	test-browser train-text setup-ipex test-ipex reference clean
+.PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-gateway \
+	bench-forecast bench-start bench-cpu bench-gpu test-browser train-text setup-ipex test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -130,8 +131,8 @@ status: $(STAMP) ## show workers, queue, restarts and what serves each bucket: [
 stop: $(STAMP) ## stop the server that make serve started: [NAME=]
 	$(BIN)/preheat stop $(NAME_OPTION)
 
-archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1]
-	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot)
+archive: $(STAMP) ## package a model: CONFIG= [MODEL=folder, hub id or tiny:sdxl] [OUT=folder] [FORMAT=zip-store|default|no-archive] [EXTERNAL=1] [AOT=1] [VERSION=1.0]
+	$(BIN)/preheat archive '$(CONFIG)' $(MODEL_OPTION) --output '$(OUT)' --format $(FORMAT) $(if $(EXTERNAL),--external) $(if $(AOT),--aot) $(if $(VERSION),--version '$(VERSION)')
 
 plan: $(STAMP) ## choose buckets for the sizes that are asked for, and prove it: [CSV=height,width[,count]] [NAME=] [PLAN_OPTIONS=]
 	$(BIN)/preheat plan $(if $(CSV),--csv '$(CSV)') $(NAME_OPTION) $(PLAN_OPTIONS)
@@ -141,6 +142,12 @@ bench-traffic: $(STAMP) ## compare the strategies under the same traffic: [PROFI
 
 bench-load: $(STAMP) ## closed and open loops of real clients against the bare pipeline: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.load --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-gateway: $(STAMP) ## what the gateway costs, and how near its queue comes to its simulation: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.gateway --profile '$(PROFILE)' $(BENCH_OPTIONS)
+
+bench-forecast: $(STAMP) ## whether make profile foretells what a served request takes: [PROFILE=tiny|small] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.forecast --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shared and shipped cache: [PROFILE=tiny|small|sdxl] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.start --profile '$(PROFILE)' $(BENCH_OPTIONS)

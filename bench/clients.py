@@ -50,17 +50,20 @@ def closed_loop(
     protocol: Protocol,
     num_clients: int,
     seconds: float,
+    *,
+    url: str | None = None,
 ) -> Traffic:
     """`num_clients` clients, each with one request under way, until `seconds` are over; they share
-    one queue of payloads.
+    one queue of payloads. `url`: of a gateway, which is asked instead of the server.
     """
+    door = {"inference": url} if url is not None else {}
     numbers, lock = itertools.count(), threading.Lock()
     first: list[float] = []
     gate = threading.Barrier(num_clients, action=lambda: first.append(time.perf_counter()))
 
     def work() -> list[tuple[float, Seen]]:
         seen = []
-        with Client.to(running) as client:
+        with Client.to(running, **door) as client:
             ask = _asker(client, protocol)
             ask({})  # refused, so that the connection is there and nothing was generated
             gate.wait()

@@ -45,7 +45,7 @@ from bench.profiles import PROFILES, RESULTS, STATE, Profile, model_yaml
 from bench.traffic import GUIDANCE_SCALE, PROMPTS, READY_SECONDS
 from preheat.errors import PreheatError
 from preheat.protocol import images
-from preheat.torchserve import server
+from preheat.torchserve import front, server
 from preheat.torchserve.archive import build_archive
 from preheat.torchserve.client import Client
 
@@ -180,9 +180,14 @@ def noise(height: int, width: int) -> str:
 
 @contextmanager
 def serving(
-    profile: Profile, config: Mapping[str, Any], model: Path, threads: Mapping[str, str]
+    profile: Profile,
+    config: Mapping[str, Any],
+    model: Path,
+    threads: Mapping[str, str],
+    *,
+    gateway: bool = False,
 ) -> Iterator[tuple[server.TorchServe, float]]:
-    """A server of that YAML, warm, and the seconds it took to be so."""
+    """A server of that YAML, warm, and the seconds it took to be so; with a gateway, if wanted."""
     run_dir = STATE / "run" / "bench-load"
     run_dir.parent.mkdir(parents=True, exist_ok=True)
     left = server.recall(run_dir)
@@ -195,12 +200,14 @@ def serving(
             path, model, output=Path(folder), archive_format="no-archive", external=True
         )
         begun = time.monotonic()
-        running = server.start(
-            [archive], run_dir, ports=server.Ports.free(), cache=CACHE, env=threads
-        )
+        ports = server.Ports.free(gateway=gateway)
+        running = server.start([archive], run_dir, ports=ports, cache=CACHE, env=threads)
         try:
             running.wait_ready(READY_SECONDS)
-            yield running, time.monotonic() - begun
+            seconds = time.monotonic() - begun
+            if gateway:
+                running = front.start(running)
+            yield running, seconds
         finally:
             running.stop()
 

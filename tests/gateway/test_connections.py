@@ -162,3 +162,25 @@ def test_an_address_has_so_many_connections_and_gets_them_back() -> None:
         for _ in range(2):  # who was refused has given back no place either
             with _connect(url) as last, _connect(url) as one_more:
                 assert _rest(one_more).startswith(b"HTTP/1.1 429 ") and last.fileno() > 0
+
+
+def test_who_owes_a_request_for_longest_gives_way_when_all_places_are_taken() -> None:
+    with server(total=3, headers=60) as (app, url), ExitStack() as kept:
+        asks = kept.enter_context(_small(url, "/endless"))
+        assert asks.recv(1)
+        oldest, other = [kept.enter_context(_connect(url)) for _ in range(2)]
+        oldest.sendall(HEAD)
+        # who connects later is accepted later
+        assert httpx.post(f"{url}/whole", content=b"abc", trust_env=False).text == "3"
+        assert _rest(oldest) == b""
+        other.sendall(HEAD + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        assert b"200 OK" in _rest(other)
+        assert asks.recv(1) and not app.aborted.is_set()
+
+
+def test_nobody_gives_way_who_is_being_answered() -> None:
+    with server(total=2, headers=60) as (app, url), ExitStack() as kept:
+        for _ in range(2):
+            assert kept.enter_context(_small(url, "/endless")).recv(1)
+        assert _rest(kept.enter_context(_connect(url))).startswith(b"HTTP/1.1 429 ")
+        assert not app.aborted.is_set()

@@ -232,6 +232,16 @@ def test_a_factory_is_packed_without_a_model_folder(
         build_archive(config, tmp_path, output=tmp_path / "out")
 
 
+def test_an_archive_says_its_version(config: Path, model: Path, tmp_path: Path) -> None:
+    packed = build_archive(
+        config, model, output=tmp_path, archive_format="no-archive", external=True, version="2.0-b"
+    )
+    manifest = json.loads((packed / archiving.MANIFEST).read_bytes())
+    assert manifest["model"]["modelVersion"] == "2.0-b"
+    with pytest.raises(ArchiveError, match=r"version '\.\./2' must be letters"):
+        build_archive(config, model, output=tmp_path, version="../2")
+
+
 def test_a_module_folder_must_be_one(config: Path, model: Path, tmp_path: Path) -> None:
     config.write_text(MODULE)
     with pytest.raises(ArchiveError, match=r"no config\.json"):

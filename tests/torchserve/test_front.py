@@ -79,6 +79,30 @@ def test_a_gateway_is_started_recorded_and_started_again_until_it_is_stopped(
     assert server.recall(running.run_dir) is None
 
 
+def test_the_url_that_is_told_is_where_the_gateway_listens(
+    recorded: TorchServe, capsys: pytest.CaptureFixture[str]
+) -> None:
+    running = front.start(recorded, "127.0.0.2")
+    assert running.front == f"http://127.0.0.2:{running.ports.gateway}"
+    assert httpx.get(f"{running.front}/v2", trust_env=False).is_success
+    app._say_started(running, Path("fox.yaml"))
+    assert server.recall(running.run_dir) == running
+    assert f"page        {running.front}/\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:80"),
+        ("::", "http://[::1]:80"),
+        ("fd00::7", "http://[fd00::7]:80"),
+        ("lighthouse.local", "http://lighthouse.local:80"),
+    ],
+)
+def test_where_this_machine_reaches_what_listens(host: str, url: str) -> None:
+    assert server.url_of(host, 80) == url
+
+
 def test_a_gateway_that_cannot_start_says_why(
     recorded: TorchServe, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -154,6 +154,9 @@ def archive(
             help="Compile now, for machines like this one, so that workers compile nothing.",
         ),
     ] = False,
+    version: Annotated[
+        str, typer.Option(help="TorchServe serves several of one name side by side.")
+    ] = "1.0",
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""
     from preheat.torchserve.archive import build_archive
@@ -168,6 +171,7 @@ def archive(
             archive_format=archive_format.value,
             external=external,
             aot=aot,
+            version=version,
         )
     )
 
@@ -410,7 +414,9 @@ def _say_started(running: TorchServe, config: Path) -> None:
     for model in running.models:
         print(f"REST        {' and '.join(f'{url}/predictions/{model}' for url in urls)}")
     if running.front:
+        everywhere = running.gateway_host in ("0.0.0.0", "::")
         print(f"OpenAI      {running.front}/v1")
+        print(f"page        {running.front}/{', at each of its addresses' if everywhere else ''}")
     print(f"gRPC        {running.grpc}")
     print(f"management  {running.management}")
     print(f"metrics     {running.metrics}/metrics", flush=True)

@@ -39,14 +39,31 @@ class Patience:
     per_address: int = 256
     """Connections; all clients behind one proxy have one address."""
     total: int = 2048
+    """Connections. If so many are open, the one that has owed a request for longest gives way to
+    the next: who opens many and leaves them shuts nobody out.
+    """
     _open: Counter[str] = field(default_factory=Counter)
+    _owing: dict[_Patient, None] = field(default_factory=dict)
+    """Connections without a whole request, those that wait for longest first."""
 
     def enter(self, address: str) -> bool:
         """Count a connection in, if it may."""
-        if self._open[address] >= self.per_address or self._open.total() >= self.total:
+        if self._open[address] >= self.per_address:
             return False
+        if self._open.total() >= self.total:
+            oldest = next(iter(self._owing), None)
+            if oldest is None:
+                return False
+            oldest.give_way()
         self._open[address] += 1
         return True
+
+    def owes(self, connection: _Patient) -> None:
+        """From now on it is its client's turn."""
+        self._owing[connection] = None
+
+    def has_asked(self, connection: _Patient) -> None:
+        self._owing.pop(connection, None)
 
     def leave(self, address: str) -> None:
         self._open[address] -= 1
@@ -80,6 +97,7 @@ class _Patient(H11Protocol):
             self._refuse(_TOO_MANY)
             return
         self._address = address
+        self.own.owes(self)
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, IN_KERNEL)
         self._expect(self.own.headers)
@@ -90,6 +108,17 @@ class _Patient(H11Protocol):
         if self._outgoing is not None:
             self._outgoing.cancel()
             self._outgoing = None
+        self._depart()
+
+    def give_way(self) -> None:
+        """To another connection. Nothing is said: to who has asked for nothing, a refusal would be
+        the answer to what comes next.
+        """
+        self._depart()
+        self.transport.abort()
+
+    def _depart(self) -> None:
+        self.own.has_asked(self)
         if self._address is not None:
             self.own.leave(self._address)
             self._address = None
@@ -106,6 +135,8 @@ class _Patient(H11Protocol):
         self._expect_body()
 
     def on_response_complete(self) -> None:
+        if self._address is not None:
+            self.own.owes(self)
         self._expect(None)  # uvicorn's timer for kept connections takes over
         super().on_response_complete()
         self._expect_body()  # of a request that had come meanwhile
@@ -129,6 +160,7 @@ class _Patient(H11Protocol):
             return
         if not self.cycle.more_body:
             self._expect(None)
+            self.own.has_asked(self)
         elif self._incoming is None:
             self._expect(self.own.body)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
+from ipaddress import ip_address
 from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -18,7 +19,6 @@ from preheat.gateway.record import LEFT, REQUEST_ID, Record, client, current, re
 
 OPEN = ("/health", "/v2", "/warmup", "/metrics")
 """Paths, with all below them, that want no key, as `/` does: probes have none."""
-LOCAL = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Door:
@@ -89,11 +89,21 @@ class Door:
 
     def _check_origin(self, headers: Mapping[str, str]) -> None:
         host = headers.get("host", "")
-        if self._local and _split("host", f"//{host}").hostname not in LOCAL:
+        if self._local and not is_loopback(_split("host", f"//{host}").hostname or ""):
             raise RequestError("only this machine's own names lead here", None, 403)
         origin = headers.get("origin")
         if origin is not None and _split("origin", origin).netloc != host:
             raise RequestError("another site's page may not ask", None, 403)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether it names this machine for itself alone; another name may lead anywhere."""
+    if host == "localhost":
+        return True
+    try:
+        return ip_address(host).is_loopback
+    except ValueError:
+        return False
 
 
 def _split(name: str, url: str) -> SplitResult:

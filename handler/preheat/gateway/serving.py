@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import resource
 from dataclasses import dataclass
-from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,6 +13,7 @@ from fastapi import FastAPI
 from preheat.errors import GatewayError
 from preheat.gateway.app import create_app
 from preheat.gateway.connections import Patience, protocol
+from preheat.gateway.door import is_loopback
 from preheat.gateway.keys import Keys
 from preheat.gateway.queued import Queued
 from preheat.gateway.record import access_log
@@ -60,7 +60,7 @@ def run(places: Places, host: str, port: int, admits: Admits) -> None:
     Raises:
         GatewayError: it would be open to others without keys, or the keys cannot be read.
     """
-    is_local = _is_loopback(host)
+    is_local = is_loopback(host)
     if admits.keys is None and not is_local and not admits.is_open:
         raise GatewayError(
             f"on {host} others reach it: give it --keys (preheat key makes one), or --open if "
@@ -87,12 +87,3 @@ def allow_files(number: int) -> None:
     most = number if hard == resource.RLIM_INFINITY else min(number, hard)
     if soft != resource.RLIM_INFINITY and soft < most:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ip_address(host).is_loopback
-    except ValueError:  # a name, which may lead anywhere
-        return False

@@ -48,6 +48,7 @@ def build_archive(
     archive_format: ArchiveFormat = "zip-store",
     external: bool = False,
     aot: bool = False,
+    version: str = "1.0",
 ) -> Path:
     """Package `model` with `config` into the folder `output`; return the archive's path.
 
@@ -57,7 +58,8 @@ def build_archive(
     packed from beside the YAML. `zip-store` and `default` (deflated) write `<name>.mar`,
     `no-archive` a folder `<name>` that TorchServe serves in place. An older archive of the name is
     replaced. With `aot`, or where the YAML says `pt2.export.aot_compile`, every target is compiled
-    now, for machines like this one, and lies under `aot/`.
+    now, for machines like this one, and lies under `aot/`. TorchServe serves several `version`s of
+    one name side by side.
 
     Raises:
         ConfigError: the YAML cannot be used.
@@ -68,6 +70,8 @@ def build_archive(
             f"unknown archive format {archive_format!r}: one of "
             f"{', '.join(get_args(ArchiveFormat))}"
         )
+    if not re.fullmatch(r"[A-Za-z0-9][\w.-]*", version, re.ASCII):
+        raise ArchiveError(f"version {version!r} must be letters, digits, `.`, `_` and `-`")
     loaded = verify(config)
     for warning in loaded.warnings:
         logger.warning("%s: %s", config.name, warning)
@@ -93,7 +97,7 @@ def build_archive(
         _copy_code(loaded, config.parent, files)
         if aot:
             _compile_ahead(work / f"{name}.yaml", files)
-        return _replace(_run_archiver(name, work, archive_format), output)
+        return _replace(_run_archiver(name, version, work, archive_format), output)
 
 
 def unpacked(config: Path, loaded: ModelConfig, place: str | None, folder: Path) -> Path:
@@ -265,7 +269,7 @@ def _compile_ahead(config: Path, files: Path) -> None:
         )
 
 
-def _run_archiver(name: str, work: Path, archive_format: str) -> Path:
+def _run_archiver(name: str, version: str, work: Path, archive_format: str) -> Path:
     """The archive, written below `work`. A process of its own, since the archiver empties
     $TMPDIR/<name>.
     """
@@ -276,7 +280,7 @@ def _run_archiver(name: str, work: Path, archive_format: str) -> Path:
     # lies.
     options = {
         "--model-name": name,
-        "--version": "1.0",
+        "--version": version,
         "--handler": "preheat_handler.py",
         "--config-file": f"{name}.yaml",
         "--extra-files": "files",

@@ -15,7 +15,7 @@ import httpx
 
 from preheat.errors import ServerError
 from preheat.status import STATUS_DIR_VARIABLE
-from preheat.torchserve.server import HOST, Birth, TorchServe, remember
+from preheat.torchserve.server import HOST, Birth, TorchServe, remember, url_of
 
 LOG = "gateway.log"
 GRACE = 120
@@ -52,10 +52,10 @@ def start(
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C in the terminal is for whoever stops it in order
         )
-    running = replace(server, gateway=Birth.of(keeper.pid))
+    running = replace(server, gateway=Birth.of(keeper.pid), gateway_host=host)
     remember(running)
     deadline = time.monotonic() + seconds
-    while not _answers(host, port):
+    while not _answers(url_of(host, port)):
         if keeper.poll() is not None or time.monotonic() > deadline:
             said = log_file.read_text(errors="replace")[-4000:]
             raise ServerError(f"the gateway ended or hung while starting:\n{said}")
@@ -89,13 +89,10 @@ def trouble(server: TorchServe) -> str | None:
     return f"the gateway has ended, and is not started again; see {log_of(server)}"
 
 
-def _answers(host: str, port: int) -> bool:
+def _answers(url: str) -> bool:
     """Whether a gateway does, and not somebody else who listens there."""
-    reached = {"0.0.0.0": HOST, "::": "::1"}.get(host, host)
-    url = f"http://[{reached}]:{port}/v2" if ":" in reached else f"http://{reached}:{port}/v2"
     try:
-        # on loopback it knows this machine's names alone, not each of its addresses
-        said = httpx.get(url, headers={"host": "localhost"}, timeout=1, trust_env=False).json()
+        said = httpx.get(f"{url}/v2", timeout=1, trust_env=False).json()
     except (httpx.HTTPError, httpx.InvalidURL, ValueError):
         return False
     return isinstance(said, dict) and said.get("name") == "preheat"

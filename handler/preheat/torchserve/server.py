@@ -110,11 +110,13 @@ class TorchServe:
     temp: Path
     gateway: Birth | None = None
     """Who keeps the gateway running (`torchserve.front`)."""
+    gateway_host: str = HOST
+    """The address that the gateway listens on."""
 
     @property
     def front(self) -> str | None:
-        """The gateway's URL, if one was started."""
-        return f"http://{HOST}:{self.ports.gateway}" if self.gateway is not None else None
+        """The gateway's URL for who is on this machine, if one was started."""
+        return url_of(self.gateway_host, self.ports.gateway) if self.gateway is not None else None
 
     @property
     def inference(self) -> str:
@@ -264,6 +266,12 @@ def start(
     return server
 
 
+def url_of(host: str, port: int | None) -> str:
+    """Where this machine reaches what listens on `host`, which may be every address."""
+    reached = {"0.0.0.0": HOST, "::": "::1"}.get(host, host)
+    return f"http://[{reached}]:{port}" if ":" in reached else f"http://{reached}:{port}"
+
+
 def check_free(run_dir: Path, ports: Ports, gateway_host: str = HOST) -> None:
     """Raise ServerError where a server runs from `run_dir`, or somebody listens on one of `ports`:
     on loopback, and the gateway's on `gateway_host`.
@@ -301,6 +309,7 @@ def recall(run_dir: Path) -> TorchServe | None:
         tuple(data["models"]),
         Path(data["temp"]),
         Birth(*data["gateway"]) if data.get("gateway") else None,
+        data.get("gateway_host", HOST),
     )
 
 
@@ -444,6 +453,7 @@ def remember(server: TorchServe) -> None:
         "models": server.models,
         "temp": str(server.temp),
         "gateway": server.gateway,
+        "gateway_host": server.gateway_host,
         "management": server.management,
         "status_dir": str(server.status_dir),
     }
