@@ -5,6 +5,7 @@ BIN := .venv/bin
 STAMP := .venv/.preheat-installed
 IPEX_BIN := .venv-ipex/bin
 IPEX_STAMP := .venv-ipex/.preheat-installed
+PEERS_STAMP := .venv-peers/.preheat-installed
 
 CHROMIUM ?= /usr/bin/chromium
 
@@ -62,7 +63,7 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-gateway \
-	bench-forecast bench-start bench-cpu bench-gpu test-browser train-text setup-ipex test-ipex reference clean
+	bench-forecast bench-peers bench-start bench-cpu bench-gpu test-browser train-text setup-ipex setup-peers test-ipex reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -78,6 +79,12 @@ $(IPEX_STAMP): pyproject.toml constraints-ipex.txt
 	$(IPEX_BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-ipex.txt -e '.[dev,ipex]'
 	touch $@
 
+$(PEERS_STAMP): constraints-peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-peers.txt \
+		optimum-intel openvino-genai torch diffusers
+	touch $@
+
 demo: $(STAMP) ## build, archive, warm and ask a tiny model, results land in out/: [MODEL=sdxl|bert|resnet] [BACKEND=inductor]
 	$(BIN)/preheat demo $(MODEL_OPTION) --backend '$(BACKEND)'
 
@@ -90,6 +97,8 @@ lint: $(STAMP) ## ruff and mypy --strict
 	$(BIN)/mypy --strict handler tests bench examples
 
 setup-ipex: $(IPEX_STAMP) ## Intel's extension with torch 2.8 in an environment of its own, .venv-ipex (7 GB)
+
+setup-peers: $(PEERS_STAMP) ## OpenVINO GenAI and what converts for it in an environment of its own, .venv-peers (for bench-peers)
 
 # The page in a browser. axe-core looks for what people with a screen reader or a keyboard would meet.
 test-browser: $(STAMP) ## the gateway's page in headless Chromium (CHROMIUM=, of the system)
@@ -154,6 +163,9 @@ bench-start: $(STAMP) ## time to READY and first image: eager, cold, local, shar
 
 bench-cpu: $(STAMP) ## the engines of a CPU side by side on two UNets, a CNN and an encoder; IPEX if make setup-ipex ran: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.cpu $(BENCH_OPTIONS)
+
+bench-peers: $(STAMP) ## Preheat against diffusers, OpenVINO GenAI (if make setup-peers ran) and BaseHandler: [PROFILE=tiny|small] [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.peers --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
 bench-gpu: $(STAMP) ## tests/gpu and an SDXL of real size on every road of a CUDA GPU, resumed until finished: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.gpu $(BENCH_OPTIONS)

@@ -50,16 +50,17 @@ class BareLoop:
         self._compile(device)
 
     def _compile(self, device: torch.device) -> None:
-        """The denoiser, by torch; OpenVINO's models are made by Preheat, since torch.compile has
-        no such backend.
+        """The denoiser, by torch; `auto` and OpenVINO's models are Preheat's, since torch.compile
+        has no such backend. Of `auto` the order alone decides, as nothing is written down.
         """
         backend, unet = self._spec.backend, self._pipe.unet
-        if backend != "openvino":
+        if backend not in ("auto", "openvino"):
             self._pipe.unet = torch.compile(unet, backend=backend, dynamic=False)
             return
         config = {"compile": {"enable": True, "kwargs": {"backend": backend}}}
         dtype = DTYPES[self._spec.dtype]
-        build_router("unet", unet, Pt2Config.model_validate(config), dtype, device)
+        router = build_router("unet", unet, Pt2Config.model_validate(config), dtype, device)
+        router.roads.may_veto = False
 
     def warm(self) -> None:
         """Compile everything, and meet it once more."""

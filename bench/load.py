@@ -291,8 +291,8 @@ def bench(
         int, typer.Option(help="Milliseconds that a batch waits to be full.")
     ] = 20,
     backend: Annotated[
-        str, typer.Option(help="Of torch.compile; eager tries the bench out in a minute.")
-    ] = "inductor",
+        str, typer.Option(help="Of pt2.compile; eager tries the bench out in a minute.")
+    ] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for load.json and load.png.")] = RESULTS,
 ) -> None:
     """Load a real TorchServe in closed and open loops, and hold it against the bare pipeline."""

@@ -42,37 +42,41 @@ def run_module(module: str, spec: str, threads: Mapping[str, str]) -> dict[str, 
     return result
 
 
-class BareProcess:
-    """`bench.bare` in a process of its own, warm.
+class LineProcess:
+    """A module of this bench that answers each line with one, both JSON, until it is closed.
+
+    Args:
+        python: of the environment that it lives in.
+        environment: its variables go over this process's.
 
     Raises:
-        PreheatError: it failed.
+        PreheatError: it failed, at once or at a later line; the message is its last one.
     """
 
-    def __init__(self, spec: Spec, threads: Mapping[str, str]) -> None:
+    def __init__(
+        self, module: str, first: str, environment: Mapping[str, str], python: str = sys.executable
+    ) -> None:
+        self._module = module
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # close() closes it
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "bench.bare"],
+            [python, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=_environment(threads),
+            env=_environment(environment),
         )
         try:
-            self.warmed: Mapping[str, Any] = self._ask(spec.to_json())
+            self.first: Any = self.ask(first)
         except BaseException:
             self.close()
             raise
 
-    def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
-        """Requests per second in full batches of this size."""
-        rate: float = self._ask(
-            json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds})
-        )
-        return rate
+    @property
+    def pid(self) -> int:
+        return self._process.pid
 
-    def _ask(self, question: str) -> Any:
+    def ask(self, question: str) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
         with suppress(BrokenPipeError):  # that it has ended shows in its answer
             print(question, file=self._process.stdin, flush=True)
@@ -81,7 +85,7 @@ class BareProcess:
             status = self._process.wait()
             self._errors.seek(0)
             said = self._errors.read().strip().splitlines() or [f"exit status {status}"]
-            raise PreheatError(f"bench.bare failed: {said[-1]}")
+            raise PreheatError(f"{self._module} failed: {said[-1]}")
         return json.loads(answer)
 
     def close(self) -> None:
@@ -91,6 +95,25 @@ class BareProcess:
             assert stream is not None
             with suppress(BrokenPipeError):
                 stream.close()
+
+
+class BareProcess(LineProcess):
+    """`bench.bare` in a process of its own, warm.
+
+    Raises:
+        PreheatError: it failed.
+    """
+
+    def __init__(self, spec: Spec, threads: Mapping[str, str]) -> None:
+        super().__init__("bench.bare", spec.to_json(), threads)
+        self.warmed: Mapping[str, Any] = self.first
+
+    def rate(self, traffic: str, batch_size: int, seconds: float) -> float:
+        """Requests per second in full batches of this size."""
+        rate: float = self.ask(
+            json.dumps({"traffic": traffic, "batch_size": batch_size, "seconds": seconds})
+        )
+        return rate
 
 
 def _environment(threads: Mapping[str, str]) -> dict[str, str]:

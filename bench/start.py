@@ -182,8 +182,8 @@ def bench(
         list[str] | None, typer.Option(help=f"Of {', '.join(TITLES)}; may be repeated.")
     ] = None,
     backend: Annotated[
-        str, typer.Option(help="Of torch.compile; eager tries the bench out in minutes.")
-    ] = "inductor",
+        str, typer.Option(help="Of pt2.compile; eager tries the bench out in minutes.")
+    ] = "auto",
     output: Annotated[Path, typer.Option(help="Folder for start.json and start.png.")] = RESULTS,
 ) -> None:
     """Start the same server with nothing, a local, a shared and a shipped cache, and write down how

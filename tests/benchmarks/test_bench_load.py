@@ -157,11 +157,12 @@ def test_the_bare_loop_paints_every_request_in_full_batches_of_one_bucket() -> N
         list(full_batches([(100, 100)], buckets, 2))
 
 
-def test_both_roads_get_the_same_buckets_sizes_steps_and_compiler() -> None:
+@pytest.mark.parametrize("backend", ["auto", "inductor"])
+def test_both_roads_get_the_same_buckets_sizes_steps_and_compiler(backend: str) -> None:
     traffics = mix(TINY)
-    config = served_yaml(TINY, 4, backend="inductor", max_delay=20)
+    config = served_yaml(TINY, 4, backend=backend, max_delay=20)
     parsed = ModelConfig.parse(config)
-    spec = bare_spec(TINY, Path("/m"), traffics, batch=4, backend="inductor")
+    spec = bare_spec(TINY, Path("/m"), traffics, batch=4, backend=backend)
     assert [bucket for bucket in parsed.pt2.shapes.buckets] == [
         Bucket(*size) for size in spec.buckets
     ]

@@ -44,7 +44,7 @@ DOCUMENT: dict[str, Any] = {
 @pytest.mark.parametrize("scenario", start.TITLES)
 @pytest.mark.parametrize("profile", PROFILES)
 def test_every_scenario_is_a_config_that_loads(tmp_path: Path, scenario: str, profile: str) -> None:
-    runs = start.Bench(PROFILES[profile], tmp_path, tmp_path, backend="inductor", num_threads=1)
+    runs = start.Bench(PROFILES[profile], tmp_path, tmp_path, backend="auto", num_threads=1)
     config = ModelConfig.parse(runs.config(scenario))
     assert config.pt2.compile.enable == (scenario != "eager")
     assert config.minWorkers == (4 if scenario == "four" else 1)

@@ -42,7 +42,6 @@ class Draft:
     family: str
     path: str
     dtype: str
-    backend: str
     batch_size: int
     buckets: Sequence[Bucket]
     """Empty: the model's own."""
@@ -70,7 +69,7 @@ class Draft:
             f"responseTimeout: {times.response}         # seconds for a whole batch\n"
             f"maxRetryTimeoutInSec: {4 * times.startup}   # must exceed startupTimeout\n\n"
             "pt2:\n"
-            f"  compile: {{enable: true, backend: {self.backend}}}\n"
+            "  compile: {enable: true, backend: auto}\n"
             f"{section(self)}"
         )
 
@@ -84,15 +83,14 @@ def drafted(
         ModelError: it is no model that a YAML can be written for.
     """
     native = on_gpu or machine.bfloat16
-    backend = "inductor" if on_gpu or "openvino" not in machine.packages else "openvino"
     dtype = "bfloat16" if native else "float32"
     if (folder / "model_index.json").is_file():
         batch = 4 if on_gpu else 1  # on a CPU two pictures take twice as long as one
-        return Draft("pipeline", place, dtype, backend, batch, buckets, {})
+        return Draft("pipeline", place, dtype, batch, buckets, {})
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} is neither a diffusers nor a transformers folder")
     config = json.loads((folder / "config.json").read_bytes())
-    return Draft("module", place, dtype, backend, 8, buckets, config)
+    return Draft("module", place, dtype, 8, buckets, config)
 
 
 def multiple(folder: Path) -> int:
