@@ -3,6 +3,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -19,6 +20,16 @@ os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 # cores. Tests that are about threads run some others with two, in a process of their own.
 NUM_THREADS = int(os.environ.get("PREHEAT_TEST_THREADS", "1"))
 torch.set_num_threads(NUM_THREADS)
+
+
+with suppress(ModuleNotFoundError):  # a machine lent for tests/gpu alone may have none
+    from hypothesis import HealthCheck, settings
+
+    # No test asserts on time: that a machine is busy is no fault of what it runs.
+    settings.register_profile(
+        "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    )
+    settings.load_profile("untimed")
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -71,7 +82,7 @@ def _process() -> dict[str, Any]:
         "environment": environment,
         "working folder": os.getcwd(),
         "READY workers": _workers(),
-        "stance": eval_frame._stance.stance,  # torch has no door to it
+        "stance": eval_frame._stance.stance,  # noqa: SLF001  torch has no door to it
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
         "precision": torch.get_float32_matmul_precision(),
