@@ -63,7 +63,8 @@ PORT_OPTIONS = --inference-port $(INFERENCE_PORT) --management-port $(MANAGEMENT
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .PHONY: help demo test lint test-fit fuzz check doctor profile init serve ready status stop archive plan bench-traffic bench-load bench-gateway \
-	bench-forecast bench-peers bench-start bench-cpu bench-gpu test-browser train-text setup-ipex setup-peers test-ipex reference clean
+	bench-forecast bench-peers bench-start bench-cpu bench-gpu bench-quality test-browser train-shapes train-text setup-ipex setup-peers test-ipex \
+	reference clean
 
 help: ## show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-14s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -167,8 +168,16 @@ bench-cpu: $(STAMP) ## the engines of a CPU side by side on two UNets, a CNN and
 bench-peers: $(STAMP) ## Preheat against diffusers, OpenVINO GenAI (if make setup-peers ran) and BaseHandler: [PROFILE=tiny|small] [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.peers --profile '$(PROFILE)' $(BENCH_OPTIONS)
 
+bench-quality: $(STAMP) ## what each fit, engine and strategy does to pictures, by a judge without a network, resumed until finished: [BENCH_OPTIONS=]
+	$(BIN)/python -m bench.quality $(BENCH_OPTIONS)
+
 bench-gpu: $(STAMP) ## tests/gpu and an SDXL of real size on every road of a CUDA GPU, resumed until finished: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.gpu $(BENCH_OPTIONS)
+
+# One process a core; a run that was stopped goes on from its last checkpoint.
+train-shapes: $(STAMP) ## train the demo's model anew: two to three hours on two cores, resumed until finished
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m examples.shapes.train .preheat/shapes \
+		--out examples/shapes/model
 
 reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
 	$(BIN)/python -m preheat.config.reference > docs/configuration.md

@@ -22,7 +22,7 @@ from examples.shapes.training import Losses, Plan, Training, appearing
 SEED = 4
 BATCH = 32
 EMPTY = 0.1
-PLAN = Plan(steps=10_000, rate=8e-4, decay=0.999, warmup=300, show_every=1000)
+PLAN = Plan(steps=8_000, rate=8e-4, decay=0.999, warmup=300, show_every=1000)
 SHOWN = 18
 GUIDANCE = 3.0
 STEPS = 20
@@ -114,5 +114,4 @@ def _show(texts: Texts, vae: AutoencoderKL, unet: UNet2DConditionModel, file: Pa
     thirds = np.asarray(right).reshape(3, -1).mean(1)
     print(f"{file.stem}: one, two, three objects right: {thirds.round(2).tolist()}", flush=True)
     rows = np.concatenate(np.concatenate(pictures.reshape(3, -1, 128, 128, 3), axis=1), axis=1)
-    sheet = rows.reshape(SHOWN // 3 * 128, 3 * 128, 3)
-    Image.fromarray((sheet * 255).round().astype(np.uint8)).save(file)
+    Image.fromarray((rows * 255).round().astype(np.uint8)).save(file)

@@ -113,13 +113,13 @@ def test_the_blocks_work_as_pasted(shell: Shell) -> None:
     assert pasted[1].strip() == "make test"  # this is make test
     del pasted[1]
     outputs = {block: shell.run(block) for block in pasted}
-    pictures = ["lighthouse", "night", "lighthouse-grpc", "lighthouse-grpcurl"]
+    pictures = ["shapes", "purple", "shapes-grpc", "shapes-grpcurl"]
     for name in pictures:
-        assert Image.open(shell.folder / f"{name}.png").size == (199, 233), name
-    assert Image.open(shell.folder / "plain.png").size == (256, 256)
+        assert Image.open(shell.folder / f"{name}.png").size == (109, 187), name
+    assert Image.open(shell.folder / "plain.png").size == (128, 128)
     rest, _, stub, grpcurl = ((shell.folder / f"{name}.png").read_bytes() for name in pictures)
     assert rest == stub == grpcurl
-    assert "x-preheat-bucket: 256x256" in (shell.folder / "headers.txt").read_text()
+    assert "x-preheat-bucket: 192x128" in (shell.folder / "headers.txt").read_text()
     lines = (shell.folder / "events.ndjson").read_text().splitlines()
     events = [json.loads(line)["event"] for line in lines]
     assert (
