@@ -82,7 +82,7 @@ def _process() -> dict[str, Any]:
         "environment": environment,
         "working folder": os.getcwd(),
         "READY workers": _workers(),
-        "stance": eval_frame._stance.stance,  # noqa: SLF001  torch has no door to it
+        "stance": eval_frame._stance.stance,
         "threads": torch.get_num_threads(),
         "dtype": torch.get_default_dtype(),
         "precision": torch.get_float32_matmul_precision(),
