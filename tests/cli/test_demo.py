@@ -67,7 +67,9 @@ def test_each_picture_is_followed_by_what_is_made_of_it() -> None:
     assert {answer.protocol for answer in answers} == {"REST", "gRPC"}
     for pair, first, then in zip(PAIRS, answers[::2], client.asked[1::2], strict=True):
         shown = Image.open(io.BytesIO(base64.b64decode(then["image"])))
-        assert first.picture is not None and np.array_equal(shown, first.picture)
+        assert first.picture is not None and np.array_equal(
+            np.asarray(shown), np.asarray(first.picture)
+        )
         assert ("mask_image" in then) == (pair.box is not None)
         if pair.box is not None:
             mask = Image.open(io.BytesIO(base64.b64decode(then["mask_image"])))

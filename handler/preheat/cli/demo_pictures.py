@@ -108,12 +108,13 @@ def ask(client: Client) -> Iterator[Answer]:
         yield first
         if first.picture is None:
             raise PreheatError(f"{pair.prompt}: no picture")
-        made_of = {"prompt": pair.then, "image": _base64(first.picture)}
+        made_of: dict[str, object] = {"prompt": pair.then, "image": _base64(first.picture)}
         if pair.box is None:
-            task, more = "image", {"strength": STRENGTH}
+            task, fields = "image", {**made_of, "strength": STRENGTH}
         else:
-            task, more = "mask", {"strength": 1.0, "mask_image": _base64(_masked(pair))}
-        yield _ask(client, 2 * number + 2, pair, task, protocols[1], {**made_of, **more})
+            mask = _base64(_masked(pair))
+            task, fields = "mask", {**made_of, "strength": 1.0, "mask_image": mask}
+        yield _ask(client, 2 * number + 2, pair, task, protocols[1], fields)
 
 
 def _ask(
