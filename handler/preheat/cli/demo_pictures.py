@@ -197,7 +197,7 @@ def contact_sheet(answers: Sequence[Answer]) -> Image.Image:
 
 def _caption(answer: Answer) -> str:
     made = {"text": "", "image": "made of it: ", "mask": "its masked half: "}[answer.source]
-    said = textwrap.wrap(made + answer.document["prompt"], 34)
+    said = textwrap.wrap(made + answer.document["prompt"], 31)
     return "\n".join([*said, f"{answer.asked} in {answer.bucket}, {answer.protocol}"])
 
 
