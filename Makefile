@@ -174,7 +174,7 @@ bench-quality: $(STAMP) ## what each fit, engine and strategy does to pictures, 
 bench-gpu: $(STAMP) ## tests/gpu and an SDXL of real size on every road of a CUDA GPU, resumed until finished: [BENCH_OPTIONS=]
 	$(BIN)/python -m bench.gpu $(BENCH_OPTIONS)
 
-# One process a core; a run that was stopped goes on from its last checkpoint.
+# Two processes share the pictures of a step; a run that was stopped goes on from its last checkpoint.
 train-shapes: $(STAMP) ## train the demo's model anew: two to three hours on two cores, resumed until finished
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc-per-node 2 -m examples.shapes.train .preheat/shapes \
 		--out examples/shapes/model
@@ -182,6 +182,6 @@ train-shapes: $(STAMP) ## train the demo's model anew: two to three hours on two
 reference: $(STAMP) ## write docs/configuration.md anew from the config's docstrings
 	$(BIN)/python -m preheat.config.reference > docs/configuration.md
 
-clean: ## remove everything made here but .venv
+clean: ## remove everything made here but .venv: caches, unfinished training and benches too
 	@! ls .preheat/run/*/server.json >/dev/null 2>&1 || { echo 'a server still runs: make stop'; exit 1; }
 	rm -rf .preheat out .hypothesis .mypy_cache .pytest_cache .ruff_cache handler/*.egg-info

@@ -61,11 +61,17 @@ class Row:
     def config(self) -> dict[str, Any]:
         document: dict[str, Any] = yaml.safe_load(CONFIG.read_text())
         document["pt2"]["compile"] |= self.compiled
-        document["pt2"]["shapes"] |= self.shapes
-        if document["pt2"]["shapes"]["strategy"] in ("dynamic", "exact"):
-            del document["pt2"]["shapes"]["fit"]
+        shapes = document["pt2"]["shapes"]
+        shapes |= self.shapes
+        if shapes["strategy"] in ("dynamic", "exact"):
+            del shapes["fit"]
+        if shapes.get("fit") == "mask":
+            shapes["invariant"] = True  # no picture is painted without its bucket, eagerly
+        else:
+            del shapes["mask_only"]
+        if "backend" in self.compiled:
+            document["pt2"]["on_failure"] = "fail"  # else the row would be eager's
         # a batch of one, so that no row waits for company
-        document["pt2"]["shapes"]["batch_sizes"] = [1]
         return document | {"batchSize": 1, "startupTimeout": READY_SECONDS}
 
 
@@ -163,13 +169,17 @@ def bench(
     ] = None,
     strength: Annotated[float, typer.Option(help="Of image-to-image.")] = 0.7,
     output: Annotated[
-        Path, typer.Option(help="Folder for quality.json and quality.png.")
-    ] = RESULTS,
+        Path | None,
+        typer.Option(help="Folder for quality.json and quality.png; of some rows only: required."),
+    ] = None,
 ) -> None:
     """Paint the same captions once per row, and write down what the judge says of the pictures."""
     unknown = sorted(set(row or ()) - set(ROWS))
     if unknown:
         raise PreheatError(f"unknown row {unknown[0]!r}: one of {'; '.join(ROWS)}")
+    if row and output is None:
+        raise PreheatError("--output: say where the results of some rows go")
+    output = output or RESULTS
     chosen = [name for name in ROWS if not row or name in row or name == "eager"]
     console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
     document: dict[str, Any] = {
@@ -192,10 +202,13 @@ def bench(
         console.print(f"{name}: {quality_report.line(document['rows'][name])}", markup=False)
     output.mkdir(parents=True, exist_ok=True)
     (output / "quality.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    shown = [ask for ask in asks("odd", 6, strength)]
-    quality_report.sheet(shown, {name: painted[name] for name in chosen[:4]}).save(
-        output / "quality.png"
-    )
+    rows = {name: painted[name] for name in chosen[:4]}
+    shown = [
+        ask
+        for ask in asks("odd", 6, strength)
+        if all(ask.name in pictures for pictures in rows.values())
+    ]
+    quality_report.sheet(shown, rows).save(output / "quality.png")
     console.print(quality_report.table(document))
 
 

@@ -1,5 +1,5 @@
-"""What `bench.quality` asks for: captions that training never saw, and what a judge says of the
-pictures.
+"""What `bench.quality` asks for, and what a judge says of the pictures. Training has seen none of
+the objects of the captions from text, and of the changed ones as few as there are.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image
 
 from examples.shapes import evaluate
 from examples.shapes.drawing import coverage, draw, grid
-from examples.shapes.grammar import COLOURS, Scene, Thing
+from examples.shapes.grammar import COLOURS, Scene, Thing, held_out
 from examples.shapes.judge import judge
 from examples.shapes.sizes import random_size
 
@@ -115,8 +115,11 @@ def _ask(kind: Kind, number: int, scene: Scene, strength: float) -> Ask:
 
 
 def _recoloured(rng: np.random.Generator, thing: Thing) -> Thing:
+    """In another colour, if possible one that training never saw there."""
     others = [colour for colour in COLOURS if colour != thing.colour]
-    return replace(thing, colour=others[rng.integers(len(others))])
+    unseen = [colour for colour in others if held_out(thing.shape, colour, thing.place)]
+    chosen = unseen or others
+    return replace(thing, colour=chosen[rng.integers(len(chosen))])
 
 
 def _around(scene: Scene, thing: Thing) -> NDArray[np.bool_]:

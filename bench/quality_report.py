@@ -44,7 +44,7 @@ def line(row: Mapping[str, Any]) -> str:
 
 def table(document: Mapping[str, Any]) -> Table:
     """All rows, by kind."""
-    made = Table(title="held-out captions, by the judge")
+    made = Table(title="right by the judge")
     for heading in (
         "",
         "kind",

@@ -55,6 +55,8 @@ def export(pipeline: StableDiffusionXLPipeline, folder: Path) -> Shares:
     """
     with appearing(folder) as part:
         shutil.rmtree(part, ignore_errors=True)
+        for model in (pipeline.unet, pipeline.vae):
+            model.register_to_config(_name_or_path="")  # where it was trained is nobody's business
         pipeline.to(dtype=torch.float16).save_pretrained(part)
         size = sum(file.stat().st_size for file in part.rglob("*.safetensors"))
         if size > MOST_BYTES:

@@ -15,9 +15,15 @@ from torch import nn
 
 
 def meet() -> None:
-    """Join the others, if there are any; they may be a long time at something else."""
+    """Join the other, if there is one; it may be a long time at something else.
+
+    Raises:
+        ValueError: there are more than two, among which no step's pictures are shared evenly.
+    """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         dist.init_process_group("gloo", timeout=timedelta(days=1))
+    if count() > 2:
+        raise ValueError(f"{count()} processes; the pictures of a step are shared by one or two")
 
 
 def count() -> int:

@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import base64
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
+import yaml
 from numpy.typing import NDArray
 from PIL import Image
 
 from bench import quality_report
+from bench.quality import ROWS, Row
 from bench.quality_asks import Ask, asks, psnr, said
 from examples.shapes.drawing import draw
 from examples.shapes.grammar import held_out
+from preheat.config.model import ModelConfig
+
+
+@pytest.mark.parametrize("row", ROWS.values(), ids=list(ROWS))
+def test_every_row_can_be_served(row: Row, tmp_path: Path) -> None:
+    (tmp_path / "shapes.yaml").write_text(yaml.safe_dump(row.config()))
+    assert ModelConfig.load(tmp_path / "shapes.yaml", ours=True).batchSize == 1
 
 
 def painted(ask: Ask) -> NDArray[np.uint8]:
