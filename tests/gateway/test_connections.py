@@ -54,9 +54,10 @@ def server(**patience: float) -> Iterator[tuple[App, str]]:
         yield app, url
 
 
-def _connect(url: str) -> socket.socket:
+def _connect(url: str, source: str = "127.0.0.1") -> socket.socket:
     address = httpx.URL(url)
-    return socket.create_connection((address.host, address.port or 0), timeout=20)
+    place = (address.host, address.port or 0)
+    return socket.create_connection(place, timeout=20, source_address=(source, 0))
 
 
 def _rest(connection: socket.socket) -> bytes:
@@ -178,9 +179,19 @@ def test_who_owes_a_request_for_longest_gives_way_when_all_places_are_taken() ->
         assert asks.recv(1) and not app.aborted.is_set()
 
 
-def test_nobody_gives_way_who_is_being_answered() -> None:
+def test_who_owes_many_requests_gives_way_before_who_owes_one_for_longer() -> None:
+    with server(total=4, headers=60) as (_, url), ExitStack() as kept:
+        honest = kept.enter_context(_connect(url, "127.0.0.2"))
+        for _ in range(12):
+            kept.enter_context(_connect(url))
+        honest.sendall(HEAD + b"connection: close\r\ncontent-length: 0\r\n\r\n")
+        assert b"200 OK" in _rest(honest)
+
+
+@pytest.mark.parametrize("path", ["/endless", "/large"])
+def test_nobody_gives_way_who_is_being_answered(path: str) -> None:
     with server(total=2, headers=60) as (app, url), ExitStack() as kept:
         for _ in range(2):
-            assert kept.enter_context(_small(url, "/endless")).recv(1)
+            assert kept.enter_context(_small(url, path)).recv(1)
         assert _rest(kept.enter_context(_connect(url))).startswith(b"HTTP/1.1 429 ")
         assert not app.aborted.is_set()

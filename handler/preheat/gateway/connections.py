@@ -39,31 +39,41 @@ class Patience:
     per_address: int = 256
     """Connections; all clients behind one proxy have one address."""
     total: int = 2048
-    """Connections. If so many are open, the one that has owed a request for longest gives way to
-    the next: who opens many and leaves them shuts nobody out.
+    """Connections. If so many are open, one gives way to the next: of the address that owes most
+    requests the one that has for longest. Who opens many and leaves them shuts nobody out.
     """
     _open: Counter[str] = field(default_factory=Counter)
-    _owing: dict[_Patient, None] = field(default_factory=dict)
-    """Connections without a whole request, those that wait for longest first."""
+    _owing: dict[str, dict[_Patient, None]] = field(default_factory=dict)
+    """By address, the connections without a whole request, those that owe it for longest first."""
 
     def enter(self, address: str) -> bool:
         """Count a connection in, if it may."""
         if self._open[address] >= self.per_address:
             return False
         if self._open.total() >= self.total:
-            oldest = next(iter(self._owing), None)
-            if oldest is None:
+            found = self._to_give_way()
+            if found is None:
                 return False
-            oldest.give_way()
+            found.give_way()
         self._open[address] += 1
         return True
 
-    def owes(self, connection: _Patient) -> None:
-        """From now on it is its client's turn."""
-        self._owing[connection] = None
+    def _to_give_way(self) -> _Patient | None:
+        most_first = sorted(self._owing.values(), key=len, reverse=True)
+        idle = (each for own in most_first for each in own if not each.is_answered)
+        return next(idle, None)
 
-    def has_asked(self, connection: _Patient) -> None:
-        self._owing.pop(connection, None)
+    def owes(self, address: str, connection: _Patient) -> None:
+        """From now on it is its client's turn."""
+        self.has_asked(address, connection)
+        self._owing.setdefault(address, {})[connection] = None
+
+    def has_asked(self, address: str, connection: _Patient) -> None:
+        """Its request is there as a whole, or never will be."""
+        own = self._owing.get(address, {})
+        own.pop(connection, None)
+        if not own:
+            self._owing.pop(address, None)
 
     def leave(self, address: str) -> None:
         self._open[address] -= 1
@@ -97,7 +107,7 @@ class _Patient(H11Protocol):
             self._refuse(_TOO_MANY)
             return
         self._address = address
-        self.own.owes(self)
+        self.own.owes(address, self)
         connection = transport.get_extra_info("socket")
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, IN_KERNEL)
         self._expect(self.own.headers)
@@ -118,8 +128,8 @@ class _Patient(H11Protocol):
         self.transport.abort()
 
     def _depart(self) -> None:
-        self.own.has_asked(self)
         if self._address is not None:
+            self.own.has_asked(self._address, self)
             self.own.leave(self._address)
             self._address = None
 
@@ -136,7 +146,7 @@ class _Patient(H11Protocol):
 
     def on_response_complete(self) -> None:
         if self._address is not None:
-            self.own.owes(self)
+            self.own.owes(self._address, self)
         self._expect(None)  # uvicorn's timer for kept connections takes over
         super().on_response_complete()
         self._expect_body()  # of a request that had come meanwhile
@@ -151,6 +161,15 @@ class _Patient(H11Protocol):
         self._unsent = -1  # much went out, whatever has come since
 
     @property
+    def is_answered(self) -> bool:
+        """An answer is on its way."""
+        return self._is_replied or self.transport.get_write_buffer_size() > 0
+
+    @property
+    def _is_replied(self) -> bool:
+        return not self._is_between and bool(self.cycle.response_started)
+
+    @property
     def _is_between(self) -> bool:
         """No request is under way."""
         return self.cycle is None or self.cycle.response_complete
@@ -160,7 +179,8 @@ class _Patient(H11Protocol):
             return
         if not self.cycle.more_body:
             self._expect(None)
-            self.own.has_asked(self)
+            if self._address is not None:
+                self.own.has_asked(self._address, self)
         elif self._incoming is None:
             self._expect(self.own.body)
 
@@ -172,8 +192,7 @@ class _Patient(H11Protocol):
 
     def _late(self) -> None:
         self._incoming = None
-        is_answered = not self._is_between and self.cycle.response_started
-        self._refuse(b"" if is_answered else _TIMEOUT)
+        self._refuse(b"" if self._is_replied else _TIMEOUT)
 
     def _refuse(self, answer: bytes) -> None:
         if not self.transport.is_closing():
