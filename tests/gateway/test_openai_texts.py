@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from fake_host import PIECES, TEXT, FakeHost
 from memory_host import MemoryHost
-from preheat.errors import RequestError
+from preheat.errors import RequestError, Unreachable
+from preheat.gateway import openai_replies
 from preheat.gateway.app import create_app
 from preheat.gateway.openai_text_requests import Kind, wanted
 
@@ -177,7 +178,7 @@ def test_log_probabilities_of_a_text(host: FakeHost, client: openai.OpenAI, stre
     tokens = [text for each in told for text in each.tokens]
     assert tokens == [piece or "\ufffd" for piece in PIECES]
     assert [value for each in told for value in each.token_logprobs] == [-0.5] * 4
-    assert [place for each in told for place in each.text_offset] == [0, 3, 4, 9]
+    assert [place for each in told for place in each.text_offset] == [0, 3, 3, 8]
     assert [top for each in told for top in each.top_logprobs] == [{text: -0.5} for text in tokens]
 
 
@@ -358,3 +359,26 @@ def test_a_model_of_another_kind_is_refused(
     error = answer.json()["error"]
     assert (answer.status_code, error["param"]) == (400, "model")
     assert error["message"].startswith(message)
+
+
+@pytest.mark.parametrize(
+    "sent", [b"null", b"[]", b"{", b"\x89PNG", b'{"step": 1}', b'{\n "code": 500\n}']
+)
+def test_what_is_no_stream_of_events_is_said_as_such(sent: bytes) -> None:
+    async def parts() -> AsyncIterator[bytes]:
+        yield b'{"event": "queued"}\n' + sent
+
+    async def read() -> list[Any]:
+        return [event async for event in openai_replies.told(parts())]
+
+    with pytest.raises(Unreachable, match="no stream of events"):
+        asyncio.run(read())
+
+
+def test_fields_that_ask_for_nothing_are_taken() -> None:
+    nothing = {"reasoning_effort": None, "verbosity": "medium", "audio": None}
+    answered = {"role": "assistant", "content": "hi", "tool_calls": [], "annotations": []}
+    asked = wanted("chat", {"messages": [*HELLO, answered], **nothing})
+    assert json.loads(asked.body)["messages"][1] == {"role": "assistant", "content": "hi"}
+    with pytest.raises(RequestError, match="audio"):
+        wanted("chat", {"messages": HELLO, "audio": {"voice": "ash"}})

@@ -43,10 +43,16 @@ def test_a_name_leads_nowhere_else(host: FakeHost, http: httpx.Client) -> None:
 
 
 def test_only_named_headers_pass_either_way(host: FakeHost, http: httpx.Client) -> None:
-    sent = {"x-preheat-deadline": "99999999999999", "describe": "True", "authorization": "Bearer x"}
+    sent = {
+        "accept": "application/safetensors",
+        "x-preheat-deadline": "99999999999999",
+        "describe": "True",
+        "authorization": "Bearer x",
+    }
     answer = http.post(PATH, json={"prompt": ""}, headers=sent)
     (seen,) = host.headers
     assert seen["x-preheat-deadline"] == sent["x-preheat-deadline"]
+    assert seen["accept"] == sent["accept"]
     assert not {"describe", "authorization"} & seen.keys()
     assert seen["x-request-start"].startswith("t=")
     assert "x-secret" not in answer.headers

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from preheat.errors import RequestError
 
 ARRIVAL = "x-request-start"
-TO_HOST = frozenset({"content-type", "x-preheat-deadline", ARRIVAL})
+TO_HOST = frozenset({"accept", "content-type", "x-preheat-deadline", ARRIVAL})
 TO_CLIENT = frozenset({"content-type", "content-length", "retry-after"})
 OWN = "x-preheat-"
 

@@ -87,8 +87,8 @@ class Events:
 
     async def _events(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         try:
-            async for line in openai_replies.lines(parts):
-                yield self._told(json.loads(line))
+            async for event in openai_replies.told(parts):
+                yield self._told(event)
         except RunError as error:
             yield self._failed(error.body())
         if not self._ended:

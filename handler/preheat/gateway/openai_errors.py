@@ -23,11 +23,12 @@ def renamed(said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
 def document(status: int, said: Mapping[str, Any]) -> dict[str, Any]:
     """The error document `said` in OpenAI's form."""
     kind = _KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
+    cause = said.get("type")
     error = {
         "message": said.get("message", ""),
         "type": kind,
         "param": said.get("field"),
-        "code": _CODES.get(status) or said.get("type"),
+        "code": cause if cause == "NotFound" else _CODES.get(status, cause),  # of a path: no model
     }
     return {"error": error}
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from types import MappingProxyType
 from typing import Any
 
 from fastapi import APIRouter
 
-from preheat.errors import RequestError
+from preheat.errors import RequestError, Unreachable
 from preheat.gateway.backend import Backend
 from preheat.protocol.fields import Fields
 from preheat.protocol.json_text import shown_name
@@ -76,7 +77,8 @@ class Models:
                 raise RequestError(f"is missing; it is one of {', '.join(names)}", "model")
             name = names[0]
         if self._families.get(name) != family:
-            await self._look()
+            with suppress(Unreachable):  # then the worker says what it makes of it
+                await self._look()
             found = self._families.get(name, family)  # before its workers tell, they must
             if found != family:
                 raise RequestError(

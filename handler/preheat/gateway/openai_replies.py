@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import AsyncIterator, Mapping
-from http import HTTPStatus
 from typing import Any
 
+from preheat.errors import Unreachable
 from preheat.gateway import openai_errors
 from preheat.gateway.backend import Answer
 from preheat.gateway.headers import OWN
@@ -39,18 +39,22 @@ def failure(said: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]
     Args:
         names: of our fields, where OpenAI's have others.
     """
-    return openai_errors.document(int(said.get("code", 500)), openai_errors.renamed(said, names))
+    return openai_errors.document(_status(said), openai_errors.renamed(said, names))
 
 
 def failed(
     said: Mapping[str, Any], names: Mapping[str, str], retry_after: str | None = None
 ) -> Reply:
     """An answer that is a worker's error document."""
-    status = int(said.get("code", 500))
+    status = _status(said)
     headers = openai_errors.headers(status, said)
     if retry_after is not None:
         headers["retry-after"] = retry_after
     return document(status, failure(said, names), headers)
+
+
+def _status(said: Mapping[str, Any]) -> int:
+    return int(said.get("code") or 500)
 
 
 async def refusal(answer: Answer, names: Mapping[str, str]) -> Reply:
@@ -61,13 +65,31 @@ async def refusal(answer: Answer, names: Mapping[str, str]) -> Reply:
     except ValueError:
         said = None
     if not isinstance(said, dict) or "message" not in said:  # TorchServe's own, at times empty
-        said = {"message": HTTPStatus(answer.status).phrase}
+        said = {"message": f"the host answers {answer.status}"}
     return failed({**said, "code": answer.status}, names, answer.headers.get("retry-after"))
 
 
 def own(answer: Answer) -> dict[str, str]:
     """Our headers among the worker's."""
     return {name: value for name, value in answer.headers.items() if name.startswith(OWN)}
+
+
+async def told(parts: AsyncIterator[bytes]) -> AsyncIterator[Mapping[str, Any]]:
+    """The events of a worker's stream.
+
+    Raises:
+        Unreachable: what came is none.
+    """
+    async for line in lines(parts):
+        try:
+            event = json.loads(line)
+        except ValueError:  # also where it is no text
+            event = None
+        if isinstance(event, dict) and "event" not in event and "message" in event:
+            event = {"event": "error", **event}  # another host's word on a worker that has died
+        if not isinstance(event, dict) or "event" not in event:
+            raise Unreachable("the worker's answer is no stream of events")
+        yield event
 
 
 async def lines(parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

@@ -44,7 +44,7 @@ class Texts:
         return await self._whole(answer)
 
     async def _whole(self, answer: Answer) -> Reply:
-        every = [_read(line) async for line in openai_replies.lines(answer.parts)]
+        every = [event async for event in openai_replies.told(answer.parts)]
         last = every[-1] if every else {"event": "none"}
         if last["event"] == "error":
             return openai_replies.failed(last, self._wanted.names)
@@ -58,11 +58,10 @@ class Texts:
     async def _events(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         ended = False
         try:
-            async for line in openai_replies.lines(parts):
-                event = _read(line)
+            async for event in openai_replies.told(parts):
                 ended = ended or event["event"] in ("done", "error")
-                for told in self._told(event):
-                    yield told
+                for said in self._told(event):
+                    yield said
         except RunError as error:
             ended = True
             yield self._failed(error.body())
@@ -103,7 +102,10 @@ class Texts:
         offsets = list[int]()
         for event in tokens:
             offsets.append(self._num_chars)
-            self._num_chars += len(event["token_text"])
+            if _NO_CHARACTER not in event["token_text"]:
+                self._num_chars += len(event["token_text"])
+            elif event["text"].strip(_NO_CHARACTER):  # the part that completes the character
+                self._num_chars += 1
         return {
             "tokens": [event["token_text"] for event in tokens],
             "token_logprobs": [_number(event["logprob"]) for event in tokens],
@@ -121,12 +123,6 @@ class Texts:
 
     def _failed(self, said: Event) -> bytes:
         return _event(openai_replies.failure(said, self._wanted.names))
-
-
-def _read(line: bytes) -> Event:
-    """An event; a document that is none is TorchServe's word on a worker that has died."""
-    said: Event = json.loads(line)
-    return said if "event" in said else {"event": "error", **said}
 
 
 def _event(document: Mapping[str, Any]) -> bytes:
@@ -165,4 +161,4 @@ def _by_text(top: Sequence[Event]) -> dict[str, float]:
 
 
 def _number(logprob: float) -> float:
-    return max(logprob, _LEAST)
+    return max(_LEAST, logprob)  # in this order NaN, for which JSON has none either, is the least

@@ -43,6 +43,13 @@ _HARMLESS_OF: Mapping[Kind, Mapping[str, tuple[object, ...]]] = MappingProxyType
             "parallel_tool_calls": (True, False),
             "functions": ([],),
             "function_call": ("none", "auto"),
+            "reasoning_effort": ("none",),
+            "verbosity": ("medium",),
+            "prompt_cache_retention": ("in_memory",),
+            "prediction": (None,),
+            "audio": (None,),
+            "moderation": (None,),
+            "web_search_options": (None,),
         },
     }
 )
@@ -132,8 +139,8 @@ def _prompt(prompt: object) -> object:
 
 
 def _messages(messages: object) -> object:
-    """With their content as one text, and nothing that only says None, as answers that are sent
-    back have it.
+    """With their content as one text, and nothing that only says None or holds nothing, as answers
+    that are sent back have it.
     """
     if messages is None:
         raise RequestError("is missing", "messages")
@@ -143,7 +150,7 @@ def _messages(messages: object) -> object:
         {
             name: _text(value, f"messages[{index}].content") if name == "content" else value
             for name, value in message.items()
-            if value is not None
+            if value is not None and value != []
         }
         if isinstance(message, dict)
         else message
