@@ -193,3 +193,12 @@ def test_the_record_is_what_the_probe_reads(tmp_path: Path) -> None:
     recorded(tmp_path, 1, 0.0)
     data = json.loads((tmp_path / "server.json").read_bytes())
     assert (data["management"], data["models"]) == ("http://127.0.0.1:8081", ["fox"])
+
+
+def test_two_archives_of_one_name_are_refused(tmp_path: Path) -> None:
+    archives = [tmp_path / version / "lighthouse.mar" for version in ("1", "2")]
+    for archive in archives:
+        archive.parent.mkdir()
+        archive.touch()
+    with pytest.raises(ServerError, match=r"two archives are named lighthouse\.mar"):
+        server.start(archives, tmp_path / "run", ports=Ports.free())

@@ -155,7 +155,8 @@ def archive(
         ),
     ] = False,
     version: Annotated[
-        str, typer.Option(help="TorchServe serves several of one name side by side.")
+        str,
+        typer.Option(help="Of several archives of one name, each with an --output of its own."),
     ] = "1.0",
 ) -> None:
     """Package a model and its YAML into an archive for TorchServe."""

@@ -382,6 +382,10 @@ def _fill_store(archives: Sequence[Path], store: Path) -> dict[str, str]:
     for archive in archives:
         if not archive.exists():
             raise ServerError(f"no such archive: {archive}")
+        if (store / archive.name).exists():
+            raise ServerError(
+                f"two archives are named {archive.name}; register the second at the management API"
+            )
         (store / archive.name).symlink_to(archive.resolve())
         names[archive.name.removesuffix(".mar")] = archive.name
     return names
