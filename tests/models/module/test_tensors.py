@@ -22,8 +22,9 @@ from tokenizers import NormalizedString
 
 from preheat.config.module import InputConfig, ModuleLimits
 from preheat.errors import RequestError
-from preheat.models.module import request, tensors
+from preheat.models.module import tensors
 from preheat.models.module.request import Reader
+from preheat.protocol import json_text
 
 IDS = InputConfig.model_validate({"dtype": "int64", "shape": ["batch", "n"], "buckets": {"n": [8]}})
 MASK = InputConfig.model_validate({"dtype": "int64", "shape": ["batch", "n"], "default": 1.0})
@@ -283,7 +284,7 @@ def test_lists_too_large_are_refused_before_they_are_walked(
 def test_json_of_more_numbers_than_a_model_takes_is_not_read(
     of: Reader, most: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(request, "loads", lambda _: pytest.fail("it was read"))
+    monkeypatch.setattr(json_text, "loads", lambda _: pytest.fail("it was read"))
     body = b"[" + b",".join([b"[1]"] * (most + LIMITS.max_text_chars + 2)) + b"]"
     assert field_of(of, {"body": body}) == "body" and field_of(of, {"ids": body}) == "ids"
 
