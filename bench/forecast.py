@@ -11,9 +11,7 @@ Profile and server take turns, round after round.
 from __future__ import annotations
 
 import json
-import signal
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
@@ -24,9 +22,8 @@ from typing import Annotated, Any
 import httpx
 import typer
 import yaml
-from rich.console import Console
 
-from bench import load
+from bench import command, load
 from bench.machine import machine, versions
 from bench.profiles import PROFILES, RESULTS, STATE
 from bench.profiles import Profile as Benched
@@ -122,7 +119,7 @@ def bench(
     chosen = replace(PROFILES[profile], num_steps=steps or PROFILES[profile].num_steps)
     if ratio is None:
         ratio = step_ratio(json.loads(CPU.read_bytes()), profile, chosen.dtype, backend)
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     console.print(f"a step with {backend} takes {ratio:.2f} of an eager one")
     config = load.served_yaml(chosen, 1, backend=backend, max_delay=0)
     told, every = [], []
@@ -179,13 +176,7 @@ def bench(
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except (PreheatError, httpx.HTTPError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app, httpx.HTTPError)
 
 
 if __name__ == "__main__":

@@ -15,9 +15,7 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import signal
 import statistics
-import sys
 import tempfile
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from contextlib import closing
@@ -28,10 +26,9 @@ from typing import Annotated, Any
 import httpx
 import typer
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
-from bench import load
+from bench import command, load
 from bench.clients import Payload, Traffic, closed_loop
 from bench.machine import machine, versions
 from bench.processes import BareProcess
@@ -251,7 +248,7 @@ def bench(
     chosen = replace(PROFILES[profile], num_steps=steps or PROFILES[profile].num_steps)
     cores = max(1, len(os.sched_getaffinity(0)) - 1)  # one is the clients' and the gateway's
     threads = {} if chosen.on_gpu else {"OMP_NUM_THREADS": str(cores)}
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     own = {str(each): [(each.height, each.width)] * batch for each in chosen.buckets}
     traffics = {**load.mix(chosen), **own}
     (STATE / "bench").mkdir(parents=True, exist_ok=True)
@@ -298,13 +295,7 @@ def bench(
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except (PreheatError, httpx.HTTPError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app, httpx.HTTPError)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ import base64
 import datetime
 import json
 import os
-import signal
-import sys
 import tempfile
 import time
 import urllib.request
@@ -36,7 +34,7 @@ import yaml
 from PIL import Image
 from rich.console import Console
 
-from bench import load_report, sizes
+from bench import command, load_report, sizes
 from bench.bare_spec import Spec
 from bench.clients import Payload, Protocol, Traffic, closed_loop, open_loop
 from bench.machine import machine, versions
@@ -303,7 +301,7 @@ def bench(
     traffics = mix(chosen)
     num_threads = max(1, len(os.sched_getaffinity(0)) - 1)
     threads = {} if chosen.on_gpu else {"OMP_NUM_THREADS": str(num_threads)}
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     begun = time.monotonic()
     document: dict[str, Any] = {
         "profile": profile,
@@ -421,13 +419,7 @@ def bare_spec(
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except (PreheatError, httpx.HTTPError) as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app, httpx.HTTPError)
 
 
 if __name__ == "__main__":

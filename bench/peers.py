@@ -20,7 +20,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -39,7 +38,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from bench import peers_report, report
+from bench import command, peers_report, report
 from bench.machine import machine, versions
 from bench.peer_loop import Request, Spec
 from bench.peers_report import LOOPS, TITLES
@@ -50,6 +49,7 @@ from bench.servers import external_archive, started
 from bench.traffic import GUIDANCE_SCALE, READY_SECONDS, bucket_sizes, payloads
 from preheat.device import DTYPES
 from preheat.errors import PreheatError
+from preheat.files import write_whole
 from preheat.torchserve import processes, server
 from preheat.torchserve.client import Client
 
@@ -287,9 +287,8 @@ class Record:
 
     def write(self) -> None:
         self.document["seconds"] = round(time.monotonic() - self._began, 1)
-        scratch = self._path.with_suffix(".new")
-        scratch.write_text(json.dumps(self.document), encoding="utf-8")
-        scratch.replace(self._path)  # a call may be ended between two bytes
+        # a call may be ended between two bytes
+        write_whole(self._path, json.dumps(self.document).encode())
 
 
 def start_all(
@@ -413,7 +412,7 @@ def bench(
     if kind_of_numbers not in DTYPES:
         raise PreheatError(f"unknown dtype {dtype!r}: one of {', '.join(DTYPES)}")
     until = time.monotonic() + seconds
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     own = payloads(bucket_sizes(chosen), chosen.num_steps)
     asked = [own[index % len(own)] for index in range(requests)]
     num_threads = len(os.sched_getaffinity(0))
@@ -486,13 +485,7 @@ def _kinds(only: Sequence[str] | None) -> list[str]:
 
 
 def main() -> None:
-    # unwinds, so that servers and loops are stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except PreheatError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ import datetime
 import hashlib
 import io
 import json
-import signal
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,10 +24,9 @@ import typer
 import yaml
 from numpy.typing import NDArray
 from PIL import Image
-from rich.console import Console
 from rich.progress import track
 
-from bench import quality_report
+from bench import command, quality_report
 from bench.machine import machine, versions
 from bench.quality_asks import Ask, Kind, asks, psnr, said
 from preheat.errors import PreheatError
@@ -181,7 +178,7 @@ def bench(
         raise PreheatError("--output: say where the results of some rows go")
     output = output or RESULTS
     chosen = [name for name in ROWS if not row or name in row or name == "eager"]
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     document: dict[str, Any] = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine(),
@@ -213,13 +210,7 @@ def bench(
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except PreheatError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,6 @@ from __future__ import annotations
 import datetime
 import json
 import os
-import signal
-import sys
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,10 +26,9 @@ from typing import Annotated, Any
 import httpx
 import typer
 import yaml
-from rich.console import Console
 from rich.table import Table
 
-from bench import report
+from bench import command, report
 from bench.machine import machine, versions
 from bench.profiles import PROFILES, RESULTS, STATE, Profile, model_yaml
 from preheat.errors import PreheatError
@@ -197,7 +194,7 @@ def bench(
     chosen = replace(PROFILES[profile], buckets=PROFILES[profile].buckets[: max(1, buckets)])
     num_threads = max(1, len(os.sched_getaffinity(0)) // NUM_TOGETHER)
     console, begun = (
-        Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120),
+        command.console(),
         time.monotonic(),
     )
     document: dict[str, Any] = {
@@ -335,13 +332,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except PreheatError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)
 
 
 if __name__ == "__main__":

@@ -17,8 +17,6 @@ from __future__ import annotations
 import datetime
 import io
 import json
-import signal
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -36,7 +34,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from rich.console import Console
 
-from bench import report, sizes
+from bench import command, report, sizes
 from bench.machine import machine, versions
 from bench.processes import run_module
 from bench.profiles import (
@@ -308,7 +306,7 @@ def bench(
         USERS: _traffic(chosen, csv, scale=scale, num_requests=requests, seed=seed),
         BUCKETS: bucket_sizes(chosen),
     }
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 120)
+    console = command.console()
     begun = time.monotonic()
     document: dict[str, Any] = {
         "profile": profile,
@@ -509,13 +507,7 @@ def plan_buckets(traffic: Sequence[Size], most: int) -> Choice:
 
 
 def main() -> None:
-    # unwinds, so that the server is stopped
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    try:
-        app()
-    except PreheatError as error:
-        print(f"bench: {error}", file=sys.stderr)
-        sys.exit(1)
+    command.run(app)
 
 
 if __name__ == "__main__":
